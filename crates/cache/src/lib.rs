@@ -1,0 +1,1 @@
+//! Where a node gets bytes: memory, disk, registry.

@@ -1,0 +1,1 @@
+//! What an image is: tar, OCI documents, recipe, tree, packs and the cutting of layers into them.

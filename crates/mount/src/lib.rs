@@ -1,0 +1,1 @@
+//! A FUSE file system over a tree and a cache.

@@ -1,0 +1,1 @@
+//! The daemon: one cache, many mounts, a control socket.

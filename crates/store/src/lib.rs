@@ -1,0 +1,1 @@
+//! Durable truth over an object store: blobs, packs, index, references.

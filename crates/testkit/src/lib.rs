@@ -1,0 +1,1 @@
+//! Fixtures, the shaped link, fault wrappers; for tests and benches only.

@@ -1,0 +1,1 @@
+//! What two processes say to each other, both ends: OCI client, ranges, push, retries.
