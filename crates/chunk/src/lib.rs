@@ -3,14 +3,20 @@
 //! A **chunk** is 16 to 256 KiB of one file's plaintext (less only at the end of a file), cut by content and
 //! named by its BLAKE3 hash. A **sealed** chunk, or frame, is the same chunk as stored and sent. Plaintext exists
 //! only as [`Chunk`], and bytes that came from anywhere else become one only through [`Sealed::open`], which
-//! checks the hash.
+//! checks the hash. Frames are kept in **packs** of up to 64 MiB.
 //!
 //! This crate does no I/O, reads no clock and spawns nothing. `FORMAT.md` beside it fixes the bytes.
 
 mod cut;
 mod id;
+mod pack;
+mod place;
 mod sealed;
 
 pub use cut::{CHUNK_BYTES_AVG, CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, next_cut};
 pub use id::{ChunkId, ParseIdError};
+pub use pack::{
+    FOOTER_BYTES, PACK_BYTES_MAX, PackBuilder, PackError, PackFooter, PackRecord, RECORD_BYTES, pack_records,
+};
+pub use place::{Frame, PackId, Place};
 pub use sealed::{Chunk, ChunkError, Level, Sealed, Sealer};

@@ -132,7 +132,8 @@ impl Sealed {
         let plain = if sealed_len == plain_len {
             self.bytes.clone()
         } else {
-            let plain = zstd::bulk::decompress(&self.bytes, plain_len).map_err(|_| ChunkError::Damaged(id))?;
+            let plain =
+                zstd::bulk::decompress(&self.bytes, plain_len).map_err(|_| ChunkError::Damaged(id))?;
             if plain.len() != plain_len {
                 return Err(ChunkError::Damaged(id));
             }
