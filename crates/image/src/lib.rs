@@ -1,1 +1,29 @@
-//! What an image is: tar, OCI documents, recipe, tree, packs and the cutting of layers into them.
+//! What an image is: its documents, its layers' tars, the recipes that rebuild them, the tree that all layers
+//! together make, and the pipeline that cuts layers into chunks.
+//!
+//! Everything here is a plain function over bytes that somebody else reads and writes: no file system, no clock,
+//! no environment, no async. [`ingest`] starts threads, since cutting and sealing is what keeps cores busy, and
+//! reaches the world through a [`ChunkSink`].
+//!
+//! `FORMAT.md` beside this crate fixes the bytes of trees and recipes.
+
+mod digest;
+mod document;
+mod ingest;
+mod merge;
+mod recipe;
+mod tar;
+mod tree;
+
+pub use digest::{Digest, Hasher, ParseDigestError};
+pub use document::*;
+pub use ingest::{
+    BATCH_CHUNKS, ChunkSink, Compression, IngestError, IngestOptions, LayerInput, Progress, SinkError, ingest,
+};
+pub use merge::{MergeError, derive_tree};
+pub use recipe::{Pieces, Recipe, RecipeError, RecipePiece};
+pub use tar::{EntryKind, Piece, Segment, TarEntry, TarError, TarSource, path_parts, read_tar};
+pub use tree::{
+    Entries, Entry, Extent, Extents, FileKind, HOLE, Ino, Inode, NO_XATTRS, TREE_BYTES_MAX, Tree, TreeError,
+    Xattr, pack_tree, unpack_tree,
+};

@@ -1,1 +1,30 @@
-//! What two processes say to each other, both ends: OCI client, ranges, push, retries.
+//! What two processes say to each other, both ends: references, the OCI client with its ranges, uploads and
+//! retries, and the protobuf messages of `proto/`.
+//!
+//! This crate never parses an image: it carries documents and blobs, and checks that they are the ones asked for.
+//! It reads no environment and keeps nothing on disk.
+
+mod client;
+mod error;
+mod http_call;
+mod push;
+mod reference;
+
+pub use client::{Blob, Client, ClientConfig, Fetched, Scheme};
+pub use error::WireError;
+pub use push::KnownLayer;
+pub use reference::{ParseReferenceError, Reference, Version, is_repository_name, is_tag};
+
+/// The messages of `proto/lamina/v1`, as prost makes them.
+pub mod proto {
+    #![expect(missing_docs, clippy::doc_markdown, reason = "generated; proto/ has the comments")]
+    include!(concat!(env!("OUT_DIR"), "/lamina.v1.rs"));
+
+    /// The content type of every request and answer under `/lamina/v1`.
+    pub const CONTENT_TYPE: &str = "application/x-protobuf";
+    /// Chunk ids in one request: 4096 × 32 B = 128 KiB, about 1 ms on a 1 Gbit/s link, so that a slow round trip is
+    /// still the larger cost.
+    pub const IDS_PER_REQUEST: usize = 4096;
+    /// Layers in one request.
+    pub const LAYERS_PER_REQUEST: usize = 1000;
+}

@@ -1,0 +1,319 @@
+//! The JSON documents of an image: manifest, index, config, and what Docker calls by other names.
+//!
+//! Documents are read, never rewritten: the bytes that were pushed are what is stored and served. What is parsed
+//! here is only what Lamina needs. Sources: OCI image-spec 1.1 (manifest.md, image-index.md, config.md,
+//! descriptor.md) and Docker's image manifest version 2, schema 2.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::Digest;
+
+/// Manifests and indexes up to 4 MiB are taken: distribution-spec 1.1 asks for at least that.
+pub const MANIFEST_BYTES_MAX: usize = 4 << 20;
+/// More layers are refused. Kernels mount at most 500 lower directories; Docker stops at 127.
+pub const LAYERS_MAX: usize = 1_000;
+
+/// Media types, as they stand in documents and in HTTP headers.
+pub mod media_type {
+    /// An OCI image or artifact manifest.
+    pub const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+    /// An OCI image index.
+    pub const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
+    /// An OCI image config.
+    pub const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
+    /// A layer as a plain tar.
+    pub const OCI_LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
+    /// The two-byte config `{}` of artifacts.
+    pub const OCI_EMPTY: &str = "application/vnd.oci.empty.v1+json";
+    /// Docker's manifest.
+    pub const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
+    /// Docker's list of manifests.
+    pub const DOCKER_INDEX: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
+    /// Docker's image config.
+    pub const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
+    /// A tree, zstd-compressed. Also the artifact type of the manifest that hangs a tree on an image.
+    pub const TREE: &str = "application/vnd.lamina.tree.v1+zstd";
+    /// A recipe.
+    pub const RECIPE: &str = "application/vnd.lamina.recipe.v1";
+    /// A pack.
+    pub const PACK: &str = "application/vnd.lamina.pack.v1";
+}
+
+/// Annotation on a manifest, or on its descriptor in a referrers answer: the digest of the image's tree.
+pub const TREE_ANNOTATION: &str = "dev.lamina.tree";
+/// Annotation beside [`TREE_ANNOTATION`]: how long the tree's blob is, in bytes.
+pub const TREE_BYTES_ANNOTATION: &str = "dev.lamina.tree.bytes";
+/// Annotation on a layer's descriptor: the digest of its recipe.
+pub const RECIPE_ANNOTATION: &str = "dev.lamina.recipe";
+
+/// How a document refers to a blob.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Descriptor {
+    /// What the blob is.
+    pub media_type: String,
+    /// Its name.
+    pub digest: Digest,
+    /// Its length in bytes.
+    pub size: u64,
+    /// Which machine an image is for; in indexes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub platform: Option<Platform>,
+    /// The kind of artifact; in referrers answers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub artifact_type: Option<String>,
+    /// Free-form notes.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "null_as_default")]
+    pub annotations: BTreeMap<String, String>,
+}
+
+impl Descriptor {
+    /// A descriptor of `bytes`.
+    pub fn of(media_type: &str, bytes: &[u8]) -> Self {
+        Self::named(media_type, Digest::of(bytes), bytes.len() as u64)
+    }
+
+    /// A descriptor of the blob `digest` of `size` bytes.
+    pub fn named(media_type: &str, digest: Digest, size: u64) -> Self {
+        Self {
+            media_type: media_type.to_owned(),
+            digest,
+            size,
+            platform: None,
+            artifact_type: None,
+            annotations: BTreeMap::new(),
+        }
+    }
+}
+
+/// Which machine an image is for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Platform {
+    /// As Go names it: `amd64`, `arm64`.
+    pub architecture: String,
+    /// As Go names it: `linux`.
+    pub os: String,
+    /// `v8`, say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub variant: Option<String>,
+}
+
+/// An image manifest, or an artifact in the form of one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Manifest {
+    /// Always 2.
+    pub schema_version: u32,
+    /// Absent in some older OCI manifests.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub media_type: Option<String>,
+    /// The kind of artifact, where this is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub artifact_type: Option<String>,
+    /// The image's config.
+    pub config: Descriptor,
+    /// Its layers, lowest first.
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub layers: Vec<Descriptor>,
+    /// The manifest that this one hangs on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub subject: Option<Descriptor>,
+    /// Free-form notes.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "null_as_default")]
+    pub annotations: BTreeMap<String, String>,
+}
+
+impl Manifest {
+    /// Whether this is a container image rather than some other artifact.
+    pub fn is_image(&self) -> bool {
+        [media_type::OCI_CONFIG, media_type::DOCKER_CONFIG].contains(&self.config.media_type.as_str())
+    }
+
+    /// The tree that the manifest binds, where it names one.
+    pub fn bound_tree(&self) -> Result<Option<Digest>, DocumentError> {
+        let annotation = self.annotations.get(TREE_ANNOTATION);
+        let parsed = annotation.map(|text| text.parse()).transpose();
+        parsed.map_err(|_| DocumentError::Annotation(TREE_ANNOTATION))
+    }
+}
+
+/// A list of manifests, one for each platform.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Index {
+    /// Always 2.
+    pub schema_version: u32,
+    /// Absent in some older OCI indexes, and in the `index.json` of layouts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub media_type: Option<String>,
+    /// The kind of artifact, where this is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub artifact_type: Option<String>,
+    /// The images.
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub manifests: Vec<Descriptor>,
+    /// The manifest that this one hangs on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub subject: Option<Descriptor>,
+    /// Free-form notes.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "null_as_default")]
+    pub annotations: BTreeMap<String, String>,
+}
+
+impl Index {
+    /// The image for `wanted`: the first whose platform has its architecture and system, or the only one that
+    /// says nothing of platforms.
+    pub fn for_platform(&self, wanted: &Platform) -> Option<&Descriptor> {
+        let fits = |found: &Platform| {
+            found.os == wanted.os
+                && found.architecture == wanted.architecture
+                && (wanted.variant.is_none() || found.variant == wanted.variant)
+        };
+        let fitting = self.manifests.iter().find(|one| one.platform.as_ref().is_some_and(fits));
+        fitting.or_else(|| match self.manifests.as_slice() {
+            [only] if only.platform.is_none() => Some(only),
+            _ => None,
+        })
+    }
+}
+
+/// What Lamina reads of an image's config.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct ImageConfig {
+    /// The layers as plain tars.
+    pub rootfs: RootFs,
+    /// What to run, and how.
+    #[serde(default)]
+    pub config: Option<Process>,
+}
+
+/// The layers of an image, as the config names them.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct RootFs {
+    /// The sha256 of each layer's plain tar, lowest first.
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub diff_ids: Vec<Digest>,
+}
+
+/// What an image runs.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct Process {
+    /// `NAME=value` each.
+    #[serde(deserialize_with = "null_as_default")]
+    pub env: Vec<String>,
+    /// The program and its first arguments.
+    #[serde(deserialize_with = "null_as_default")]
+    pub entrypoint: Vec<String>,
+    /// What follows them unless the caller says otherwise.
+    #[serde(deserialize_with = "null_as_default")]
+    pub cmd: Vec<String>,
+    /// Where it starts.
+    #[serde(deserialize_with = "null_as_default")]
+    pub working_dir: String,
+    /// `user[:group]`, by name or number.
+    #[serde(deserialize_with = "null_as_default")]
+    pub user: String,
+}
+
+/// `null` means the same as nothing: Go's encoder writes it for empty lists.
+fn null_as_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: serde::Deserializer<'de>,
+    T: Default + Deserialize<'de>,
+{
+    Ok(Option::<T>::deserialize(deserializer)?.unwrap_or_default())
+}
+
+/// Why a document cannot be used. Another try with the same bytes will not help.
+#[derive(Debug, thiserror::Error)]
+pub enum DocumentError {
+    /// Over [`MANIFEST_BYTES_MAX`].
+    #[error("the document is {0} bytes long, more than {MANIFEST_BYTES_MAX}")]
+    TooLong(usize),
+    /// Not JSON, or not this document.
+    #[error("the document does not parse: {0}")]
+    Json(#[from] serde_json::Error),
+    /// Of schema 1, or of a future one.
+    #[error("schema version {0} is not supported; push the image again with a client that writes version 2")]
+    SchemaVersion(u32),
+    /// The header and the document disagree, or neither is known.
+    #[error("media type {0:?} is not a manifest or an index")]
+    MediaType(String),
+    /// The document lists more layers than [`LAYERS_MAX`].
+    #[error("{0} layers are more than {LAYERS_MAX}")]
+    Layers(usize),
+    /// The config lists another number of layers than the manifest.
+    #[error("the manifest has {manifest} layers and the config {config}")]
+    LayerCount {
+        /// In the manifest.
+        manifest: usize,
+        /// In the config.
+        config: usize,
+    },
+    /// One of Lamina's annotations does not hold what it should.
+    #[error("annotation {0} does not hold a digest")]
+    Annotation(&'static str),
+}
+
+/// What can stand under a tag.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Document {
+    /// One image or artifact.
+    Manifest(Manifest),
+    /// Several.
+    Index(Index),
+}
+
+impl Document {
+    /// Reads a manifest or an index of the media type that came with it.
+    pub fn parse(media_type: &str, bytes: &[u8]) -> Result<Self, DocumentError> {
+        if bytes.len() > MANIFEST_BYTES_MAX {
+            return Err(DocumentError::TooLong(bytes.len()));
+        }
+        let document = match media_type {
+            media_type::OCI_MANIFEST | media_type::DOCKER_MANIFEST => {
+                Self::Manifest(serde_json::from_slice(bytes)?)
+            }
+            media_type::OCI_INDEX | media_type::DOCKER_INDEX => Self::Index(serde_json::from_slice(bytes)?),
+            other => return Err(DocumentError::MediaType(other.to_owned())),
+        };
+        let (version, said, layers) = match &document {
+            Self::Manifest(it) => (it.schema_version, &it.media_type, it.layers.len()),
+            Self::Index(it) => (it.schema_version, &it.media_type, 0),
+        };
+        if version != 2 {
+            return Err(DocumentError::SchemaVersion(version));
+        }
+        if layers > LAYERS_MAX {
+            return Err(DocumentError::Layers(layers));
+        }
+        match said {
+            Some(said) if said != media_type => Err(DocumentError::MediaType(said.clone())),
+            _ => Ok(document),
+        }
+    }
+
+    /// The manifest that this one hangs on, where there is one.
+    pub fn subject(&self) -> Option<&Descriptor> {
+        match self {
+            Self::Manifest(it) => it.subject.as_ref(),
+            Self::Index(it) => it.subject.as_ref(),
+        }
+    }
+}
+
+/// Reads an image's config and checks it against its manifest.
+pub fn parse_config(manifest: &Manifest, bytes: &[u8]) -> Result<ImageConfig, DocumentError> {
+    if bytes.len() > MANIFEST_BYTES_MAX {
+        return Err(DocumentError::TooLong(bytes.len()));
+    }
+    let config: ImageConfig = serde_json::from_slice(bytes)?;
+    let counts = (manifest.layers.len(), config.rootfs.diff_ids.len());
+    if counts.0 != counts.1 {
+        return Err(DocumentError::LayerCount { manifest: counts.0, config: counts.1 });
+    }
+    Ok(config)
+}

@@ -1,0 +1,8 @@
+//! Compiles proto/ into Rust, without protoc.
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    println!("cargo::rerun-if-changed=../../proto");
+    let files = protox::compile(["lamina/v1/push.proto", "lamina/v1/node.proto"], ["../../proto"])?;
+    prost_build::Config::new().compile_fds(files)?;
+    Ok(())
+}

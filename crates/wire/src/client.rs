@@ -1,0 +1,350 @@
+//! The OCI Distribution client: manifests, referrers, blobs, ranges.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use backon::{ExponentialBuilder, Retryable};
+use bytes::Bytes;
+use futures_util::stream::BoxStream;
+use futures_util::{StreamExt, TryStreamExt};
+use http::{Method, Request, StatusCode, Uri, header};
+use lamina_image::{Descriptor, Digest, Hasher, Index, MANIFEST_BYTES_MAX, media_type};
+
+use crate::http_call::{Answer, Http, RequestBody, no_body};
+use crate::{Version, WireError};
+
+/// Redirects that are followed for one blob: object stores need one.
+const REDIRECTS_MAX: usize = 5;
+/// How long an upload, or the registry's check of an image, may take: 20 GB at 100 Mbit/s.
+const UPLOAD: Duration = Duration::from_secs(1800);
+/// Pages of referrers that are read.
+const REFERRER_PAGES_MAX: usize = 16;
+
+/// How a registry is spoken to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scheme {
+    /// TLS, but plain HTTP on loopback addresses and `localhost`.
+    Automatic,
+    /// Plain HTTP everywhere.
+    PlainHttp,
+}
+
+/// Settings of a client.
+#[derive(Clone, Copy, Debug)]
+pub struct ClientConfig {
+    /// TLS or not.
+    pub scheme: Scheme,
+    /// How long a connection may take to come about.
+    pub connect: Duration,
+    /// How long the head of an answer may take.
+    pub answer: Duration,
+    /// How many times a request that may be repeated is sent at most.
+    pub tries: usize,
+}
+
+impl Default for ClientConfig {
+    fn default() -> Self {
+        let (connect, answer) = (Duration::from_secs(5), Duration::from_secs(30));
+        Self { scheme: Scheme::Automatic, connect, answer, tries: 4 }
+    }
+}
+
+/// A blob that is on its way.
+pub struct Blob {
+    /// How long it is, where the registry said so.
+    pub len: Option<u64>,
+    /// Its bytes. Nothing is verified: whoever reads to the end hashes.
+    pub bytes: BoxStream<'static, Result<Bytes, WireError>>,
+}
+
+impl std::fmt::Debug for Blob {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Blob({:?} bytes)", self.len)
+    }
+}
+
+/// A manifest or index as it came, matched against its digest where one was asked for.
+#[derive(Clone, Debug)]
+pub struct Fetched {
+    /// What the registry calls it.
+    pub media_type: String,
+    /// The sha256 of the bytes.
+    pub digest: Digest,
+    /// The document.
+    pub bytes: Bytes,
+}
+
+/// One repository's registry, as seen from here. Cheap to clone; clones share connections.
+#[derive(Clone)]
+pub struct Client {
+    http: Arc<Http>,
+    base: String,
+    config: ClientConfig,
+}
+
+impl std::fmt::Debug for Client {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Client({})", self.base)
+    }
+}
+
+impl Client {
+    /// A client of the registry at `host[:port]`. Nothing is sent yet. Must be called inside a tokio runtime.
+    pub fn new(host: &str, config: ClientConfig) -> Result<Self, WireError> {
+        let plain = config.scheme == Scheme::PlainHttp || is_loopback(host);
+        let base = format!("{}://{host}", if plain { "http" } else { "https" });
+        let http = Http::new(config.connect, config.answer).map_err(|error| {
+            let reason = format!("the system's certificates cannot be read: {error}");
+            WireError::Unreachable { url: base.clone(), reason }
+        })?;
+        Ok(Self { http: Arc::new(http), base, config })
+    }
+
+    /// `http[s]://host[:port]`.
+    pub fn base(&self) -> &str {
+        &self.base
+    }
+
+    /// The manifest or index of an image. One request.
+    pub async fn manifest(&self, repository: &str, version: &Version) -> Result<Fetched, WireError> {
+        let url = format!("{}/v2/{repository}/manifests/{version}", self.base);
+        self.retrying(|| async {
+            let accept = [
+                media_type::OCI_MANIFEST,
+                media_type::OCI_INDEX,
+                media_type::DOCKER_MANIFEST,
+                media_type::DOCKER_INDEX,
+            ];
+            let request = Request::get(&url).header(header::ACCEPT, accept.join(", "));
+            let answer = self.call(request, no_body()).await?.expect(&[StatusCode::OK]).await?;
+            let media_type = answer.header(header::CONTENT_TYPE).unwrap_or_default();
+            let media_type = media_type.split(';').next().unwrap_or_default().trim().to_owned();
+            let bytes = answer.bytes(MANIFEST_BYTES_MAX as u64).await?;
+            let digest = Digest::of(&bytes);
+            match version {
+                Version::Digest(wanted) if *wanted != digest => {
+                    Err(WireError::WrongBytes { url: url.clone(), digest: *wanted })
+                }
+                _ => Ok(Fetched { media_type, digest, bytes }),
+            }
+        })
+        .await
+    }
+
+    /// Whether the registry has this manifest or tag.
+    pub async fn has_manifest(&self, repository: &str, version: &Version) -> Result<bool, WireError> {
+        self.has(format!("{}/v2/{repository}/manifests/{version}", self.base)).await
+    }
+
+    /// Whether the registry has this blob.
+    pub async fn has_blob(&self, repository: &str, digest: Digest) -> Result<bool, WireError> {
+        self.has(self.blob_url(repository, digest)).await
+    }
+
+    async fn has(&self, url: String) -> Result<bool, WireError> {
+        self.retrying(|| async {
+            let answer = self.call(Request::head(&url), no_body()).await?;
+            if answer.status() == StatusCode::NOT_FOUND {
+                return Ok(false);
+            }
+            answer.expect(&[StatusCode::OK]).await.map(|_| true)
+        })
+        .await
+    }
+
+    /// What hangs on a manifest, of one artifact type. Empty where the registry does not know the referrers API.
+    pub async fn referrers(
+        &self,
+        repository: &str,
+        subject: Digest,
+        artifact_type: &str,
+    ) -> Result<Vec<Descriptor>, WireError> {
+        let encoded = artifact_type.replace('+', "%2B").replace('/', "%2F");
+        let mut url = format!("{}/v2/{repository}/referrers/{subject}?artifactType={encoded}", self.base);
+        let mut found = Vec::new();
+        for _ in 0..REFERRER_PAGES_MAX {
+            let (page, next) = match self.retrying(|| self.referrer_page(&url)).await {
+                Err(error) if error.is_not_found() => break,
+                page => page?,
+            };
+            // the filter is the registry's to apply or not
+            found.extend(page.into_iter().filter(|one| one.artifact_type.as_deref() == Some(artifact_type)));
+            match next {
+                Some(next) => url = next,
+                None => break,
+            }
+        }
+        Ok(found)
+    }
+
+    async fn referrer_page(&self, url: &str) -> Result<(Vec<Descriptor>, Option<String>), WireError> {
+        let request = Request::get(url).header(header::ACCEPT, media_type::OCI_INDEX);
+        let answer = self.call(request, no_body()).await?.expect(&[StatusCode::OK]).await?;
+        let next = answer.header(header::LINK).and_then(|link| link.split(['<', '>']).nth(1));
+        let next =
+            next.map(|path| if path.starts_with('/') { format!("{}{path}", self.base) } else { path.into() });
+        let bytes = answer.bytes(MANIFEST_BYTES_MAX as u64).await?;
+        let index: Index = serde_json::from_slice(&bytes)
+            .map_err(|error| WireError::Answer { url: url.into(), reason: error.to_string() })?;
+        Ok((index.manifests, next))
+    }
+
+    /// A whole blob of at most `max` bytes, verified.
+    pub async fn blob(&self, repository: &str, digest: Digest, max: u64) -> Result<Bytes, WireError> {
+        let url = self.blob_url(repository, digest);
+        self.retrying(|| async {
+            let answer = self.following(&url, None).await?.expect(&[StatusCode::OK]).await?;
+            let bytes = answer.bytes(max).await?;
+            match Digest::of(&bytes) == digest {
+                true => Ok(bytes),
+                false => Err(WireError::WrongBytes { url: url.clone(), digest }),
+            }
+        })
+        .await
+    }
+
+    /// A blob as it comes. The stream ends in an error where the bytes do not hash to the digest.
+    pub async fn blob_stream(&self, repository: &str, digest: Digest) -> Result<Blob, WireError> {
+        let url = self.blob_url(repository, digest);
+        let open = || async { self.following(&url, None).await?.expect(&[StatusCode::OK]).await };
+        let answer = self.retrying(open).await?;
+        let len = answer.header(header::CONTENT_LENGTH).and_then(|len| len.parse().ok());
+        let state = (answer.stream(), Some(Hasher::default()), url);
+        let bytes = futures_util::stream::unfold(state, move |(mut stream, hasher, url)| async move {
+            let mut hasher = hasher?;
+            match stream.next().await {
+                Some(Ok(piece)) => {
+                    hasher.update(&piece);
+                    Some((Ok(piece), (stream, Some(hasher), url)))
+                }
+                Some(Err(error)) => Some((Err(error), (stream, None, url))),
+                None if hasher.finish() == digest => None,
+                None => Some((Err(WireError::WrongBytes { url: url.clone(), digest }), (stream, None, url))),
+            }
+        });
+        Ok(Blob { len, bytes: bytes.boxed() })
+    }
+
+    /// Exactly the bytes of `range`. They are not verified: whoever knows what they are opens them.
+    pub async fn blob_range(
+        &self,
+        repository: &str,
+        digest: Digest,
+        range: Range<u64>,
+    ) -> Result<Bytes, WireError> {
+        let url = self.blob_url(repository, digest);
+        let expected = range.end - range.start;
+        self.retrying(|| async {
+            let answer = self.following(&url, Some(&range)).await?;
+            let answer = answer.expect(&[StatusCode::PARTIAL_CONTENT, StatusCode::OK]).await?;
+            let bytes = match answer.status() {
+                StatusCode::PARTIAL_CONTENT => answer.bytes(expected).await?,
+                // the registry ignores ranges: take what is needed and drop the rest
+                _ => self.cut_out(answer, &range).await?,
+            };
+            match bytes.len() as u64 {
+                found if found == expected => Ok(bytes),
+                found => Err(WireError::Length { url: url.clone(), expected, found }),
+            }
+        })
+        .await
+    }
+
+    async fn cut_out(&self, answer: Answer, range: &Range<u64>) -> Result<Bytes, WireError> {
+        let mut position = 0u64;
+        let mut wanted = Vec::new();
+        let mut stream = answer.stream();
+        while let Some(piece) = stream.try_next().await? {
+            let (from, to) = (range.start.max(position), range.end.min(position + piece.len() as u64));
+            if from < to {
+                let inside = |at: u64| usize::try_from(at - position).expect("inside the piece");
+                wanted.extend_from_slice(&piece[inside(from)..inside(to)]);
+            }
+            position += piece.len() as u64;
+            if position >= range.end {
+                break;
+            }
+        }
+        Ok(Bytes::from(wanted))
+    }
+
+    pub(crate) fn blob_url(&self, repository: &str, digest: Digest) -> String {
+        format!("{}/v2/{repository}/blobs/{digest}", self.base)
+    }
+
+    /// A GET that follows redirects to where the bytes really are.
+    async fn following(&self, url: &str, range: Option<&Range<u64>>) -> Result<Answer, WireError> {
+        let mut target: Uri = url
+            .parse()
+            .map_err(|_| WireError::Answer { url: url.into(), reason: "this is not a URL".into() })?;
+        for _ in 0..=REDIRECTS_MAX {
+            let mut request = Request::builder().method(Method::GET).uri(&target);
+            if let Some(range) = range {
+                request = request.header(header::RANGE, format!("bytes={}-{}", range.start, range.end - 1));
+            }
+            let answer = self.call(request, no_body()).await?;
+            if !answer.status().is_redirection() {
+                return Ok(answer);
+            }
+            target = answer.location()?;
+        }
+        Err(WireError::Answer { url: url.into(), reason: "it redirects in circles".into() })
+    }
+
+    /// Sends one request, once.
+    pub(crate) async fn call(
+        &self,
+        request: http::request::Builder,
+        body: RequestBody,
+    ) -> Result<Answer, WireError> {
+        self.http.send(self.request(request, body)?).await
+    }
+
+    /// The same for a request whose body takes long to send, or whose answer takes the registry long to find.
+    pub(crate) async fn upload(
+        &self,
+        request: http::request::Builder,
+        body: RequestBody,
+    ) -> Result<Answer, WireError> {
+        self.http.send_within(self.request(request, body)?, UPLOAD).await
+    }
+
+    fn request(
+        &self,
+        request: http::request::Builder,
+        body: RequestBody,
+    ) -> Result<Request<RequestBody>, WireError> {
+        let request = request.header(header::USER_AGENT, concat!("lamina/", env!("CARGO_PKG_VERSION")));
+        request.body(body).map_err(|error| {
+            let reason = format!("no request can be made of this: {error}");
+            WireError::Answer { url: self.base.clone(), reason }
+        })
+    }
+
+    /// Repeats what may be repeated: after 50 ms, then twice as long each time, with jitter.
+    pub(crate) async fn retrying<T, F>(&self, attempt: impl FnMut() -> F) -> Result<T, WireError>
+    where
+        F: Future<Output = Result<T, WireError>>,
+    {
+        let backoff = ExponentialBuilder::default()
+            .with_min_delay(Duration::from_millis(50))
+            .with_max_delay(Duration::from_secs(2))
+            .with_max_times(self.config.tries.saturating_sub(1))
+            .with_jitter();
+        attempt
+            .retry(backoff)
+            .when(WireError::is_passing)
+            .notify(|error, pause| tracing::debug!(%error, ?pause, "asking again"))
+            .await
+    }
+}
+
+/// Whether a host is this machine itself, by address or by the one name that always is.
+fn is_loopback(host: &str) -> bool {
+    let name = match host.strip_prefix('[') {
+        Some(rest) => rest.split(']').next().unwrap_or_default(),
+        None => host.split(':').next().unwrap_or_default(),
+    };
+    name == "localhost" || name.parse().is_ok_and(|address: std::net::IpAddr| address.is_loopback())
+}

@@ -1,0 +1,106 @@
+//! What goes wrong between two processes.
+
+use std::time::Duration;
+
+use lamina_image::Digest;
+
+/// Why a registry did not answer as hoped. Every message names the URL, and what to do where that is known.
+#[derive(Debug, thiserror::Error)]
+pub enum WireError {
+    /// No connection, or it broke. Another try may help.
+    #[error("{url}: {reason}; is the registry running, and is this its address?")]
+    Unreachable {
+        /// What was asked.
+        url: String,
+        /// What the system said.
+        reason: String,
+    },
+    /// No answer in time. Another try may help.
+    #[error("{url}: no answer within {waited:?}")]
+    Timeout {
+        /// What was asked.
+        url: String,
+        /// How long it was waited.
+        waited: Duration,
+    },
+    /// The registry wants to know who is asking. Another try will not help.
+    #[error("{url}: {status}: {message}; no credential was sent, since none is configured for this registry")]
+    Denied {
+        /// What was asked.
+        url: String,
+        /// 401 or 403.
+        status: u16,
+        /// What the registry said.
+        message: String,
+    },
+    /// The registry does not have it. Another try will not help.
+    #[error("{url}: not found: {message}")]
+    NotFound {
+        /// What was asked.
+        url: String,
+        /// What the registry said.
+        message: String,
+    },
+    /// Any other refusal. Another try may help where the status is 429 or 5xx.
+    #[error("{url}: {status}: {message}")]
+    Status {
+        /// What was asked.
+        url: String,
+        /// The HTTP status.
+        status: u16,
+        /// What the registry said.
+        message: String,
+    },
+    /// The bytes are not those asked for. From another source they may be.
+    #[error(
+        "{url}: the registry sent other bytes than {digest}; something between here and there changes them"
+    )]
+    WrongBytes {
+        /// What was asked.
+        url: String,
+        /// What it must hash to.
+        digest: Digest,
+    },
+    /// More or fewer bytes than were asked for, or than are taken.
+    #[error("{url}: {found} bytes came where {expected} were expected")]
+    Length {
+        /// What was asked.
+        url: String,
+        /// How many bytes were expected; at most, where nobody could know better.
+        expected: u64,
+        /// How many came before it was given up.
+        found: u64,
+    },
+    /// The answer does not mean anything here. Another try will not help.
+    #[error("{url}: the answer makes no sense: {reason}; is this an OCI registry?")]
+    Answer {
+        /// What was asked.
+        url: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Plain HTTP is spoken on loopback, and elsewhere only on demand.
+    #[error(
+        "{0} answers no TLS and is not on loopback; if plain HTTP is what you want there, say --plain-http"
+    )]
+    PlainHttp(String),
+}
+
+impl WireError {
+    /// Whether the same request may succeed if it is sent again.
+    pub fn is_passing(&self) -> bool {
+        match self {
+            Self::Unreachable { .. }
+            | Self::Timeout { .. }
+            | Self::WrongBytes { .. }
+            | Self::Length { .. } => true,
+            Self::Status { status, .. } => *status == 429 || *status >= 500,
+            _ => false,
+        }
+    }
+
+    /// Whether the registry said that it does not have what was asked for.
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, Self::NotFound { .. })
+    }
+}

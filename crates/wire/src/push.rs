@@ -1,0 +1,176 @@
+//! What a push needs: uploads, and the questions about chunks and layers.
+
+use bytes::Bytes;
+use futures_util::stream::BoxStream;
+use http::{Request, StatusCode, header};
+use lamina_chunk::{ChunkId, Frame, PackId, Place};
+use lamina_image::{Digest, MANIFEST_BYTES_MAX};
+use prost::Message;
+
+use crate::http_call::{no_body, stream_body, whole_body};
+use crate::proto::{
+    CONTENT_TYPE, ChunksRequest, ChunksResponse, IDS_PER_REQUEST, LAYERS_PER_REQUEST, LayersRequest,
+    LayersResponse,
+};
+use crate::{Client, Version, WireError};
+
+/// An answer about chunks or layers is at most 1 MiB long: 4,096 × 5 numbers, and as many packs.
+const ANSWER_BYTES_MAX: u64 = 1 << 20;
+
+/// A layer that the registry can rebuild.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KnownLayer {
+    /// The digest that was asked for.
+    pub digest: Digest,
+    /// Its recipe's blob.
+    pub recipe: Digest,
+    /// The sha256 of its plain tar.
+    pub diff_id: Digest,
+    /// The length of its plain tar, in bytes.
+    pub tar_bytes: u64,
+}
+
+impl Client {
+    /// Uploads a blob that is in memory, if the registry does not have it. Two requests.
+    pub async fn push_blob(&self, repository: &str, digest: Digest, bytes: Bytes) -> Result<(), WireError> {
+        self.retrying(|| async {
+            let location = self.begin_upload(repository).await?;
+            let request = Request::put(with_digest(&location, digest))
+                .header(header::CONTENT_LENGTH, bytes.len())
+                .header(header::CONTENT_TYPE, "application/octet-stream");
+            let answer = self.call(request, whole_body(bytes.clone())).await?;
+            answer.expect(&[StatusCode::CREATED]).await.map(drop)
+        })
+        .await
+    }
+
+    /// Uploads a blob of known length as it comes. Not repeated on failure: the stream cannot be read again.
+    pub async fn push_blob_stream(
+        &self,
+        repository: &str,
+        digest: Digest,
+        len: u64,
+        bytes: BoxStream<'static, std::io::Result<Bytes>>,
+    ) -> Result<(), WireError> {
+        let location = self.begin_upload(repository).await?;
+        let request = Request::patch(&location)
+            .header(header::CONTENT_LENGTH, len)
+            .header(header::CONTENT_TYPE, "application/octet-stream");
+        let answer = self.upload(request, stream_body(bytes)).await?;
+        let answer = answer.expect(&[StatusCode::ACCEPTED]).await?;
+        let location = answer.location()?.to_string();
+        let request = Request::put(with_digest(&location, digest)).header(header::CONTENT_LENGTH, 0);
+        self.call(request, no_body()).await?.expect(&[StatusCode::CREATED]).await.map(drop)
+    }
+
+    async fn begin_upload(&self, repository: &str) -> Result<String, WireError> {
+        let url = format!("{}/v2/{repository}/blobs/uploads/", self.base());
+        let request = Request::post(url).header(header::CONTENT_LENGTH, 0);
+        let answer = self.call(request, no_body()).await?.expect(&[StatusCode::ACCEPTED]).await?;
+        Ok(answer.location()?.to_string())
+    }
+
+    /// Puts a manifest under a tag or its digest. May take long: the registry checks what it did not cut itself.
+    pub async fn push_manifest(
+        &self,
+        repository: &str,
+        version: &Version,
+        media_type: &str,
+        bytes: Bytes,
+    ) -> Result<(), WireError> {
+        debug_assert!(bytes.len() <= MANIFEST_BYTES_MAX);
+        let url = format!("{}/v2/{repository}/manifests/{version}", self.base());
+        let request = Request::put(url)
+            .header(header::CONTENT_TYPE, media_type)
+            .header(header::CONTENT_LENGTH, bytes.len());
+        let answer = self.upload(request, whole_body(bytes)).await?;
+        answer.expect(&[StatusCode::CREATED]).await.map(drop)
+    }
+
+    /// Where each of these chunks lies, `None` for those that the registry lacks. One request for 4,096.
+    pub async fn known_chunks(&self, ids: &[ChunkId]) -> Result<Vec<Option<Place>>, WireError> {
+        let mut places = Vec::with_capacity(ids.len());
+        for ids in ids.chunks(IDS_PER_REQUEST) {
+            let ids: Vec<u8> = ids.iter().flat_map(|id| *id.as_bytes()).collect();
+            let count = ids.len() / 32;
+            let answer: ChunksResponse = self.ask("chunks", &ChunksRequest { ids }).await?;
+            let found = read_places(&answer).filter(|found| found.len() == count);
+            let url = format!("{}/lamina/v1/chunks", self.base());
+            places.extend(found.ok_or(WireError::Answer { url, reason: "its places do not add up".into() })?);
+        }
+        Ok(places)
+    }
+
+    /// Those of these layers that the registry can rebuild. One request for 1,000.
+    pub async fn known_layers(&self, digests: &[Digest]) -> Result<Vec<KnownLayer>, WireError> {
+        let mut layers = Vec::new();
+        for digests in digests.chunks(LAYERS_PER_REQUEST) {
+            let digests = digests.iter().map(Digest::to_string).collect();
+            let answer: LayersResponse = self.ask("layers", &LayersRequest { digests }).await?;
+            for layer in answer.layers {
+                let url = format!("{}/lamina/v1/layers", self.base());
+                let wrong =
+                    |_| WireError::Answer { url: url.clone(), reason: "a layer without a digest".into() };
+                layers.push(KnownLayer {
+                    digest: layer.digest.parse().map_err(wrong)?,
+                    recipe: layer.recipe.parse().map_err(wrong)?,
+                    diff_id: layer.diff_id.parse().map_err(wrong)?,
+                    tar_bytes: layer.tar_bytes,
+                });
+            }
+        }
+        Ok(layers)
+    }
+
+    /// What the registry says of an image's conversion, as JSON.
+    pub async fn image_status(&self, repository: &str, manifest: Digest) -> Result<Bytes, WireError> {
+        let url = format!("{}/lamina/v1/{repository}/images/{manifest}", self.base());
+        self.retrying(|| async {
+            let answer = self.call(Request::get(&url), no_body()).await?;
+            answer.expect(&[StatusCode::OK]).await?.bytes(ANSWER_BYTES_MAX).await
+        })
+        .await
+    }
+
+    async fn ask<Q: Message, A: Message + Default>(&self, what: &str, question: &Q) -> Result<A, WireError> {
+        let url = format!("{}/lamina/v1/{what}", self.base());
+        let body = Bytes::from(question.encode_to_vec());
+        let answer = self
+            .retrying(|| async {
+                let request = Request::post(&url)
+                    .header(header::CONTENT_TYPE, CONTENT_TYPE)
+                    .header(header::CONTENT_LENGTH, body.len());
+                let answer = self.call(request, whole_body(body.clone())).await?;
+                answer.expect(&[StatusCode::OK]).await?.bytes(ANSWER_BYTES_MAX).await
+            })
+            .await?;
+        A::decode(answer).map_err(|error| WireError::Answer { url, reason: error.to_string() })
+    }
+}
+
+fn read_places(answer: &ChunksResponse) -> Option<Vec<Option<Place>>> {
+    let (packs, rest) = answer.packs.as_chunks::<32>();
+    let count = answer.pack.len();
+    let lengths = [answer.offset.len(), answer.sealed_len.len(), answer.plain_len.len()];
+    if !rest.is_empty() || lengths.iter().any(|len| *len != count) {
+        return None;
+    }
+    let place = |position: usize| match answer.pack[position] {
+        0 => Some(None),
+        pack => Some(Some(Place {
+            pack: PackId::from_bytes(*packs.get(pack as usize - 1)?),
+            frame: Frame {
+                offset: answer.offset[position],
+                sealed_len: answer.sealed_len[position],
+                plain_len: answer.plain_len[position],
+            },
+        })),
+    };
+    (0..count).map(place).collect()
+}
+
+/// The upload's URL with the digest that finishes it.
+fn with_digest(location: &str, digest: Digest) -> String {
+    let separator = if location.contains('?') { '&' } else { '?' };
+    format!("{location}{separator}digest={digest}")
+}
