@@ -1,1 +1,27 @@
-//! Where a node gets bytes: memory, disk, registry.
+//! Where a node gets bytes: memory, disk, and a source over the network.
+//!
+//! A [`Cache`] holds verified chunks in memory and sealed frames in one bounded directory that every mount of the
+//! process shares, and asks a [`Source`] for what it lacks: once for each chunk however many readers wait, with
+//! neighbours merged into one range, demand before everything else, and a deadline on each request.
+//!
+//! It knows chunks, packs and ranges. It never sees a name, an inode or a manifest, and it hands out plaintext only
+//! as a `Chunk`, which cannot exist without having been verified.
+
+mod cache;
+mod config;
+mod disk;
+mod error;
+mod fetch;
+mod flight;
+mod memory;
+mod metrics;
+mod plan;
+mod source;
+mod writer;
+
+pub use cache::Cache;
+pub use config::{CacheConfig, Class, InFlight};
+pub use error::CacheError;
+pub use fetch::Want;
+pub use metrics::Snapshot;
+pub use source::{Source, SourceError};

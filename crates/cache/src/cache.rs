@@ -1,0 +1,250 @@
+//! The cache: memory, then disk, then a source.
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use lamina_chunk::{Chunk, ChunkId};
+use tokio::runtime::Handle;
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
+
+use crate::disk::Disk;
+use crate::fetch::{self, Leg, Want};
+use crate::flight::{Boarding, Flights, Waiter};
+use crate::memory::Memory;
+use crate::metrics::{Counters, Snapshot, add};
+use crate::writer::WriteBehind;
+use crate::{CacheConfig, CacheError, Class, Source};
+
+/// Where a node gets bytes. One for each process and directory; all mounts share it.
+///
+/// Dropping it writes what is queued (at most `write_behind_bytes`) and gives the directory up.
+pub struct Cache {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// What tasks of the cache share.
+pub(crate) struct Shared {
+    pub(crate) config: CacheConfig,
+    pub(crate) handle: Handle,
+    pub(crate) memory: Memory,
+    pub(crate) flights: Flights,
+    pub(crate) writer: Arc<WriteBehind>,
+    pub(crate) counters: Arc<Counters>,
+    disk: Arc<Disk>,
+    slots: [Arc<Semaphore>; 3],
+}
+
+impl Cache {
+    /// Opens the directory, creating it where it is missing. Fetches will run on `handle`.
+    ///
+    /// *Errors*: [`CacheError::Busy`] if another process owns the directory, [`CacheError::Directory`] if it cannot
+    /// be read and written. A damaged index or segment is repaired, not an error. Blocks: see `disk/open.rs` for what
+    /// it costs.
+    pub fn open(config: CacheConfig, handle: Handle) -> Result<Self, CacheError> {
+        let counters = Arc::new(Counters::default());
+        let disk = Arc::new(Disk::open(&config.directory, config.bytes_max, counters.clone())?);
+        let (writer, thread) =
+            WriteBehind::start(disk.clone(), config.write_behind_bytes, counters.clone()).map_err(
+                |cause| CacheError::Directory { directory: config.directory.clone(), cause: Arc::new(cause) },
+            )?;
+        let in_flight = config.in_flight;
+        let slots = [in_flight.background, in_flight.boot, in_flight.demand]
+            .map(|slots| Arc::new(Semaphore::new(slots.max(1))));
+        let memory = Memory::new(config.memory_bytes);
+        let shared =
+            Shared { config, handle, memory, flights: Flights::default(), writer, counters, disk, slots };
+        Ok(Self { shared: Arc::new(shared), thread: Some(thread) })
+    }
+
+    /// The chunk, if it is in memory. Opens a frame that came along (about 60 µs for 64 KiB), never does I/O.
+    pub fn try_memory(&self, id: ChunkId) -> Option<Chunk> {
+        self.shared.memory.take_out(id, &self.shared.counters)
+    }
+
+    /// The chunk, if it is in memory or on disk. Reads the disk, never the network.
+    pub fn try_local(&self, id: ChunkId) -> Option<Chunk> {
+        self.try_memory(id).or_else(|| {
+            let chunk = self.shared.read_disk(id)?;
+            self.shared.memory.insert(chunk.clone(), None);
+            Some(chunk)
+        })
+    }
+
+    /// Whether the chunk is in memory, on disk, or on its way. An answer for planning: it may be out of date at once.
+    pub fn is_near(&self, id: ChunkId) -> bool {
+        self.shared.memory.contains(id) || self.shared.flights.contains(id) || self.shared.on_disk(id)
+    }
+
+    /// The chunks of `wants`, in order, from wherever they are nearest. `neighbours` are asked for in the same
+    /// requests where they lie near, and kept, but not waited for.
+    ///
+    /// One request for each chunk however many readers, and requests go on when this future is dropped. *Errors*: the
+    /// first that any of them had; the rest is still fetched. Never waits longer than the deadline.
+    pub async fn fetch(
+        &self,
+        source: &Arc<dyn Source>,
+        wants: &[Want],
+        neighbours: &[Want],
+        class: Class,
+    ) -> Result<Vec<Chunk>, CacheError> {
+        let begun = Instant::now();
+        let seats = self.shared.board(source, wants, neighbours, class);
+        let deadline = self.shared.config.deadline;
+        let mut chunks = Vec::with_capacity(wants.len());
+        for (seat, want) in seats.into_iter().zip(wants) {
+            let waiter = match seat {
+                Seat::Here(chunk) => {
+                    chunks.push(chunk);
+                    continue;
+                }
+                Seat::Waiting(waiter) => waiter,
+            };
+            let left = deadline.saturating_sub(begun.elapsed());
+            let landed = timeout(left, self.landed(waiter, source, want, class)).await;
+            chunks.push(landed.map_err(|_| CacheError::Deadline { id: want.id, waited: deadline })??);
+            if class == Class::Demand {
+                self.shared.waited(begun);
+            }
+        }
+        Ok(chunks)
+    }
+
+    /// Begins to fetch `wants` and returns at once. Chunks that are near already are left where they are.
+    pub fn prefetch(&self, source: &Arc<dyn Source>, wants: &[Want], class: Class) {
+        let near = |id| self.shared.memory.contains(id) || self.shared.on_disk(id);
+        let far: Vec<Want> = wants.iter().filter(|want| !near(want.id)).copied().collect();
+        drop(self.shared.board(source, &far, &[], class));
+    }
+
+    /// The counters now.
+    pub fn snapshot(&self) -> Snapshot {
+        self.shared.counters.snapshot()
+    }
+
+    /// Waits until what was fetched so far is on disk. Blocks.
+    pub fn flush(&self) {
+        self.shared.writer.flush();
+    }
+
+    /// Waits for a chunk. If another source's fetch of it failed, tries once with this one.
+    async fn landed(
+        &self,
+        mut waiter: Waiter,
+        source: &Arc<dyn Source>,
+        want: &Want,
+        class: Class,
+    ) -> Result<Chunk, CacheError> {
+        let first = waiter.landed().await;
+        if first.is_ok() || Arc::ptr_eq(&waiter.flight.source, source) {
+            return first;
+        }
+        match self.shared.board(source, std::slice::from_ref(want), &[], class).pop() {
+            Some(Seat::Here(chunk)) => Ok(chunk),
+            Some(Seat::Waiting(mut waiter)) => waiter.landed().await,
+            None => first,
+        }
+    }
+}
+
+impl Drop for Cache {
+    fn drop(&mut self) {
+        self.shared.writer.close();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+        self.shared.disk.close();
+    }
+}
+
+/// A chunk asked for: here, or waited for.
+enum Seat {
+    Here(Chunk),
+    Waiting(Waiter),
+}
+
+impl Shared {
+    /// The slots of a class.
+    pub(crate) fn slots(&self, class: Class) -> &Arc<Semaphore> {
+        match class {
+            Class::Background => &self.slots[0],
+            Class::Boot => &self.slots[1],
+            Class::Demand => &self.slots[2],
+        }
+    }
+
+    /// Whether the chunk's frame is on disk or on its way there.
+    pub(crate) fn on_disk(&self, id: ChunkId) -> bool {
+        self.writer.read(id).is_some() || self.disk.contains(id)
+    }
+
+    /// Reads and opens a frame from disk. One that does not verify is forgotten and counted.
+    pub(crate) fn read_disk(&self, id: ChunkId) -> Option<Chunk> {
+        let sealed = self.writer.read(id).or_else(|| self.disk.read(id))?;
+        let Ok(chunk) = sealed.open(id) else {
+            add(&self.counters.verify_failures, 1);
+            self.writer.forget(id);
+            self.disk.forget(id);
+            return None;
+        };
+        add(&self.counters.disk_chunks, 1);
+        add(&self.counters.disk_bytes, chunk.bytes().len());
+        Some(chunk)
+    }
+
+    /// Finds, joins or begins the flight of each chunk, and starts those that are new.
+    fn board(
+        self: &Arc<Self>,
+        source: &Arc<dyn Source>,
+        wants: &[Want],
+        neighbours: &[Want],
+        class: Class,
+    ) -> Vec<Seat> {
+        let (mut seats, mut fresh, mut urged) = (Vec::with_capacity(wants.len()), Vec::new(), Vec::new());
+        let demand = class == Class::Demand;
+        for &want in wants {
+            let take = || self.memory.take_out(want.id, &self.counters);
+            let waiter = match self.flights.board(want.id, source, take) {
+                Boarding::Here(chunk) => {
+                    seats.push(Seat::Here(chunk));
+                    continue;
+                }
+                Boarding::Joined(waiter) => {
+                    add(&self.counters.joined, 1);
+                    if demand && waiter.flight.urge() {
+                        urged.push(Leg { want, flight: waiter.flight.clone(), needed: true });
+                    }
+                    waiter
+                }
+                Boarding::Fresh(waiter) => {
+                    if demand {
+                        waiter.flight.urge();
+                    }
+                    fresh.push(Leg { want, flight: waiter.flight.clone(), needed: true });
+                    waiter
+                }
+            };
+            seats.push(Seat::Waiting(waiter));
+        }
+        for &want in neighbours {
+            if self.memory.contains(want.id) || self.on_disk(want.id) {
+                continue;
+            }
+            if let Boarding::Fresh(waiter) = self.flights.board(want.id, source, || None) {
+                fresh.push(Leg { want, flight: waiter.flight, needed: false });
+            }
+        }
+        fetch::start(self, fresh, class);
+        fetch::start(self, urged, Class::Demand);
+        seats
+    }
+
+    fn waited(&self, since: Instant) {
+        let us = usize::try_from(since.elapsed().as_micros()).unwrap_or(usize::MAX);
+        add(&self.counters.waits, 1);
+        add(&self.counters.wait_us_total, us);
+        self.counters.wait_us_max.fetch_max(us as u64, std::sync::atomic::Ordering::Relaxed);
+    }
+}

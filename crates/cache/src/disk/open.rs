@@ -1,0 +1,146 @@
+//! Opening the directory: the lock, the index, and what a crash left.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use lamina_chunk::ChunkId;
+use parking_lot::{Mutex, RwLock};
+use rustix::fs::FlockOperation;
+use tracing::{info, warn};
+
+use super::index::{BATCH_MAX, Index, Location};
+use super::segment::{self, RecordHeader, SEGMENT_HEADER_BYTES, Segment};
+use super::{Disk, Writing, segment_path};
+use crate::CacheError;
+use crate::metrics::{Counters, add};
+
+/// A segment is this part of the cap, so that evicting one loses little,
+const SEGMENTS_PER_CAP: u64 = 64;
+/// but not so small that there are too many files open,
+const SEGMENT_BYTES_MIN: u64 = 256 << 10;
+/// nor so large that offsets overflow.
+const SEGMENT_BYTES_MAX: u64 = 2 << 30;
+
+impl Disk {
+    /// Takes the directory over: locks it, cuts what a crash left torn, brings the index up to date, and evicts until
+    /// the cap holds.
+    ///
+    /// Cost: with a good index a `stat` a segment; else one small read for each record that is not indexed.
+    pub(crate) fn open(
+        directory: &Path,
+        bytes_max: u64,
+        counters: Arc<Counters>,
+    ) -> Result<Self, CacheError> {
+        let failed =
+            |cause| CacheError::Directory { directory: directory.to_owned(), cause: Arc::new(cause) };
+        let segments_directory = directory.join("segments");
+        fs::create_dir_all(&segments_directory).map_err(failed)?;
+        let lock = lock(directory)?;
+        let index = Index::open(&directory.join("index")).unwrap_or_else(|error| {
+            warn!(%error, "no index can be made; the cache works without its disk");
+            add(&counters.disk_failures, 1);
+            Index::none()
+        });
+        let disk = Self {
+            segments_directory,
+            bytes_max,
+            segment_bytes: (bytes_max / SEGMENTS_PER_CAP).clamp(SEGMENT_BYTES_MIN, SEGMENT_BYTES_MAX),
+            index,
+            segments: RwLock::default(),
+            writer: Mutex::new(Writing { active: None, next: 1, unindexed: Vec::new() }),
+            clock: AtomicU64::new(1),
+            counters,
+            lock,
+        };
+        for number in disk.numbers().map_err(failed)? {
+            disk.adopt(number).map_err(failed)?;
+        }
+        while disk.counters.disk_used_bytes.load(Ordering::Relaxed) > bytes_max {
+            let Some(number) = disk.coldest(None) else { break };
+            disk.evict(number);
+        }
+        disk.resume();
+        Ok(disk)
+    }
+
+    /// The numbers of the segments in the directory, ascending.
+    fn numbers(&self) -> io::Result<Vec<u32>> {
+        let mut numbers = Vec::new();
+        for entry in fs::read_dir(&self.segments_directory)? {
+            let name = entry?.file_name();
+            let number = name.to_str().and_then(|name| name.strip_suffix(".segment"));
+            numbers.extend(number.and_then(|digits| u32::from_str_radix(digits, 16).ok()));
+        }
+        numbers.sort_unstable();
+        Ok(numbers)
+    }
+
+    /// Takes one segment in. One that is none is removed.
+    fn adopt(&self, number: u32) -> io::Result<()> {
+        let path = segment_path(&self.segments_directory, number);
+        let file = File::options().read(true).write(true).open(&path)?;
+        let len = file.metadata()?.len();
+        self.writer.lock().next = number.saturating_add(1);
+        if !segment::begins(&file) || len > u64::from(u32::MAX) {
+            info!(path = %path.display(), "removing a file that is no segment");
+            return fs::remove_file(&path);
+        }
+        let indexed = self.index.indexed(number).unwrap_or_default();
+        let from = indexed.filter(|indexed| (SEGMENT_HEADER_BYTES..=len).contains(indexed));
+        let (records, end) = segment::scan(&file, from.unwrap_or(SEGMENT_HEADER_BYTES), len);
+        if end < len {
+            info!(path = %path.display(), bytes = len - end, "cutting the torn end of a segment");
+            file.set_len(end)?;
+        }
+        let records: Vec<_> =
+            records.iter().map(|&(offset, record)| located(number, offset, record)).collect();
+        for batch in records.chunks(BATCH_MAX - 1) {
+            self.count(self.index.add(batch, number, end));
+        }
+        let segment = Segment { file, len: AtomicU64::new(end), used_at: AtomicU64::new(self.tick()) };
+        self.segments.write().insert(number, Arc::new(segment));
+        self.counters.disk_used_bytes.fetch_add(end, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Goes on with the newest segment while it is not full.
+    fn resume(&self) {
+        let segments = self.segments.read();
+        let newest = segments.iter().max_by_key(|(number, _)| **number);
+        if let Some((number, segment)) = newest
+            && segment.len.load(Ordering::Relaxed) < self.segment_bytes
+        {
+            self.writer.lock().active = Some((*number, segment.clone()));
+        }
+    }
+}
+
+fn located(segment: u32, offset: u64, record: RecordHeader) -> (ChunkId, Location) {
+    let offset = u32::try_from(offset).expect("adopted segments stay below 4 GiB");
+    let RecordHeader { id, sealed_len, plain_len } = record;
+    (id, Location { segment, offset, sealed_len, plain_len })
+}
+
+/// Makes this process the owner of the directory.
+fn lock(directory: &Path) -> Result<File, CacheError> {
+    let failed = |cause| CacheError::Directory { directory: directory.to_owned(), cause: Arc::new(cause) };
+    let path = directory.join("lock");
+    let mut file =
+        File::options().read(true).write(true).create(true).truncate(false).open(&path).map_err(failed)?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            let mut pid = String::new();
+            let known = file.read_to_string(&mut pid).is_ok() && !pid.trim().is_empty();
+            let pid = known.then(|| pid.trim().to_owned());
+            return Err(CacheError::Busy { directory: directory.to_owned(), pid });
+        }
+        Err(error) => return Err(failed(error.into())),
+    }
+    // a full disk must not keep the cache from opening: the pid is for people
+    let _ = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
+    Ok(file)
+}

@@ -1,0 +1,53 @@
+//! What a caller of the cache has to decide about.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use lamina_chunk::ChunkId;
+
+use crate::SourceError;
+
+/// Why a cache cannot be opened, or a chunk not be had.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum CacheError {
+    /// Another process owns the directory. Use another directory, or that process.
+    #[error("cache directory {directory:?} is in use by process {pid}", pid = pid.as_deref().unwrap_or("(unknown)"))]
+    Busy {
+        /// The directory.
+        directory: PathBuf,
+        /// The owner's process id, if it wrote it down.
+        pid: Option<String>,
+    },
+    /// The directory cannot be used at all.
+    #[error("cache directory {directory:?} cannot be used: {cause}")]
+    Directory {
+        /// The directory.
+        directory: PathBuf,
+        /// What the system said.
+        cause: Arc<io::Error>,
+    },
+    /// The source failed. Its own error says whether retrying can help.
+    #[error("chunk {id} not fetched: {cause}")]
+    Source {
+        /// The chunk.
+        id: ChunkId,
+        /// The source's error.
+        cause: SourceError,
+    },
+    /// No answer before the deadline. Retrying may help.
+    #[error("chunk {id} not fetched within {waited:?}")]
+    Deadline {
+        /// The chunk.
+        id: ChunkId,
+        /// How long was waited.
+        waited: Duration,
+    },
+    /// The source sent other bytes than the chunk, twice. Retrying helps only if the source changes.
+    #[error("the source sends wrong bytes for chunk {0}")]
+    Damaged(ChunkId),
+    /// The process is stopping.
+    #[error("chunk {0} not fetched: the cache is closing")]
+    Stopped(ChunkId),
+}

@@ -1,0 +1,298 @@
+//! Bringing in what is not in memory: from disk, else from a source.
+//!
+//! Every fetch runs as a task of its own, so a reader that goes away takes nothing from the others. A job is one range
+//! of one pack; it takes its chunks on only once it has a slot, so a chunk that somebody waits for leaves a job that
+//! still queues and goes ahead with the demand class.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use lamina_chunk::{Chunk, ChunkId, Frame, PackId, Place, Sealed};
+use tokio::time::timeout;
+
+use crate::cache::Shared;
+use crate::flight::Flight;
+use crate::metrics::add;
+use crate::plan::{Bounds, runs, span};
+use crate::{CacheError, Class};
+
+/// A chunk that is wanted, and where its frame lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Want {
+    /// The chunk.
+    pub id: ChunkId,
+    /// Its frame.
+    pub place: Place,
+}
+
+/// Frames of at most this much plaintext are opened where they arrive (two of the average size: 140 µs); more go to
+/// the blocking pool, where they do not hold up other tasks.
+const OPEN_INLINE_BYTES: usize = 128 << 10;
+
+/// One chunk of a job.
+#[derive(Clone)]
+pub(crate) struct Leg {
+    pub(crate) want: Want,
+    pub(crate) flight: Arc<Flight>,
+    /// Whether it was asked for, or only came along.
+    pub(crate) needed: bool,
+}
+
+impl Leg {
+    fn frame(&self) -> Frame {
+        self.want.place.frame
+    }
+}
+
+/// Legs that are fetched as one range of one pack, sorted by offset.
+struct Job {
+    pack: PackId,
+    legs: Vec<Leg>,
+}
+
+/// Claimed legs. Those that have not landed when it is dropped land as stopped, so that nobody waits for ever.
+struct Claimed {
+    shared: Arc<Shared>,
+    legs: Vec<Leg>,
+}
+
+impl Drop for Claimed {
+    fn drop(&mut self) {
+        for leg in &self.legs {
+            self.shared.flights.land(&leg.flight, Err(CacheError::Stopped(leg.want.id)));
+        }
+    }
+}
+
+/// Starts fetching `legs`: those on disk from there, the rest from the source.
+pub(crate) fn start(shared: &Arc<Shared>, legs: Vec<Leg>, class: Class) {
+    let (local, remote): (Vec<Leg>, Vec<Leg>) = legs.into_iter().partition(|leg| shared.on_disk(leg.want.id));
+    if !local.is_empty() {
+        let handle = shared.clone();
+        shared.handle.spawn_blocking(move || from_disk(&handle, local, class));
+    }
+    from_source(shared, remote, class);
+}
+
+/// Reads and opens frames; what is damaged goes on to the source.
+fn from_disk(shared: &Arc<Shared>, legs: Vec<Leg>, class: Class) {
+    let mut missing = Vec::new();
+    for leg in legs {
+        match shared.read_disk(leg.want.id) {
+            Some(chunk) => {
+                if leg.flight.claim() {
+                    let ahead = (class != Class::Demand).then_some(leg.frame().sealed_len as usize);
+                    shared.memory.insert(chunk.clone(), ahead);
+                    shared.flights.land(&leg.flight, Ok(chunk));
+                }
+            }
+            None => missing.push(leg),
+        }
+    }
+    from_source(shared, missing, class);
+}
+
+/// Plans the ranges and starts a task for each.
+fn from_source(shared: &Arc<Shared>, mut legs: Vec<Leg>, class: Class) {
+    legs.sort_by_key(|leg| (*leg.want.place.pack.as_bytes(), leg.frame().offset));
+    let bounds = Bounds { gap: shared.config.gap_bytes_max, range: shared.config.range_bytes_max };
+    for of_pack in legs.chunk_by(|a, b| a.want.place.pack == b.want.place.pack) {
+        let frames: Vec<Frame> = of_pack.iter().map(Leg::frame).collect();
+        for run in runs(&frames, bounds) {
+            let job = Job { pack: of_pack[0].want.place.pack, legs: of_pack[run].to_vec() };
+            shared.handle.spawn(fly(shared.clone(), job, class));
+        }
+    }
+}
+
+/// Waits for a slot, fetches, opens, delivers.
+async fn fly(shared: Arc<Shared>, job: Job, class: Class) {
+    // the semaphores live as long as the cache and are never closed
+    let Ok(slot) = shared.slots(class).clone().acquire_owned().await else { return };
+    let legs: Vec<Leg> = job.legs.into_iter().filter(|leg| leg.flight.claim()).collect();
+    if legs.is_empty() {
+        return;
+    }
+    let mut claimed = Claimed { shared: shared.clone(), legs };
+    let frames: Vec<Frame> = claimed.legs.iter().map(Leg::frame).collect();
+    let range = span(&frames);
+    let body = match shared.request(&claimed.legs[0], job.pack, range.clone(), class).await {
+        Ok(body) => body,
+        Err(error) => {
+            for leg in claimed.legs.drain(..) {
+                shared.flights.land(&leg.flight, Err(error.of(leg.want.id)));
+            }
+            return;
+        }
+    };
+    let wanted: usize = frames.iter().map(|frame| frame.sealed_len as usize).sum();
+    add(&shared.counters.source_gap_bytes, body.len().saturating_sub(wanted));
+    let mut damaged = deliver(&mut claimed, &body, range.start, class).await;
+    drop(body);
+    for leg in damaged.drain(..) {
+        again(&shared, &leg, class).await;
+        claimed.legs.retain(|other| other.want.id != leg.want.id);
+    }
+    drop(slot);
+}
+
+/// Opens and lands what arrived, the needed first, and gives it to the disk. Returns what did not verify, which stays
+/// claimed.
+async fn deliver(claimed: &mut Claimed, body: &Bytes, start: u64, class: Class) -> Vec<Leg> {
+    let shared = claimed.shared.clone();
+    let mut opening = Vec::new();
+    let mut keep = Vec::new();
+    for leg in std::mem::take(&mut claimed.legs) {
+        let sealed = cut_out(body, start, leg.frame());
+        let ahead = !leg.needed;
+        if ahead {
+            let sealed_too = sealed.clone();
+            let id = leg.want.id;
+            if shared.flights.land_unwatched(&leg.flight, || shared.memory.insert_sealed(id, sealed_too)) {
+                shared.count_fetched(&sealed, true);
+                keep.push((id, sealed));
+                continue;
+            }
+        }
+        opening.push((leg, sealed));
+    }
+    claimed.legs = opening.iter().map(|(leg, _)| leg.clone()).collect();
+    let plain: usize = opening.iter().map(|(leg, _)| leg.frame().plain_len as usize).sum();
+    let opened = if plain <= OPEN_INLINE_BYTES {
+        open_all(&shared, opening, class)
+    } else {
+        let opener = shared.clone();
+        let opened = shared.handle.spawn_blocking(move || open_all(&opener, opening, class)).await;
+        // stopping: what has not landed stays claimed, and lands as stopped
+        let Ok(opened) = opened else { return Vec::new() };
+        opened
+    };
+    claimed.legs.retain(|leg| opened.damaged.iter().any(|other| other.want.id == leg.want.id));
+    keep.extend(opened.good);
+    for (id, sealed) in keep {
+        match class {
+            Class::Demand => shared.writer.push(id, sealed),
+            Class::Boot | Class::Background => shared.writer.push_when_room(id, sealed).await,
+        }
+    }
+    opened.damaged
+}
+
+#[derive(Default)]
+struct Opened {
+    /// To be kept on disk as soon as there is room.
+    good: Vec<(ChunkId, Sealed)>,
+    damaged: Vec<Leg>,
+}
+
+/// Opens frames and lands each as soon as it is open.
+fn open_all(shared: &Shared, frames: Vec<(Leg, Sealed)>, class: Class) -> Opened {
+    let mut opened = Opened::default();
+    for (leg, sealed) in frames {
+        match sealed.open(leg.want.id) {
+            Ok(chunk) => {
+                shared.arrived(&leg, chunk, &sealed, class);
+                if class != Class::Demand {
+                    opened.good.push((leg.want.id, sealed));
+                }
+            }
+            Err(_) => {
+                add(&shared.counters.verify_failures, 1);
+                opened.damaged.push(leg);
+            }
+        }
+    }
+    opened
+}
+
+/// Fetches one damaged frame once more, alone; after that it is an error.
+async fn again(shared: &Arc<Shared>, leg: &Leg, class: Class) {
+    let id = leg.want.id;
+    let range = span(&[leg.frame()]);
+    let outcome = match shared.request(leg, leg.want.place.pack, range.clone(), class).await {
+        Ok(body) => {
+            let sealed = cut_out(&body, range.start, leg.frame());
+            sealed.open(id).map(|chunk| (chunk, sealed)).map_err(|_| {
+                add(&shared.counters.verify_failures, 1);
+                CacheError::Damaged(id)
+            })
+        }
+        Err(error) => Err(error.of(id)),
+    };
+    match outcome {
+        Ok((chunk, sealed)) => {
+            shared.arrived(leg, chunk, &sealed, Class::Demand);
+        }
+        Err(error) => shared.flights.land(&leg.flight, Err(error)),
+    }
+}
+
+/// The frame's bytes, copied so that they do not keep the whole answer in memory. An answer that is too short gives an
+/// empty frame, which does not open.
+fn cut_out(body: &Bytes, start: u64, frame: Frame) -> Sealed {
+    let from = usize::try_from(u64::from(frame.offset) - start).unwrap_or(usize::MAX);
+    let to = from.saturating_add(frame.sealed_len as usize);
+    let bytes = body.get(from..to).map(Bytes::copy_from_slice).unwrap_or_default();
+    Sealed::new(bytes, frame.plain_len as usize)
+}
+
+/// An error of a request, before it is told to each chunk.
+pub(crate) enum RequestError {
+    Source(crate::SourceError),
+    Deadline(std::time::Duration),
+}
+
+impl RequestError {
+    fn of(&self, id: ChunkId) -> CacheError {
+        match self {
+            Self::Source(cause) => CacheError::Source { id, cause: cause.clone() },
+            Self::Deadline(waited) => CacheError::Deadline { id, waited: *waited },
+        }
+    }
+}
+
+impl Shared {
+    /// One request, with the deadline.
+    async fn request(
+        &self,
+        leg: &Leg,
+        pack: PackId,
+        range: Range<u64>,
+        class: Class,
+    ) -> Result<Bytes, RequestError> {
+        add(&self.counters.source_requests, 1);
+        let deadline = self.config.deadline;
+        let answer = timeout(deadline, leg.flight.source.fetch(pack, range, class)).await;
+        let result = match answer {
+            Ok(Ok(body)) => {
+                add(&self.counters.source_bytes, body.len());
+                return Ok(body);
+            }
+            Ok(Err(cause)) => RequestError::Source(cause),
+            Err(_) => RequestError::Deadline(deadline),
+        };
+        add(&self.counters.source_failures, 1);
+        Err(result)
+    }
+
+    /// Keeps a chunk that was fetched and tells whoever waits.
+    fn arrived(&self, leg: &Leg, chunk: Chunk, sealed: &Sealed, class: Class) {
+        let ahead = class != Class::Demand || !leg.needed;
+        self.count_fetched(sealed, ahead);
+        self.memory.insert(chunk.clone(), ahead.then_some(sealed.bytes().len()));
+        if class == Class::Demand {
+            // before the reader goes on, so that what was read once is kept however soon the process ends
+            self.writer.push(leg.want.id, sealed.clone());
+        }
+        self.flights.land(&leg.flight, Ok(chunk));
+    }
+
+    fn count_fetched(&self, sealed: &Sealed, ahead: bool) {
+        add(&self.counters.source_chunks, 1);
+        if ahead {
+            add(&self.counters.ahead_chunks, 1);
+            add(&self.counters.ahead_bytes, sealed.bytes().len());
+        }
+    }
+}

@@ -1,0 +1,49 @@
+//! The seam to the network.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use lamina_chunk::PackId;
+
+use crate::Class;
+
+/// Serves byte ranges of packs. Retries belong inside; the deadline belongs to the cache, which drops the future when
+/// it has passed. What comes back is not trusted.
+pub trait Source: Send + Sync {
+    /// The bytes `range` of `pack`, all of them.
+    fn fetch(
+        &self,
+        pack: PackId,
+        range: Range<u64>,
+        class: Class,
+    ) -> BoxFuture<'_, Result<Bytes, SourceError>>;
+}
+
+/// What went wrong at the other end.
+type Cause = Arc<dyn std::error::Error + Send + Sync>;
+
+/// Why a source gave no bytes.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum SourceError {
+    /// It answers, and does not have the pack. Asking again will not help.
+    #[error("the source does not have pack {0}")]
+    Missing(PackId),
+    /// It answers, and refuses: credentials, or a request that it does not take.
+    #[error("the source refuses pack {pack}: {cause}")]
+    Refused {
+        /// The pack.
+        pack: PackId,
+        /// Its answer.
+        cause: Cause,
+    },
+    /// It does not answer, or breaks off. Asking again may help.
+    #[error("pack {pack} cannot be reached: {cause}")]
+    Unreachable {
+        /// The pack.
+        pack: PackId,
+        /// What happened.
+        cause: Cause,
+    },
+}

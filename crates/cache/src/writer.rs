@@ -1,0 +1,148 @@
+//! Writing behind: frames queue up, bounded in bytes, and one thread appends them to the disk. No reader ever waits
+//! for it.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use lamina_chunk::{ChunkId, Sealed};
+use parking_lot::{Condvar, Mutex};
+use tokio::sync::Notify;
+
+use crate::disk::Disk;
+use crate::metrics::{Counters, add};
+
+/// Frames appended at once.
+const BATCH_FRAMES: usize = 64;
+/// Readahead waits this long for room before it gives a frame up: a disk that is stuck must not stop it for good.
+const ROOM_DEADLINE: Duration = Duration::from_secs(1);
+
+#[derive(Default)]
+struct Queue {
+    order: VecDeque<ChunkId>,
+    frames: HashMap<ChunkId, Sealed>,
+    bytes: usize,
+    closed: bool,
+}
+
+/// The queue, as everybody but the thread sees it.
+pub(crate) struct WriteBehind {
+    queue: Mutex<Queue>,
+    changed: Condvar,
+    room: Notify,
+    bytes_max: usize,
+    counters: Arc<Counters>,
+}
+
+impl WriteBehind {
+    /// Starts the thread.
+    pub(crate) fn start(
+        disk: Arc<Disk>,
+        bytes_max: usize,
+        counters: Arc<Counters>,
+    ) -> std::io::Result<(Arc<Self>, JoinHandle<()>)> {
+        let (changed, room) = (Condvar::new(), Notify::new());
+        let this = Arc::new(Self { queue: Mutex::default(), changed, room, bytes_max, counters });
+        let writer = this.clone();
+        let thread =
+            std::thread::Builder::new().name("lamina-cache".to_owned()).spawn(move || writer.run(&disk))?;
+        Ok((this, thread))
+    }
+
+    /// A frame that is on its way to the disk.
+    pub(crate) fn read(&self, id: ChunkId) -> Option<Sealed> {
+        self.queue.lock().frames.get(&id).cloned()
+    }
+
+    /// Forgets a frame that did not verify.
+    pub(crate) fn forget(&self, id: ChunkId) {
+        let mut queue = self.queue.lock();
+        if let Some(sealed) = queue.frames.remove(&id) {
+            queue.bytes -= sealed.bytes().len();
+        }
+    }
+
+    /// Queues a frame, or drops it where there is no room.
+    pub(crate) fn push(&self, id: ChunkId, sealed: Sealed) {
+        if !self.try_push(id, &sealed) {
+            add(&self.counters.write_dropped, 1);
+        }
+    }
+
+    /// Queues a frame, waiting a while for room.
+    pub(crate) async fn push_when_room(&self, id: ChunkId, sealed: Sealed) {
+        let pushed = tokio::time::timeout(ROOM_DEADLINE, async {
+            loop {
+                let room = self.room.notified();
+                if self.try_push(id, &sealed) {
+                    return;
+                }
+                room.await;
+            }
+        });
+        if pushed.await.is_err() {
+            add(&self.counters.write_dropped, 1);
+        }
+    }
+
+    /// Waits until everything queued so far is on disk. Blocks.
+    pub(crate) fn flush(&self) {
+        let mut queue = self.queue.lock();
+        while !(queue.order.is_empty() && queue.frames.is_empty()) {
+            self.changed.wait(&mut queue);
+        }
+    }
+
+    /// Tells the thread to write what is queued and end.
+    pub(crate) fn close(&self) {
+        self.queue.lock().closed = true;
+        self.changed.notify_all();
+    }
+
+    fn try_push(&self, id: ChunkId, sealed: &Sealed) -> bool {
+        let mut queue = self.queue.lock();
+        if queue.closed || queue.frames.contains_key(&id) {
+            return true;
+        }
+        let bytes = sealed.bytes().len();
+        if queue.bytes + bytes > self.bytes_max {
+            return false;
+        }
+        queue.bytes += bytes;
+        queue.order.push_back(id);
+        queue.frames.insert(id, sealed.clone());
+        drop(queue);
+        self.changed.notify_all();
+        true
+    }
+
+    fn run(&self, disk: &Disk) {
+        loop {
+            let mut batch = Vec::with_capacity(BATCH_FRAMES);
+            {
+                let mut queue = self.queue.lock();
+                while queue.order.is_empty() && !queue.closed {
+                    self.changed.wait(&mut queue);
+                }
+                if queue.order.is_empty() {
+                    return;
+                }
+                while batch.len() < BATCH_FRAMES {
+                    let Some(id) = queue.order.pop_front() else { break };
+                    batch.extend(queue.frames.get(&id).map(|sealed| (id, sealed.clone())));
+                }
+            }
+            disk.append(&batch);
+            let mut queue = self.queue.lock();
+            for (id, _) in &batch {
+                if let Some(sealed) = queue.frames.remove(id) {
+                    queue.bytes -= sealed.bytes().len();
+                }
+            }
+            drop(queue);
+            self.room.notify_waiters();
+            self.changed.notify_all();
+        }
+    }
+}
