@@ -1,1 +1,14 @@
-//! Fixtures, the shaped link, fault wrappers; for tests and benches only.
+//! What tests and benches stand on, and nothing that ships.
+//!
+//! - [`image`]: container images described in code, written as OCI layouts;
+//! - [`link`]: two network namespaces with a link of a set rate and delay between them;
+//! - [`compare`]: every difference between two directory trees;
+//! - [`process`] and [`mounts`]: children and mounts that do not outlive their test.
+//!
+//! Everything that touches a kernel needs root. Nothing here uses a network but the one it made.
+
+pub mod compare;
+pub mod image;
+pub mod link;
+pub mod mounts;
+pub mod process;
