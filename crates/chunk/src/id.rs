@@ -7,6 +7,10 @@ use std::str::FromStr;
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ChunkId([u8; 32]);
 
+/// A frame's name: the BLAKE3 hash of its plaintext, one chunk or several. A frame of one chunk has that chunk's
+/// name.
+pub type FrameId = ChunkId;
+
 impl ChunkId {
     /// The name of `plaintext`.
     pub fn of(plaintext: &[u8]) -> Self {

@@ -1,6 +1,8 @@
-//! Where a sealed chunk lies.
+//! Where frames and chunks lie.
 
 use std::fmt;
+
+use crate::{CHUNK_BYTES_MAX, FrameId, PACK_BYTES_MAX};
 
 /// A pack's name: the sha256 of its bytes, so that any OCI registry can serve it as the blob `sha256:…`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -31,7 +33,7 @@ impl fmt::Debug for PackId {
     }
 }
 
-/// Where the frame of one chunk lies. A place is a claim until the frame read from it has been opened.
+/// Where a frame lies. A place is a claim until the frame read from it has been opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
     /// The pack.
@@ -40,7 +42,7 @@ pub struct Place {
     pub frame: Frame,
 }
 
-/// The frame of one chunk inside a pack. All in bytes.
+/// A frame inside a pack. All in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Frame {
     /// From the beginning of the pack to the first byte.
@@ -55,5 +57,36 @@ impl Frame {
     /// The first byte after the frame.
     pub fn end(&self) -> u64 {
         u64::from(self.offset) + u64::from(self.sealed_len)
+    }
+
+    /// Whether the lengths can belong to any frame: neither empty nor over the limits of frame and pack, and not
+    /// longer sealed than plain.
+    pub fn is_possible(&self) -> bool {
+        self.sealed_len > 0
+            && self.sealed_len <= self.plain_len
+            && self.plain_len as usize <= CHUNK_BYTES_MAX
+            && self.end() <= PACK_BYTES_MAX as u64
+    }
+}
+
+/// Where a chunk's plaintext is: in a frame, which may hold neighbours too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ChunkPlace {
+    /// The BLAKE3 hash of the frame's whole plaintext. A chunk alone in its frame has the same name.
+    pub frame_id: FrameId,
+    /// Where the frame lies.
+    pub place: Place,
+    /// Bytes of the frame's plaintext before the chunk.
+    pub skip: u32,
+    /// The chunk's length in bytes.
+    pub len: u32,
+}
+
+impl ChunkPlace {
+    /// Whether the lengths can belong to any frame and chunk: what comes from outside is asked this first.
+    pub fn is_possible(&self) -> bool {
+        self.place.frame.is_possible()
+            && self.len > 0
+            && u64::from(self.skip) + u64::from(self.len) <= u64::from(self.place.frame.plain_len)
     }
 }

@@ -4,7 +4,7 @@ use bytes::Bytes;
 
 use crate::{CHUNK_BYTES_MAX, ChunkId};
 
-/// A chunk's plaintext, 1 byte to 256 KiB, already matched against its id. Cheap to clone.
+/// The plaintext of a chunk or of a frame, 1 byte to 256 KiB, already matched against its id. Cheap to clone.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Chunk {
     id: ChunkId,
@@ -12,7 +12,7 @@ pub struct Chunk {
 }
 
 impl Chunk {
-    /// Names bytes that were just cut from a file. Panics where they are not 1 byte to 256 KiB long: the cutter
+    /// Names bytes that were just cut from a file, or chunks put together for one frame. Panics where they are not 1 byte to 256 KiB long: the cutter
     /// promised that.
     pub fn cut(plain: Bytes) -> Self {
         assert!(!plain.is_empty() && plain.len() <= CHUNK_BYTES_MAX, "a cut of {} bytes", plain.len());

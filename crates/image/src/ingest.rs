@@ -8,7 +8,8 @@
 //!                └─ tar, cut, name ── known? seal ×N ── pack ── put ×2
 //! ```
 //!
-//! Frames stand in packs in the order of the tar, however many sealers there are. Memory: about 250 MiB, whatever the
+//! New chunks that were cut one after the other are sealed together, up to 256 KiB a frame: zstd finds more in a longer
+//! window. Frames stand in packs in the order of the tar, however many sealers there are. Memory: about 250 MiB, whatever the
 //! size of a layer.
 
 mod cutter;
@@ -22,7 +23,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use bytes::Bytes;
-use lamina_chunk::{Chunk, ChunkId, Level, PackId, PackRecord, Place, Sealed, Sealer};
+use lamina_chunk::{
+    CHUNK_BYTES_MAX, Chunk, ChunkId, ChunkPlace, FrameId, Level, PackId, PackRecord, PackedChunk, Sealed,
+    Sealer,
+};
 
 use crate::{Digest, Recipe, RecipeError, TarError};
 use cutter::Cutter;
@@ -34,8 +38,8 @@ pub type SinkError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Where chunks go: a registry over HTTP, or a store.
 pub trait ChunkSink: Sync {
-    /// Where each of these chunks already lies, in the same order. At most [`BATCH_CHUNKS`] ids a call.
-    fn known(&self, ids: &[ChunkId]) -> Result<Vec<Option<Place>>, SinkError>;
+    /// Where each of these chunks already is, in the same order. At most [`BATCH_CHUNKS`] ids a call.
+    fn known(&self, ids: &[ChunkId]) -> Result<Vec<Option<ChunkPlace>>, SinkError>;
 
     /// Makes a pack durable. The records are what its index says. Called from two threads.
     fn put(&self, pack: PackId, bytes: Bytes, records: &[PackRecord]) -> Result<(), SinkError>;
@@ -181,8 +185,8 @@ pub fn ingest(
         Some(first) => return Err(first),
         None => drafts?,
     };
-    let (ids, places) = (cutter.into_ids(), places.into_inner());
-    let resolve = |number: u32| (ids[number as usize], places[number as usize]);
+    let places = places.into_inner();
+    let resolve = |number: u32| places[number as usize];
     drafts.into_iter().map(|(draft, diff_id)| Ok(draft.finish(diff_id, resolve)?)).collect()
 }
 
@@ -195,7 +199,16 @@ struct Batch {
 /// What of a batch the sink lacks.
 struct SealedBatch {
     sequence: u64,
-    frames: Vec<(u32, ChunkId, Sealed)>,
+    frames: Vec<NewFrame>,
+}
+
+/// Neighbouring chunks, sealed together.
+struct NewFrame {
+    id: FrameId,
+    sealed: Sealed,
+    chunks: Vec<PackedChunk>,
+    /// The number of each chunk.
+    numbers: Vec<u32>,
 }
 
 /// What the threads share.
@@ -229,21 +242,22 @@ impl Stages<'_> {
         if known.len() != ids.len() {
             return Err(format!("asked for {} chunks and got {} answers", ids.len(), known.len()).into());
         }
-        let mut frames = Vec::new();
+        let mut new = Vec::new();
         for ((number, chunk), place) in batch.chunks.into_iter().zip(known) {
             match place {
                 // a place of another length would make a recipe that does not add up
-                Some(place) if place.frame.plain_len as usize == chunk.bytes().len() => {
+                Some(place) if place.is_possible() && place.len as usize == chunk.bytes().len() => {
                     Progress::add(&self.progress.known, 1);
                     self.places.set(number, place);
                 }
                 _ => {
                     Progress::add(&self.progress.new, 1);
                     Progress::add(&self.progress.new_bytes, chunk.bytes().len());
-                    frames.push((number, chunk.id(), sealer.seal(&chunk)));
+                    new.push((number, chunk));
                 }
             }
         }
+        let frames = neighbours(&new).map(|chunks| seal_frame(sealer, chunks)).collect();
         Ok(SealedBatch { sequence: batch.sequence, frames })
     }
 
@@ -256,10 +270,46 @@ impl Stages<'_> {
                 return self.failure.set(IngestError::Sink(error));
             }
             Progress::add(&self.progress.sent, len);
-            for (number, record) in pack.numbers.iter().zip(&pack.records) {
-                self.places.set(*number, Place { pack: id, frame: record.frame });
+            let places = pack.records.iter().flat_map(|record| record.places(id));
+            for (number, (_, place)) in pack.numbers.iter().zip(places) {
+                self.places.set(*number, place);
             }
         }
+    }
+}
+
+/// Runs of chunks, each of at most 256 KiB together.
+fn neighbours(chunks: &[(u32, Chunk)]) -> impl Iterator<Item = &[(u32, Chunk)]> {
+    let mut rest = chunks;
+    std::iter::from_fn(move || {
+        let mut bytes = 0;
+        let fits = rest.iter().take_while(|(_, chunk)| {
+            bytes += chunk.bytes().len();
+            bytes <= CHUNK_BYTES_MAX
+        });
+        let (run, later) = rest.split_at(fits.count());
+        rest = later;
+        (!run.is_empty()).then_some(run)
+    })
+}
+
+fn seal_frame(sealer: &mut Sealer, chunks: &[(u32, Chunk)]) -> NewFrame {
+    let whole = match chunks {
+        [(_, alone)] => alone.clone(),
+        several => {
+            let parts: Vec<&[u8]> = several.iter().map(|(_, chunk)| &chunk.bytes()[..]).collect();
+            Chunk::cut(Bytes::from(parts.concat()))
+        }
+    };
+    let packed = |chunk: &Chunk| {
+        let len = u32::try_from(chunk.bytes().len()).expect("chunks are at most 256 KiB");
+        PackedChunk { id: chunk.id(), len }
+    };
+    NewFrame {
+        id: whole.id(),
+        sealed: sealer.seal(&whole),
+        chunks: chunks.iter().map(|(_, chunk)| packed(chunk)).collect(),
+        numbers: chunks.iter().map(|(number, _)| *number).collect(),
     }
 }
 
@@ -267,12 +317,12 @@ fn receive<T>(channel: &Mutex<Receiver<T>>) -> Option<T> {
     channel.lock().unwrap_or_else(PoisonError::into_inner).recv().ok()
 }
 
-/// Where each chunk lies, by its number.
+/// Where each chunk is, by its number.
 #[derive(Default)]
-struct Places(Mutex<Vec<Option<Place>>>);
+struct Places(Mutex<Vec<Option<ChunkPlace>>>);
 
 impl Places {
-    fn set(&self, number: u32, place: Place) {
+    fn set(&self, number: u32, place: ChunkPlace) {
         let mut places = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let number = number as usize;
         if places.len() <= number {
@@ -281,7 +331,7 @@ impl Places {
         places[number] = Some(place);
     }
 
-    fn into_inner(self) -> Vec<Place> {
+    fn into_inner(self) -> Vec<ChunkPlace> {
         let places = self.0.into_inner().unwrap_or_else(PoisonError::into_inner);
         let found = places.into_iter().collect::<Option<_>>();
         found.expect("without a failure every chunk was either known or put")

@@ -9,7 +9,7 @@ mod resolve;
 
 use std::collections::BTreeMap;
 
-use lamina_chunk::{ChunkId, Place};
+use lamina_chunk::{FrameId, Place};
 
 use crate::recipe::{Recipe, RecipeSource};
 use crate::tar::{EntryKind, Piece, Segment, TarEntry, TarError, lossy, path_parts, read_tar};
@@ -112,13 +112,13 @@ impl Node {
 struct Merge {
     nodes: Vec<Node>,
     layer: usize,
-    chunks: Vec<(ChunkId, Place)>,
-    numbers: std::collections::HashMap<ChunkId, u32>,
+    frames: Vec<(FrameId, Place)>,
+    numbers: std::collections::HashMap<FrameId, u32>,
 }
 
 impl Merge {
     fn new() -> Self {
-        Self { nodes: vec![Node::implied()], layer: 0, chunks: Vec::new(), numbers: Default::default() }
+        Self { nodes: vec![Node::implied()], layer: 0, frames: Vec::new(), numbers: Default::default() }
     }
 
     fn wrong(&self, path: &[u8], reason: &'static str) -> MergeError {
@@ -209,11 +209,11 @@ impl Merge {
                 if left == 0 {
                     let piece =
                         pieces.next().expect("the reader checked that segments add up to what is stored");
-                    (number, used, left) = (self.number(recipe, piece.chunk), 0, piece.len);
+                    (number, used, left) = (self.number(recipe, piece.frame), piece.skip, piece.len);
                 }
                 extents.push((at, number, used));
                 let part = u64::from(left).min(missing);
-                let part32 = u32::try_from(part).expect("at most what is left of a chunk");
+                let part32 = u32::try_from(part).expect("at most what is left of a piece");
                 (used, left) = (used + part32, left - part32);
                 (at, missing) = (at + part, missing - part);
             }
@@ -225,12 +225,12 @@ impl Merge {
         extents
     }
 
-    /// The image's number of a recipe's chunk. Where two recipes know a chunk, the place of the lower layer counts.
-    fn number(&mut self, recipe: &Recipe, chunk: u32) -> u32 {
-        let (id, place) = recipe.chunks()[chunk as usize];
+    /// The image's number of a recipe's frame. Where two recipes know a frame, the place of the lower layer counts.
+    fn number(&mut self, recipe: &Recipe, frame: u32) -> u32 {
+        let (id, place) = recipe.frames()[frame as usize];
         *self.numbers.entry(id).or_insert_with(|| {
-            self.chunks.push((id, place));
-            u32::try_from(self.chunks.len() - 1).expect("tables are far below 2^32 chunks")
+            self.frames.push((id, place));
+            u32::try_from(self.frames.len() - 1).expect("tables are far below 2^32 frames")
         })
     }
 
@@ -288,7 +288,7 @@ impl Merge {
     }
 
     fn encode(self) -> Result<Vec<u8>, TreeError> {
-        let mut tree = TreeBuilder::new(self.chunks);
+        let mut tree = TreeBuilder::new(self.frames);
         let mut numbers: Vec<Option<u32>> = vec![None; self.nodes.len()];
         let mut order = vec![(ROOT, ROOT)];
         numbers[ROOT] = Some(0);

@@ -1,8 +1,8 @@
-//! Recipes: how to rebuild one layer's exact tar from literal bytes and chunks.
+//! Recipes: how to rebuild one layer's exact tar from literal bytes and frames.
 //!
-//! A recipe holds everything of the tar but file contents, and where the chunks of those lie. So it is also the
+//! A recipe holds everything of the tar but file contents, and where the frames of those lie. So it is also the
 //! shortest description of a layer: [`read_tar`](crate::read_tar) over a recipe gives the layer's entries without
-//! touching a single chunk. `FORMAT.md` has the bytes.
+//! touching a single frame. `FORMAT.md` has the bytes.
 
 mod build;
 mod pieces;
@@ -12,9 +12,10 @@ use std::collections::HashMap;
 use std::io::Read;
 
 use bytes::Bytes;
-use lamina_chunk::{CHUNK_BYTES_MAX, ChunkId, Frame, PACK_BYTES_MAX, PackId, Place};
+use lamina_chunk::{Frame, FrameId, PackId, Place};
 
 use crate::Digest;
+use crate::tar::Piece;
 
 pub(crate) use build::RecipeDraft;
 pub use pieces::{Pieces, RecipePiece};
@@ -22,7 +23,7 @@ pub(crate) use source::RecipeSource;
 
 const MAGIC: [u8; 8] = *b"LAMRECI1";
 const HEADER_BYTES: usize = 96;
-/// Tables over 256 MiB are refused: enough for five million chunks, a layer of 300 GiB.
+/// Tables over 256 MiB are refused: enough for five million pieces, a layer of 300 GiB.
 const TABLE_BYTES_MAX: u64 = 256 << 20;
 const LEVEL: i32 = 3;
 
@@ -40,11 +41,11 @@ pub enum RecipeError {
     Bounds(&'static str, u64),
 }
 
-/// One run of literal bytes, and the chunks that follow it.
+/// One run of literal bytes, and how many pieces of frames follow it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Step {
     literal_len: u32,
-    chunks: u32,
+    pieces: u32,
 }
 
 /// How to rebuild one layer's tar.
@@ -54,16 +55,16 @@ pub struct Recipe {
     diff_id: Digest,
     tar_bytes: u64,
     literal_bytes: u64,
-    chunks: Vec<(ChunkId, Place)>,
+    frames: Vec<(FrameId, Place)>,
     steps: Vec<Step>,
-    /// The number of each chunk, in the order of the tar.
-    order: Vec<u32>,
+    /// In the order of the tar.
+    pieces: Vec<Piece>,
     literals: Bytes,
 }
 
 impl Recipe {
     /// Reads a recipe, checking that every number in it is inside its table and that all adds up. Literal bytes
-    /// stay compressed. Memory: 100 bytes a chunk.
+    /// stay compressed. Memory: 100 bytes a frame.
     pub fn parse(blob: Bytes) -> Result<Self, RecipeError> {
         let header = blob.get(..HEADER_BYTES).ok_or(RecipeError::Header)?;
         let word = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().expect("4 bytes"));
@@ -71,26 +72,28 @@ impl Recipe {
         if header[..8] != MAGIC || header[8..16] != [0; 8] || header[84..] != [0; 12] {
             return Err(RecipeError::Header);
         }
-        let (chunks, packs, steps, order) = (word(64), word(68), word(72), word(76));
+        let (frames, packs, steps, pieces) = (word(64), word(68), word(72), word(76));
         let tables_end = HEADER_BYTES + word(80) as usize;
         let literals = blob.get(tables_end..).map(|_| blob.slice(tables_end..)).ok_or(RecipeError::Header)?;
         let expected =
-            u64::from(packs) * 32 + u64::from(chunks) * 48 + u64::from(steps) * 8 + u64::from(order) * 4;
+            u64::from(packs) * 32 + u64::from(frames) * 48 + u64::from(steps) * 8 + u64::from(pieces) * 12;
         let tables = decompress(&blob[HEADER_BYTES..tables_end], expected)?;
         let mut tables = Table(&tables);
         let packs: Vec<PackId> = (0..packs).map(|_| PackId::from_bytes(tables.take())).collect();
-        let ids: Vec<ChunkId> = (0..chunks).map(|_| ChunkId::from_bytes(tables.take())).collect();
-        let chunks =
+        let ids: Vec<FrameId> = (0..frames).map(|_| FrameId::from_bytes(tables.take())).collect();
+        let frames =
             ids.into_iter().map(|id| Ok((id, tables.place(&packs)?))).collect::<Result<Vec<_>, _>>()?;
-        let steps = (0..steps).map(|_| Step { literal_len: tables.word(), chunks: tables.word() }).collect();
-        let order = (0..order).map(|_| tables.word()).collect();
+        let steps = (0..steps).map(|_| Step { literal_len: tables.word(), pieces: tables.word() }).collect();
+        let pieces = (0..pieces)
+            .map(|_| Piece { frame: tables.word(), skip: tables.word(), len: tables.word() })
+            .collect();
         let recipe = Self {
             diff_id: Digest::from_bytes(header[32..64].try_into().expect("32 bytes")),
             tar_bytes: long(16),
             literal_bytes: long(24),
-            chunks,
+            frames,
             steps,
-            order,
+            pieces,
             literals,
             blob,
         };
@@ -100,16 +103,20 @@ impl Recipe {
     /// Everything adds up.
     fn check(self) -> Result<Self, RecipeError> {
         let mut sum = u128::from(self.literal_bytes);
-        for chunk in &self.order {
-            let (_, place) = self.chunk(*chunk)?;
-            sum += u128::from(place.frame.plain_len);
+        for piece in &self.pieces {
+            let (_, place) = self.frame(piece.frame)?;
+            let end = u64::from(piece.skip) + u64::from(piece.len);
+            if piece.len == 0 || end > u64::from(place.frame.plain_len) {
+                return Err(RecipeError::Bounds("piece of frame", piece.frame.into()));
+            }
+            sum += u128::from(piece.len);
         }
         let literal: u128 = self.steps.iter().map(|step| u128::from(step.literal_len)).sum();
-        let named: u128 = self.steps.iter().map(|step| u128::from(step.chunks)).sum();
+        let named: u128 = self.steps.iter().map(|step| u128::from(step.pieces)).sum();
         if sum != u128::from(self.tar_bytes) || literal != u128::from(self.literal_bytes) {
             return Err(RecipeError::Bounds("length", self.tar_bytes));
         }
-        if named != self.order.len() as u128 {
+        if named != self.pieces.len() as u128 {
             return Err(RecipeError::Bounds("step", self.steps.len() as u64));
         }
         Ok(self)
@@ -130,20 +137,20 @@ impl Recipe {
         self.tar_bytes
     }
 
-    /// Each distinct chunk once, in the order of first use, and where it lies.
-    pub fn chunks(&self) -> &[(ChunkId, Place)] {
-        &self.chunks
+    /// Each distinct frame once, in the order of first use, and where it lies.
+    pub fn frames(&self) -> &[(FrameId, Place)] {
+        &self.frames
     }
 
     /// The tar from byte `from` on, piece by piece. Cost until the first piece: decompressing the literal bytes
-    /// before it, and no chunks.
+    /// before it, and no frames.
     pub fn pieces(&self, from: u64) -> Pieces<'_> {
         Pieces::new(self, from)
     }
 
-    fn chunk(&self, number: u32) -> Result<(ChunkId, Place), RecipeError> {
-        let found = self.chunks.get(number as usize).copied();
-        found.ok_or(RecipeError::Bounds("chunk", number.into()))
+    fn frame(&self, number: u32) -> Result<(FrameId, Place), RecipeError> {
+        let found = self.frames.get(number as usize).copied();
+        found.ok_or(RecipeError::Bounds("frame", number.into()))
     }
 }
 
@@ -176,11 +183,7 @@ impl Table<'_> {
     fn place(&mut self, packs: &[PackId]) -> Result<Place, RecipeError> {
         let pack = self.word();
         let frame = Frame { offset: self.word(), sealed_len: self.word(), plain_len: self.word() };
-        let possible = frame.sealed_len > 0
-            && frame.sealed_len <= frame.plain_len
-            && frame.plain_len as usize <= CHUNK_BYTES_MAX
-            && frame.end() <= PACK_BYTES_MAX as u64;
-        let pack = packs.get(pack as usize).filter(|_| possible);
+        let pack = packs.get(pack as usize).filter(|_| frame.is_possible());
         Ok(Place { pack: *pack.ok_or(RecipeError::Bounds("place", frame.offset.into()))?, frame })
     }
 }
@@ -197,7 +200,7 @@ impl PackNumbers {
         *self.numbers.entry(pack).or_insert_with(|| {
             self.packs.push(pack);
             u32::try_from(self.packs.len() - 1)
-                .expect("fewer packs than chunks, and those are counted in 32 bits")
+                .expect("fewer packs than frames, and those are counted in 32 bits")
         })
     }
 }

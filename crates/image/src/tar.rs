@@ -76,7 +76,7 @@ pub trait TarSource {
     /// The next `len` bytes, none of them file contents. Fewer only at the end of the stream.
     fn framing(&mut self, len: usize) -> Result<Vec<u8>, TarError>;
 
-    /// Takes the next `len` bytes as the contents of one file, and says in which chunks they are. An error where
+    /// Takes the next `len` bytes as the contents of one file, and says in which frames they are. An error where
     /// the stream ends before.
     fn contents(&mut self, len: u64) -> Result<Vec<Piece>, TarError>;
 
@@ -84,11 +84,13 @@ pub trait TarSource {
     fn position(&self) -> u64;
 }
 
-/// A chunk of a file's contents as the source numbers it.
+/// A piece of a file's contents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Piece {
-    /// Which chunk.
-    pub chunk: u32,
+    /// In which frame, as the source numbers them.
+    pub frame: u32,
+    /// Bytes of the frame's plaintext before it.
+    pub skip: u32,
     /// Its length in bytes.
     pub len: u32,
 }

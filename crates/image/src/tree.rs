@@ -12,7 +12,7 @@ mod layout;
 mod transport;
 
 use bytes::Bytes;
-use lamina_chunk::{ChunkId, Frame, PackId, Place};
+use lamina_chunk::{Frame, FrameId, PackId, Place};
 
 pub(crate) use encode::{NewInode, TreeBuilder};
 pub use inode::{FileKind, Ino, Inode};
@@ -70,9 +70,9 @@ pub struct Extent {
     pub offset: u64,
     /// How many bytes.
     pub len: u64,
-    /// Which chunk of the tree holds them; `None` is a hole, which reads as zeros.
-    pub chunk: Option<u32>,
-    /// Where in the chunk they begin.
+    /// Which frame of the tree holds them; `None` is a hole, which reads as zeros.
+    pub frame: Option<u32>,
+    /// Where in the frame's plaintext they begin.
     pub skip: u32,
 }
 
@@ -93,8 +93,8 @@ impl Tree {
         self.layout.inodes.count
     }
 
-    /// How many distinct chunks the files have.
-    pub fn chunks(&self) -> u32 {
+    /// How many distinct frames hold the files' contents.
+    pub fn frames(&self) -> u32 {
         self.layout.ids.count
     }
 
@@ -108,7 +108,7 @@ impl Tree {
         self.layout.xattrs.count > 0
     }
 
-    /// The packs that the chunks lie in.
+    /// The packs that the frames lie in.
     pub fn packs(&self) -> impl Iterator<Item = PackId> + '_ {
         (0..self.layout.packs.count).filter_map(|number| {
             let record = self.record(self.layout.packs, number, PACK_BYTES, "pack").ok()?;
@@ -214,15 +214,15 @@ impl Tree {
         Ok(extents)
     }
 
-    /// The name of a chunk and the place of its frame.
-    pub fn chunk(&self, number: u32) -> Result<(ChunkId, Place), TreeError> {
-        let id = self.record(self.layout.ids, number, 32, "chunk")?;
+    /// The name of a frame and its place.
+    pub fn frame(&self, number: u32) -> Result<(FrameId, Place), TreeError> {
+        let id = self.record(self.layout.ids, number, 32, "frame")?;
         let place = self.record(self.layout.places, number, PLACE_BYTES, "place")?;
         let pack = self.record(self.layout.packs, u32_at(place, 0), PACK_BYTES, "pack")?;
         let frame =
             Frame { offset: u32_at(place, 4), sealed_len: u32_at(place, 8), plain_len: u32_at(place, 12) };
         let pack = PackId::from_bytes(pack.try_into().expect("32 bytes"));
-        Ok((ChunkId::from_bytes(id.try_into().expect("32 bytes")), Place { pack, frame }))
+        Ok((FrameId::from_bytes(id.try_into().expect("32 bytes")), Place { pack, frame }))
     }
 
     fn record(
@@ -298,7 +298,7 @@ pub struct Extents<'a> {
 }
 
 impl Extents<'_> {
-    /// Where piece `position` of the file begins, its chunk, and where it begins in that.
+    /// Where piece `position` of the file begins, its frame, and where it begins in that.
     fn raw(&self, position: u32) -> Result<(u64, u32, u32), TreeError> {
         let out = TreeError::Bounds("extent", position.into());
         let number = self.inode.data_start.checked_add(position).ok_or(out)?;
@@ -312,7 +312,7 @@ impl Extents<'_> {
             // a file whose pieces end before its size would read short: damage
             return if self.from < self.to { Err(TreeError::Bounds("file end", self.to)) } else { Ok(None) };
         }
-        let (start, chunk, skip) = self.raw(position)?;
+        let (start, frame, skip) = self.raw(position)?;
         let end = match position + 1 < self.inode.data_count {
             true => self.raw(position + 1)?.0,
             false => self.inode.size,
@@ -323,16 +323,16 @@ impl Extents<'_> {
         }
         let inside = self.from - start;
         let len = end.min(self.to) - self.from;
-        let extent = match chunk {
-            HOLE => Extent { offset: self.from, len, chunk: None, skip: 0 },
-            chunk => {
-                let plain_len = u64::from(self.tree.chunk(chunk)?.1.frame.plain_len);
+        let extent = match frame {
+            HOLE => Extent { offset: self.from, len, frame: None, skip: 0 },
+            frame => {
+                let plain_len = u64::from(self.tree.frame(frame)?.1.frame.plain_len);
                 let skip = u64::from(skip) + inside;
                 if skip + len > plain_len {
                     return Err(out);
                 }
                 let skip = u32::try_from(skip).map_err(|_| out)?;
-                Extent { offset: self.from, len, chunk: Some(chunk), skip }
+                Extent { offset: self.from, len, frame: Some(frame), skip }
             }
         };
         self.next = position + 1;

@@ -5,7 +5,7 @@ use std::io::Read;
 use std::sync::Mutex;
 
 use bytes::Bytes;
-use lamina_chunk::{ChunkId, PackId, PackRecord, Place, Sealed, pack_records};
+use lamina_chunk::{ChunkId, ChunkPlace, FrameId, PackId, PackRecord, Place, Sealed, pack_records};
 use lamina_image::{
     ChunkSink, Digest, FileKind, IngestError, IngestOptions, Ino, LayerInput, Progress, Recipe, RecipePiece,
     SinkError, Tree, derive_tree, ingest, pack_tree, unpack_tree,
@@ -15,12 +15,12 @@ use lamina_image::{
 #[derive(Default)]
 struct Memory {
     packs: Mutex<HashMap<PackId, Bytes>>,
-    index: Mutex<HashMap<ChunkId, Place>>,
+    index: Mutex<HashMap<ChunkId, ChunkPlace>>,
     refuse: bool,
 }
 
 impl ChunkSink for Memory {
-    fn known(&self, ids: &[ChunkId]) -> Result<Vec<Option<Place>>, SinkError> {
+    fn known(&self, ids: &[ChunkId]) -> Result<Vec<Option<ChunkPlace>>, SinkError> {
         let index = self.index.lock().unwrap();
         Ok(ids.iter().map(|id| index.get(id).copied()).collect())
     }
@@ -31,14 +31,15 @@ impl ChunkSink for Memory {
         }
         assert_eq!(pack_records(&bytes).unwrap(), records);
         let mut index = self.index.lock().unwrap();
-        records.iter().for_each(|record| drop(index.insert(record.id, Place { pack, frame: record.frame })));
+        records.iter().for_each(|record| record.verify(&bytes).unwrap());
+        index.extend(records.iter().flat_map(|record| record.places(pack)));
         self.packs.lock().unwrap().insert(pack, bytes);
         Ok(())
     }
 }
 
 impl Memory {
-    fn chunk(&self, id: ChunkId, place: Place) -> Bytes {
+    fn open(&self, id: FrameId, place: Place) -> Bytes {
         let packs = self.packs.lock().unwrap();
         let start = place.frame.offset as usize;
         let frame = packs[&place.pack].slice(start..start + place.frame.sealed_len as usize);
@@ -50,8 +51,8 @@ impl Memory {
         for piece in recipe.pieces(from) {
             match piece.unwrap() {
                 RecipePiece::Literal(bytes) => tar.extend_from_slice(&bytes),
-                RecipePiece::Chunk { id, place, skip } => {
-                    tar.extend_from_slice(&self.chunk(id, place)[skip as usize..]);
+                RecipePiece::Frame { id, place, skip, len } => {
+                    tar.extend_from_slice(&self.open(id, place)[skip as usize..(skip + len) as usize]);
                 }
             }
         }
@@ -64,13 +65,13 @@ impl Memory {
         for extent in tree.extents(ino, 0, u64::MAX).unwrap() {
             let extent = extent.unwrap();
             assert_eq!(extent.offset, bytes.len() as u64);
-            match extent.chunk {
+            match extent.frame {
                 None => bytes.resize(bytes.len() + usize::try_from(extent.len).unwrap(), 0),
                 Some(number) => {
-                    let (id, place) = tree.chunk(number).unwrap();
+                    let (id, place) = tree.frame(number).unwrap();
                     let start = extent.skip as usize;
                     let end = start + usize::try_from(extent.len).unwrap();
-                    bytes.extend_from_slice(&self.chunk(id, place)[start..end]);
+                    bytes.extend_from_slice(&self.open(id, place)[start..end]);
                 }
             }
         }

@@ -12,13 +12,16 @@ mod reference;
 
 pub use client::{Blob, Client, ClientConfig, Fetched, Scheme};
 pub use error::WireError;
-pub use push::KnownLayer;
+pub use push::{KnownLayer, write_places};
 pub use reference::{ParseReferenceError, Reference, Version, is_repository_name, is_tag};
 
 /// The messages of `proto/lamina/v1`, as prost makes them.
 pub mod proto {
-    #![expect(missing_docs, clippy::doc_markdown, reason = "generated; proto/ has the comments")]
-    include!(concat!(env!("OUT_DIR"), "/lamina.v1.rs"));
+    mod generated {
+        #![expect(missing_docs, reason = "proto/ has the comments")]
+        include!(concat!(env!("OUT_DIR"), "/lamina.v1.rs"));
+    }
+    pub use generated::*;
 
     /// The content type of every request and answer under `/lamina/v1`.
     pub const CONTENT_TYPE: &str = "application/x-protobuf";

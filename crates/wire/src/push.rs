@@ -1,9 +1,11 @@
 //! What a push needs: uploads, and the questions about chunks and layers.
 
+use std::collections::HashMap;
+
 use bytes::Bytes;
 use futures_util::stream::BoxStream;
 use http::{Request, StatusCode, header};
-use lamina_chunk::{ChunkId, Frame, PackId, Place};
+use lamina_chunk::{ChunkId, ChunkPlace, Frame, FrameId, PackId, Place};
 use lamina_image::{Digest, MANIFEST_BYTES_MAX};
 use prost::Message;
 
@@ -12,9 +14,9 @@ use crate::proto::{
     CONTENT_TYPE, ChunksRequest, ChunksResponse, IDS_PER_REQUEST, LAYERS_PER_REQUEST, LayersRequest,
     LayersResponse,
 };
-use crate::{Client, Version, WireError};
+use crate::{Client, Version, WireError, proto};
 
-/// An answer about chunks or layers is at most 1 MiB long: 4,096 × 5 numbers, and as many packs.
+/// An answer about chunks or layers is at most 1 MiB long: 4,096 frames of 60 bytes, as many packs, 3 numbers each.
 const ANSWER_BYTES_MAX: u64 = 1 << 20;
 
 /// A layer that the registry can rebuild.
@@ -87,8 +89,8 @@ impl Client {
         answer.expect(&[StatusCode::CREATED]).await.map(drop)
     }
 
-    /// Where each of these chunks lies, `None` for those that the registry lacks. One request for 4,096.
-    pub async fn known_chunks(&self, ids: &[ChunkId]) -> Result<Vec<Option<Place>>, WireError> {
+    /// Where each of these chunks is, `None` for those that the registry lacks. One request for 4,096.
+    pub async fn known_chunks(&self, ids: &[ChunkId]) -> Result<Vec<Option<ChunkPlace>>, WireError> {
         let mut places = Vec::with_capacity(ids.len());
         for ids in ids.chunks(IDS_PER_REQUEST) {
             let ids: Vec<u8> = ids.iter().flat_map(|id| *id.as_bytes()).collect();
@@ -148,23 +150,52 @@ impl Client {
     }
 }
 
-fn read_places(answer: &ChunksResponse) -> Option<Vec<Option<Place>>> {
+/// Makes an answer of places; both ends are in this file so that they stay in step.
+pub fn write_places(places: &[Option<ChunkPlace>]) -> ChunksResponse {
+    let mut answer = ChunksResponse::default();
+    let (mut packs, mut frames) = (HashMap::new(), HashMap::new());
+    let position = |count: usize| u32::try_from(count).expect("at most 4096 places");
+    for place in places {
+        let Some(ChunkPlace { frame_id, place, skip, len }) = place else {
+            answer.frame.push(0);
+            answer.skip.push(0);
+            answer.len.push(0);
+            continue;
+        };
+        let pack = *packs.entry(place.pack).or_insert_with(|| {
+            answer.packs.extend_from_slice(place.pack.as_bytes());
+            position(answer.packs.len() / 32 - 1)
+        });
+        let frame = *frames.entry(*frame_id).or_insert_with(|| {
+            let Frame { offset, sealed_len, plain_len } = place.frame;
+            let id = frame_id.as_bytes().to_vec();
+            answer.frames.push(proto::Frame { id, pack, offset, sealed_len, plain_len });
+            position(answer.frames.len())
+        });
+        answer.frame.push(frame);
+        answer.skip.push(*skip);
+        answer.len.push(*len);
+    }
+    answer
+}
+
+fn read_places(answer: &ChunksResponse) -> Option<Vec<Option<ChunkPlace>>> {
     let (packs, rest) = answer.packs.as_chunks::<32>();
-    let count = answer.pack.len();
-    let lengths = [answer.offset.len(), answer.sealed_len.len(), answer.plain_len.len()];
-    if !rest.is_empty() || lengths.iter().any(|len| *len != count) {
+    let count = answer.frame.len();
+    if !rest.is_empty() || answer.skip.len() != count || answer.len.len() != count {
         return None;
     }
-    let place = |position: usize| match answer.pack[position] {
-        0 => Some(None),
-        pack => Some(Some(Place {
-            pack: PackId::from_bytes(*packs.get(pack as usize - 1)?),
-            frame: Frame {
-                offset: answer.offset[position],
-                sealed_len: answer.sealed_len[position],
-                plain_len: answer.plain_len[position],
-            },
-        })),
+    let place = |position: usize| {
+        let Some(number) = answer.frame[position].checked_sub(1) else { return Some(None) };
+        let frame = answer.frames.get(number as usize)?;
+        let proto::Frame { offset, sealed_len, plain_len, .. } = *frame;
+        let place = Place {
+            pack: PackId::from_bytes(*packs.get(frame.pack as usize)?),
+            frame: Frame { offset, sealed_len, plain_len },
+        };
+        let frame_id = FrameId::from_bytes(frame.id.as_slice().try_into().ok()?);
+        let found = ChunkPlace { frame_id, place, skip: answer.skip[position], len: answer.len[position] };
+        found.is_possible().then_some(Some(found))
     };
     (0..count).map(place).collect()
 }
@@ -173,4 +204,47 @@ fn read_places(answer: &ChunksResponse) -> Option<Vec<Option<Place>>> {
 fn with_digest(location: &str, digest: Digest) -> String {
     let separator = if location.contains('?') { '&' } else { '?' };
     format!("{location}{separator}digest={digest}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_come_through_the_wire_as_they_were() {
+        let place = |number: u8| ChunkPlace {
+            frame_id: FrameId::of(&[number / 2]),
+            place: Place {
+                pack: PackId::from_bytes([number / 4; 32]),
+                frame: Frame { offset: u32::from(number / 2) * 10, sealed_len: 10, plain_len: 20 },
+            },
+            skip: u32::from(number % 2) * 10,
+            len: 10,
+        };
+        let places: Vec<_> = (0..20).map(|number| (number % 3 > 0).then(|| place(number))).collect();
+        let answer = write_places(&places);
+        assert!(answer.frames.len() < 14, "frames are named once");
+        assert_eq!(read_places(&answer), Some(places));
+    }
+
+    #[test]
+    fn an_answer_that_does_not_add_up_is_refused() {
+        let place = Place {
+            pack: PackId::from_bytes([1; 32]),
+            frame: Frame { offset: 0, sealed_len: 1, plain_len: 1 },
+        };
+        let good = write_places(&[Some(ChunkPlace { frame_id: FrameId::of(b""), place, skip: 0, len: 1 })]);
+        let broken: [fn(&mut ChunksResponse); 5] = [
+            |answer| answer.packs.truncate(31),
+            |answer| answer.frame[0] = 9,
+            |answer| answer.skip.clear(),
+            |answer| answer.frames[0].pack = 7,
+            |answer| answer.len[0] = 2,
+        ];
+        for change in broken {
+            let mut answer = good.clone();
+            change(&mut answer);
+            assert_eq!(read_places(&answer), None);
+        }
+    }
 }

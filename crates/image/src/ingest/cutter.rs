@@ -22,18 +22,12 @@ const TRAILER_BYTES_MAX: u64 = 64 << 20;
 pub(super) struct Cutter<'a> {
     progress: &'a Progress,
     numbers: HashMap<ChunkId, u32>,
-    ids: Vec<ChunkId>,
     sequence: u64,
 }
 
 impl<'a> Cutter<'a> {
     pub(super) fn new(progress: &'a Progress) -> Self {
-        Self { progress, numbers: HashMap::new(), ids: Vec::new(), sequence: 0 }
-    }
-
-    /// The id of each number.
-    pub(super) fn into_ids(self) -> Vec<ChunkId> {
-        self.ids
+        Self { progress, numbers: HashMap::new(), sequence: 0 }
     }
 
     /// Cuts one layer and sends its new chunks on in batches.
@@ -183,10 +177,9 @@ impl Stream<'_, '_> {
         let chunk = Chunk::cut(plain);
         let id = chunk.id();
         Progress::add(&self.cutter.progress.chunks, 1);
-        let next = u32::try_from(self.cutter.ids.len()).expect("2^32 chunks are 256 TiB");
+        let next = u32::try_from(self.cutter.numbers.len()).expect("2^32 chunks are 256 TiB");
         let number = *self.cutter.numbers.entry(id).or_insert(next);
         if number == next {
-            self.cutter.ids.push(id);
             self.batch_bytes += len as usize;
             self.batch.push((number, chunk));
             if self.batch_bytes >= BATCH_BYTES || self.batch.len() >= BATCH_CHUNKS {
@@ -194,7 +187,7 @@ impl Stream<'_, '_> {
             }
         }
         self.draft.chunk(number, len);
-        Piece { chunk: number, len }
+        Piece { frame: number, skip: 0, len }
     }
 
     fn send_batch(&mut self) {

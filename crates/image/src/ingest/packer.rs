@@ -12,7 +12,7 @@ use super::SealedBatch;
 pub(super) struct FinishedPack {
     pub(super) bytes: Bytes,
     pub(super) records: Vec<PackRecord>,
-    /// The number of each record's chunk.
+    /// The number of each chunk of each record.
     pub(super) numbers: Vec<u32>,
 }
 
@@ -39,9 +39,9 @@ impl Packer {
             early.insert(batch.sequence, batch.frames);
             while let Some(frames) = early.remove(&next) {
                 next += 1;
-                for (number, id, frame) in frames {
-                    self.builder.push(id, &frame);
-                    self.numbers.push(number);
+                for frame in frames {
+                    self.builder.push(frame.id, &frame.sealed, frame.chunks);
+                    self.numbers.extend(frame.numbers);
                     if self.builder.len() >= self.target_bytes && self.close().is_none() {
                         return;
                     }

@@ -3,7 +3,7 @@
 use std::io::Read;
 
 use bytes::Bytes;
-use lamina_chunk::{ChunkId, Place};
+use lamina_chunk::{FrameId, Place};
 
 use super::{Recipe, RecipeError};
 
@@ -15,14 +15,16 @@ const LITERAL_BYTES: usize = 1 << 20;
 pub enum RecipePiece {
     /// These bytes, at most 1 MiB.
     Literal(Bytes),
-    /// The plaintext of a chunk, from byte `skip` on.
-    Chunk {
+    /// A part of a frame's plaintext.
+    Frame {
         /// Which.
-        id: ChunkId,
-        /// Where its frame lies.
+        id: FrameId,
+        /// Where it lies.
         place: Place,
-        /// How many of its bytes come before where the walk began; 0 but for the first piece.
+        /// Bytes of its plaintext before the part.
         skip: u32,
+        /// Bytes of the part. Both together are at most the frame's plaintext.
+        len: u32,
     },
 }
 
@@ -32,8 +34,8 @@ pub struct Pieces<'a> {
     literals: Option<zstd::Decoder<'a, &'a [u8]>>,
     step: usize,
     literal_left: u32,
-    chunks_left: u32,
-    next_chunk: usize,
+    pieces_left: u32,
+    next_piece: usize,
     skip: u64,
 }
 
@@ -46,7 +48,7 @@ impl std::fmt::Debug for Pieces<'_> {
 impl<'a> Pieces<'a> {
     pub(super) fn new(recipe: &'a Recipe, from: u64) -> Self {
         let literals = zstd::Decoder::with_buffer(&recipe.literals[..]).ok();
-        Self { recipe, literals, step: 0, literal_left: 0, chunks_left: 0, next_chunk: 0, skip: from }
+        Self { recipe, literals, step: 0, literal_left: 0, pieces_left: 0, next_piece: 0, skip: from }
     }
 
     fn step(&mut self) -> Result<Option<RecipePiece>, RecipeError> {
@@ -58,21 +60,22 @@ impl<'a> Pieces<'a> {
                 if skip < literal.len() {
                     return Ok(Some(RecipePiece::Literal(literal.slice(skip..))));
                 }
-            } else if self.chunks_left > 0 {
-                self.chunks_left -= 1;
-                let (id, place) = self.recipe.chunk(self.recipe.order[self.next_chunk])?;
-                self.next_chunk += 1;
-                let len = place.frame.plain_len;
-                if self.skip < u64::from(len) {
-                    let skip = u32::try_from(self.skip).expect("less than a chunk's length");
+            } else if self.pieces_left > 0 {
+                self.pieces_left -= 1;
+                let piece = self.recipe.pieces[self.next_piece];
+                self.next_piece += 1;
+                let (id, place) = self.recipe.frame(piece.frame)?;
+                if self.skip < u64::from(piece.len) {
+                    let skipped = u32::try_from(self.skip).expect("less than a piece's length");
                     self.skip = 0;
-                    return Ok(Some(RecipePiece::Chunk { id, place, skip }));
+                    let (skip, len) = (piece.skip + skipped, piece.len - skipped);
+                    return Ok(Some(RecipePiece::Frame { id, place, skip, len }));
                 }
-                self.skip -= u64::from(len);
+                self.skip -= u64::from(piece.len);
             } else {
                 let Some(step) = self.recipe.steps.get(self.step) else { return Ok(None) };
                 self.step += 1;
-                (self.literal_left, self.chunks_left) = (step.literal_len, step.chunks);
+                (self.literal_left, self.pieces_left) = (step.literal_len, step.pieces);
             }
         }
     }
@@ -93,7 +96,7 @@ impl Iterator for Pieces<'_> {
         let step = self.step();
         if step.is_err() {
             // say it once, then end
-            (self.step, self.literal_left, self.chunks_left) = (usize::MAX, 0, 0);
+            (self.step, self.literal_left, self.pieces_left) = (usize::MAX, 0, 0);
         }
         step.transpose()
     }

@@ -5,30 +5,30 @@ use std::io::Read;
 use super::Recipe;
 use crate::tar::{Piece, TarError, TarSource};
 
-/// Feeds a recipe to [`read_tar`](crate::read_tar). Chunks are numbered as in [`Recipe::chunks`].
+/// Feeds a recipe to [`read_tar`](crate::read_tar). Frames are numbered as in [`Recipe::frames`].
 pub(crate) struct RecipeSource<'a> {
     recipe: &'a Recipe,
     literals: zstd::Decoder<'a, &'a [u8]>,
     step: usize,
     literal_left: u32,
-    chunks_left: u32,
-    next_chunk: usize,
+    pieces_left: u32,
+    next_piece: usize,
     position: u64,
 }
 
 impl<'a> RecipeSource<'a> {
     pub(crate) fn new(recipe: &'a Recipe) -> Result<Self, TarError> {
         let literals = zstd::Decoder::with_buffer(&recipe.literals[..])?;
-        let (step, next_chunk) = (0, 0);
-        Ok(Self { recipe, literals, step, literal_left: 0, chunks_left: 0, next_chunk, position: 0 })
+        let (step, next_piece) = (0, 0);
+        Ok(Self { recipe, literals, step, literal_left: 0, pieces_left: 0, next_piece, position: 0 })
     }
 
     /// Goes to the next step where this one is used up. False at the end.
     fn advance(&mut self) -> bool {
-        while self.literal_left == 0 && self.chunks_left == 0 {
+        while self.literal_left == 0 && self.pieces_left == 0 {
             let Some(step) = self.recipe.steps.get(self.step) else { return false };
             self.step += 1;
-            (self.literal_left, self.chunks_left) = (step.literal_len, step.chunks);
+            (self.literal_left, self.pieces_left) = (step.literal_len, step.pieces);
         }
         true
     }
@@ -59,12 +59,10 @@ impl TarSource for RecipeSource<'_> {
             if !self.advance() || self.literal_left > 0 {
                 return Err(TarError::Recipe(self.position));
             }
-            let chunk = self.recipe.order[self.next_chunk];
-            let (_, place) = self.recipe.chunks[chunk as usize];
-            let piece = Piece { chunk, len: place.frame.plain_len };
+            let piece = self.recipe.pieces[self.next_piece];
             left = left.checked_sub(u64::from(piece.len)).ok_or(TarError::Recipe(self.position))?;
-            self.next_chunk += 1;
-            self.chunks_left -= 1;
+            self.next_piece += 1;
+            self.pieces_left -= 1;
             self.position += u64::from(piece.len);
             pieces.push(piece);
         }

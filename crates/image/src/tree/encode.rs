@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use lamina_chunk::{ChunkId, Place};
+use lamina_chunk::{FrameId, Place};
 
 use super::inode::{FileKind, Inode};
 use super::layout::{Counts, HEADER_BYTES, Layout, NO_XATTRS};
@@ -32,10 +32,10 @@ pub(crate) struct TreeBuilder {
     inodes: Vec<Inode>,
     entries: Vec<(u32, u32, u16, FileKind)>,
     extents: Vec<(u64, u32, u32)>,
-    /// The chunks on offer, and under which number each is used so far.
-    offered: Vec<(ChunkId, Place)>,
+    /// The frames on offer, and under which number each is used so far.
+    offered: Vec<(FrameId, Place)>,
     used: Vec<Option<u32>>,
-    chunks: Vec<(ChunkId, Place)>,
+    frames: Vec<(FrameId, Place)>,
     xattrs: Vec<u8>,
     xattr_sets: HashMap<Vec<u8>, u32>,
     names: Vec<u8>,
@@ -44,15 +44,15 @@ pub(crate) struct TreeBuilder {
 }
 
 impl TreeBuilder {
-    /// A builder for files made of these chunks. Only those that are really used come into the tree.
-    pub(crate) fn new(offered: Vec<(ChunkId, Place)>) -> Self {
+    /// A builder for files made of these frames. Only those that are really used come into the tree.
+    pub(crate) fn new(offered: Vec<(FrameId, Place)>) -> Self {
         Self {
             inodes: Vec::new(),
             entries: Vec::new(),
             extents: Vec::new(),
             used: vec![None; offered.len()],
             offered,
-            chunks: Vec::new(),
+            frames: Vec::new(),
             xattrs: Vec::new(),
             xattr_sets: HashMap::new(),
             names: Vec::new(),
@@ -88,15 +88,15 @@ impl TreeBuilder {
         Ok((start, len))
     }
 
-    /// Takes the pieces of a file: offset in the file, number of the chunk on offer, bytes to skip in it.
+    /// Takes the pieces of a file: offset in the file, number of the frame on offer, bytes to skip in it.
     pub(crate) fn extents(&mut self, pieces: &[(u64, u32, u32)]) -> Result<(u32, u32), TreeError> {
         let start = small(self.extents.len(), "its extents")?;
         for (offset, offered, skip) in pieces {
             let number = match *offered {
                 super::HOLE => super::HOLE,
                 offered => *self.used[offered as usize].get_or_insert_with(|| {
-                    self.chunks.push(self.offered[offered as usize]);
-                    u32::try_from(self.chunks.len() - 1).expect("as many as are on offer")
+                    self.frames.push(self.offered[offered as usize]);
+                    u32::try_from(self.frames.len() - 1).expect("as many as are on offer")
                 }),
             };
             self.extents.push((*offset, number, *skip));
@@ -153,7 +153,7 @@ impl TreeBuilder {
         self.count_links();
         let mut packs = PackNumbers::default();
         let places: Vec<[u32; 4]> = self
-            .chunks
+            .frames
             .iter()
             .map(|(_, place)| {
                 let frame = place.frame;
@@ -164,7 +164,7 @@ impl TreeBuilder {
             inodes: small(self.inodes.len(), "its inodes")?,
             entries: small(self.entries.len(), "its entries")?,
             extents: small(self.extents.len(), "its extents")?,
-            chunks: small(self.chunks.len(), "its chunks")?,
+            frames: small(self.frames.len(), "its frames")?,
             packs: small(packs.packs.len(), "its packs")?,
             xattr_bytes: small(self.xattrs.len(), "its extended attributes")?,
             name_bytes: small(self.names.len(), "its names")?,
@@ -185,12 +185,12 @@ impl TreeBuilder {
             flat.extend_from_slice(&[kind.code(), 0]);
         }
         pad(&mut flat);
-        for (offset, chunk, skip) in &self.extents {
+        for (offset, frame, skip) in &self.extents {
             flat.extend_from_slice(&offset.to_le_bytes());
-            flat.extend_from_slice(&chunk.to_le_bytes());
+            flat.extend_from_slice(&frame.to_le_bytes());
             flat.extend_from_slice(&skip.to_le_bytes());
         }
-        self.chunks.iter().for_each(|(id, _)| flat.extend_from_slice(id.as_bytes()));
+        self.frames.iter().for_each(|(id, _)| flat.extend_from_slice(id.as_bytes()));
         places.iter().flatten().for_each(|word| flat.extend_from_slice(&word.to_le_bytes()));
         packs.packs.iter().for_each(|pack| flat.extend_from_slice(pack.as_bytes()));
         flat.extend_from_slice(&self.xattrs);

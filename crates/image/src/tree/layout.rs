@@ -11,7 +11,7 @@ pub(super) const PLACE_BYTES: usize = 16;
 pub(super) const PACK_BYTES: usize = 32;
 pub(super) const ID_BYTES: usize = 32;
 
-/// In the place of a chunk number: these bytes of the file are zeros that nobody stored.
+/// In the place of a frame number: these bytes of the file are zeros that nobody stored.
 pub const HOLE: u32 = u32::MAX;
 /// In an inode: no extended attributes.
 pub const NO_XATTRS: u32 = u32::MAX;
@@ -22,7 +22,7 @@ pub(super) struct Counts {
     pub(super) inodes: u32,
     pub(super) entries: u32,
     pub(super) extents: u32,
-    pub(super) chunks: u32,
+    pub(super) frames: u32,
     pub(super) packs: u32,
     pub(super) xattr_bytes: u32,
     pub(super) name_bytes: u32,
@@ -63,8 +63,8 @@ impl Layout {
             inodes: section(counts.inodes, INODE_BYTES),
             entries: section(counts.entries, ENTRY_BYTES),
             extents: section(counts.extents, EXTENT_BYTES),
-            ids: section(counts.chunks, ID_BYTES),
-            places: section(counts.chunks, PLACE_BYTES),
+            ids: section(counts.frames, ID_BYTES),
+            places: section(counts.frames, PLACE_BYTES),
             packs: section(counts.packs, PACK_BYTES),
             xattrs: section(counts.xattr_bytes, 1),
             names: section(counts.name_bytes, 1),
@@ -106,7 +106,7 @@ impl Layout {
             inodes: u32_at(header, 20),
             entries: u32_at(header, 24),
             extents: u32_at(header, 28),
-            chunks: u32_at(header, 32),
+            frames: u32_at(header, 32),
             packs: u32_at(header, 36),
             xattr_bytes: u32_at(header, 40),
             name_bytes: u32_at(header, 44),
