@@ -1,1 +1,27 @@
 //! A FUSE file system over a tree and a cache.
+//!
+//! A [`Mount`] shows one image, read-only. Names, attributes and links are answered from the tree and never wait; file
+//! contents come from the cache. No thread that reads requests from the kernel ever waits for the network: a read that
+//! finds its chunks in memory or on disk is answered at once, every other one from a task of its own. A read is
+//! answered in full, with verified bytes, or with `EIO`: never with zeros, short, or old data.
+//!
+//! The image is immutable, so the kernel may keep everything it was told for as long as it likes, and nothing here
+//! depends on what was asked before: inode numbers are the tree's, file handles are all alike.
+
+mod ahead;
+mod config;
+mod error;
+mod fs;
+mod fuse;
+mod metrics;
+mod mount;
+mod mountpoint;
+mod order;
+mod streams;
+mod window;
+
+pub use config::MountConfig;
+pub use error::MountError;
+pub use metrics::MountSnapshot;
+pub use mount::Mount;
+pub use streams::Ramp;

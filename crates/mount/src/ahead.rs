@@ -1,0 +1,129 @@
+//! Readahead of one mount: follows reads in files and in packs, and asks the cache for what comes next.
+
+use std::num::NonZeroUsize;
+use std::ops::Range;
+use std::sync::{Arc, OnceLock};
+
+use lamina_cache::{Cache, Class, Source, Want};
+use lamina_image::{Ino, Tree};
+use lru::LruCache;
+use parking_lot::Mutex;
+use tokio::runtime::Handle;
+
+use crate::MountConfig;
+use crate::metrics::{Counters, one};
+use crate::order::{PackOrder, want};
+use crate::streams::Streams;
+use crate::window::Window;
+
+/// Files followed at once, some 300 bytes each.
+const FILES_MAX: NonZeroUsize = NonZeroUsize::new(1024).expect("not zero");
+
+/// The readahead of one mount.
+pub(crate) struct Ahead {
+    pub(crate) tree: Arc<Tree>,
+    pub(crate) cache: Arc<Cache>,
+    pub(crate) source: Arc<dyn Source>,
+    pub(crate) counters: Arc<Counters>,
+    config: MountConfig,
+    handle: Handle,
+    /// Known some milliseconds after the mount; until then nothing is read ahead across files.
+    order: Arc<OnceLock<PackOrder>>,
+    files: Mutex<LruCache<Ino, Streams>>,
+    packs: Mutex<Streams>,
+    window: OnceLock<Window>,
+}
+
+impl Ahead {
+    /// Starts to sort the chunks in the background.
+    pub(crate) fn new(
+        tree: Arc<Tree>,
+        cache: Arc<Cache>,
+        source: Arc<dyn Source>,
+        config: MountConfig,
+        handle: Handle,
+    ) -> Self {
+        let order = Arc::new(OnceLock::new());
+        let (sorted, sorting) = (order.clone(), tree.clone());
+        handle.spawn_blocking(move || sorted.set(PackOrder::of(&sorting)));
+        let (counters, window) = (Arc::default(), OnceLock::new());
+        let (files, packs) = (Mutex::new(LruCache::new(FILES_MAX)), Mutex::default());
+        Self { tree, cache, source, counters, config, handle, order, files, packs, window }
+    }
+
+    /// Says how the kernel's own readahead is set, once it is known.
+    pub(crate) fn set_window(&self, window: Window) {
+        let _ = self.window.set(window);
+    }
+
+    /// The chunks that follow `last` in its pack, to be fetched along with `wants`, as far as the whole request stays
+    /// short.
+    pub(crate) fn neighbours(&self, wants: &[Want], last: u32) -> Vec<Want> {
+        let asked: u64 = wants.iter().map(|want| u64::from(want.place.frame.sealed_len)).sum();
+        let left = self.config.neighbour_bytes.saturating_sub(asked);
+        let span = self.order.get().and_then(|order| Some((order, order.span(last)?)));
+        let (Some((order, span)), Some(end)) = (span, wants.last()) else { return Vec::new() };
+        let mut near = Vec::new();
+        for number in order.within(span.end..span.end.saturating_add(left)) {
+            let Some(next) = want(&self.tree, *number) else { break };
+            // one that sticks out of the bound, or lies in another pack, would cost a request of its own
+            let inside = order.span(*number).is_some_and(|next| next.end <= span.end + left);
+            if next.place.pack != end.place.pack || !inside {
+                break;
+            }
+            near.push(next);
+        }
+        near
+    }
+
+    /// Takes note of a read of `range` in `ino`, which touched the chunks `touched`, and fetches ahead.
+    pub(crate) fn note(&self, ino: Ino, range: Range<u64>, touched: &[u32]) {
+        let Ok(inode) = self.tree.inode(ino) else { return };
+        let advice = {
+            let mut files = self.files.lock();
+            let streams = files.get_or_insert_mut(ino, Streams::default);
+            streams.note(range, inode.size, self.config.file_ramp)
+        };
+        if let Some(range) = advice.fetch {
+            let extents = self.tree.extents(ino, range.start, range.end).into_iter().flatten();
+            self.fetch(extents.filter_map(|extent| extent.ok()?.chunk).collect());
+        }
+        let run = advice.run.max(self.note_packs(touched));
+        if let Some(window) = self.window.get() {
+            window.note(run);
+        }
+    }
+
+    /// Follows a read through the packs; how long the longest stream is that it belongs to.
+    fn note_packs(&self, touched: &[u32]) -> u64 {
+        let Some(order) = self.order.get() else { return 0 };
+        let (mut run, mut fetch) = (0, Vec::new());
+        {
+            let mut packs = self.packs.lock();
+            for span in touched.iter().filter_map(|number| order.span(*number)) {
+                let advice = packs.note(span, order.end(), self.config.pack_ramp);
+                fetch.extend(advice.fetch);
+                run = run.max(advice.run);
+            }
+        }
+        for range in fetch {
+            self.fetch(order.within(range).to_vec());
+        }
+        run
+    }
+
+    /// Asks for chunks that nobody waits for, away from the thread that answers the kernel.
+    fn fetch(&self, numbers: Vec<u32>) {
+        if numbers.is_empty() {
+            return;
+        }
+        one(&self.counters.aheads);
+        self.counters.ahead_chunks.fetch_add(numbers.len() as u64, std::sync::atomic::Ordering::Relaxed);
+        let (tree, cache, source) = (self.tree.clone(), self.cache.clone(), self.source.clone());
+        self.handle.spawn(async move {
+            let mut wants: Vec<Want> = numbers.iter().filter_map(|number| want(&tree, *number)).collect();
+            wants.dedup();
+            cache.prefetch(&source, &wants, Class::Background);
+        });
+    }
+}

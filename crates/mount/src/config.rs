@@ -1,0 +1,47 @@
+//! What a mount can be told.
+
+use std::path::PathBuf;
+
+use crate::Ramp;
+
+/// How to mount. [`MountConfig::new`] fills in what was measured to be good.
+#[derive(Clone, Debug)]
+pub struct MountConfig {
+    /// An empty directory.
+    pub mountpoint: PathBuf,
+    /// What `/proc/mounts` shows as the source; commas and control characters are replaced.
+    pub name: String,
+    /// Threads that read requests from the kernel.
+    pub threads: usize,
+    /// The kernel's readahead while reading is sparse, in KiB. What it asks for must be answered in full, so a large
+    /// one turns each wanted page into many unwanted ones.
+    pub read_ahead_kb: u32,
+    /// The kernel's readahead for files opened while reading is dense, in KiB.
+    pub read_ahead_dense_kb: u32,
+    /// A stream that has read this many bytes is dense.
+    pub dense_run_bytes: u64,
+    /// A miss asks for frames that follow in the pack until the request is this long, in bytes of frames: about half
+    /// of what a 1 Gbit/s link carries in a round trip of 1 ms, so that they cost less than the round trip they save.
+    pub neighbour_bytes: u64,
+    /// Readahead within a file, in bytes of the file.
+    pub file_ramp: Ramp,
+    /// Readahead across files that lie one behind the other in packs, in bytes of frames.
+    pub pack_ramp: Ramp,
+}
+
+impl MountConfig {
+    /// A mount at `mountpoint`.
+    pub fn new(mountpoint: PathBuf) -> Self {
+        Self {
+            mountpoint,
+            name: "lamina".to_owned(),
+            threads: 2,
+            read_ahead_kb: 16,
+            read_ahead_dense_kb: 1024,
+            dense_run_bytes: 8 << 20,
+            neighbour_bytes: 64 << 10,
+            file_ramp: Ramp { run_min: 128 << 10, ahead_max: 16 << 20, slack: 128 << 10 },
+            pack_ramp: Ramp { run_min: 256 << 10, ahead_max: 8 << 20, slack: 256 << 10 },
+        }
+    }
+}

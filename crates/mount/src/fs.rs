@@ -1,0 +1,168 @@
+//! What the file system answers, from tree and cache; no kernel is needed to ask.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use bytes::Bytes;
+use lamina_cache::{CacheError, Class, Want};
+use lamina_chunk::Chunk;
+use lamina_image::{Ino, TreeError};
+
+use crate::ahead::Ahead;
+use crate::metrics::one;
+
+/// Why there is no answer. `fuse.rs` has the errno for each.
+#[derive(Debug, Clone, thiserror::Error)]
+pub(crate) enum FsError {
+    /// The tree is damaged, or the kernel asks a thing of the wrong kind.
+    #[error(transparent)]
+    Tree(#[from] TreeError),
+    /// The bytes cannot be had.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+    /// The inode does not have this attribute.
+    #[error("no such attribute")]
+    NoXattr,
+    /// No inode of the image has any.
+    #[error("the image has no extended attributes")]
+    NoXattrs,
+}
+
+/// The files of one image.
+#[derive(Clone)]
+pub(crate) struct Files {
+    pub(crate) ahead: Arc<Ahead>,
+}
+
+/// What a read came to.
+pub(crate) enum Answer {
+    /// All the bytes.
+    Now(Bytes),
+    /// Some are not here.
+    Later(Unread),
+}
+
+/// A read that lacks chunks.
+pub(crate) struct Unread {
+    pieces: Vec<Piece>,
+    len: usize,
+    wants: Vec<Want>,
+    neighbours: Vec<Want>,
+    begun: Instant,
+}
+
+/// Some bytes of an answer.
+struct Piece {
+    from: From,
+    skip: usize,
+    len: usize,
+}
+
+enum From {
+    Zeros,
+    Here(Chunk),
+    /// The position among the wanted.
+    Wanted(usize),
+}
+
+impl Files {
+    /// The bytes of `ino` from `offset`, `size` of them or up to the end of the file, and which chunks they lie in.
+    /// Never waits for the network; reads the disk.
+    pub(crate) fn read(&self, ino: Ino, offset: u64, size: u32) -> Result<(Answer, Vec<u32>), FsError> {
+        let Ahead { tree, cache, .. } = &*self.ahead;
+        let end = offset.saturating_add(u64::from(size));
+        let (mut pieces, mut wants, mut touched) = (Vec::new(), Vec::<Want>::new(), Vec::new());
+        let (mut len, mut last_missing) = (0, None);
+        for extent in tree.extents(ino, offset, end)? {
+            let extent = extent?;
+            // an answer is at most `size` bytes, so each part of it fits
+            let piece_len = usize::try_from(extent.len).map_err(|_| TreeError::TooLarge("read"))?;
+            let from = match extent.chunk {
+                None => From::Zeros,
+                Some(number) => {
+                    touched.push(number);
+                    let (id, place) = tree.chunk(number)?;
+                    match cache.try_local(id) {
+                        Some(chunk) => From::Here(chunk),
+                        None => {
+                            last_missing = Some(number);
+                            wants.push(Want { id, place });
+                            From::Wanted(wants.len() - 1)
+                        }
+                    }
+                }
+            };
+            pieces.push(Piece { from, skip: extent.skip as usize, len: piece_len });
+            len += piece_len;
+        }
+        let Some(last) = last_missing else {
+            return Ok((Answer::Now(assemble(pieces, &[], len)?), touched));
+        };
+        let neighbours = self.ahead.neighbours(&wants, last);
+        let unread = Unread { pieces, len, wants, neighbours, begun: Instant::now() };
+        Ok((Answer::Later(unread), touched))
+    }
+
+    /// Waits for what a read lacks.
+    pub(crate) async fn complete(&self, unread: Unread) -> Result<Bytes, FsError> {
+        let Unread { pieces, len, wants, neighbours, begun } = unread;
+        let Ahead { cache, source, counters, .. } = &*self.ahead;
+        let fetched = cache.fetch(source, &wants, &neighbours, Class::Demand).await;
+        let us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+        one(&counters.reads_waited);
+        counters.read_wait_us_total.fetch_add(us, std::sync::atomic::Ordering::Relaxed);
+        counters.read_wait_us_max.fetch_max(us, std::sync::atomic::Ordering::Relaxed);
+        assemble(pieces, &fetched?, len)
+    }
+
+    /// The value of an extended attribute.
+    pub(crate) fn xattr(&self, ino: Ino, name: &[u8]) -> Result<&[u8], FsError> {
+        if !self.ahead.tree.has_xattrs() {
+            return Err(FsError::NoXattrs);
+        }
+        self.ahead.tree.xattr(ino, name)?.ok_or(FsError::NoXattr)
+    }
+
+    /// The names of all extended attributes, each ended by a NUL.
+    pub(crate) fn xattr_names(&self, ino: Ino) -> Result<Vec<u8>, FsError> {
+        if !self.ahead.tree.has_xattrs() {
+            return Err(FsError::NoXattrs);
+        }
+        let mut names = Vec::new();
+        for (name, _) in self.ahead.tree.xattrs(ino)? {
+            names.extend_from_slice(name);
+            names.push(0);
+        }
+        Ok(names)
+    }
+}
+
+/// Puts an answer together. One that lies in a single chunk is not copied.
+fn assemble(pieces: Vec<Piece>, fetched: &[Chunk], len: usize) -> Result<Bytes, FsError> {
+    let part = |piece: &Piece, chunk: &Chunk| {
+        let bytes = chunk.bytes();
+        // the tree said how long the chunk is, and the chunk is what it says: checked all the same
+        match bytes.get(piece.skip..piece.skip + piece.len) {
+            Some(_) => Ok(bytes.slice(piece.skip..piece.skip + piece.len)),
+            None => Err(TreeError::Bounds("extent", piece.skip as u64)),
+        }
+    };
+    let whole = |piece: &Piece| {
+        Ok(match &piece.from {
+            From::Zeros => Bytes::from(vec![0; piece.len]),
+            From::Here(chunk) => part(piece, chunk)?,
+            From::Wanted(position) => part(piece, &fetched[*position])?,
+        })
+    };
+    if let [piece] = &pieces[..] {
+        return whole(piece);
+    }
+    let mut answer = Vec::with_capacity(len);
+    for piece in &pieces {
+        match &piece.from {
+            From::Zeros => answer.resize(answer.len() + piece.len, 0),
+            From::Here(_) | From::Wanted(_) => answer.extend_from_slice(&whole(piece)?),
+        }
+    }
+    Ok(answer.into())
+}

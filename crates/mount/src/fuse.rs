@@ -1,0 +1,318 @@
+//! The thin wrapper between fuser and [`Files`], and the one place where errors become errnos.
+//!
+//! Budget: an answer from the tree 5 µs, a read of one cached chunk 100 µs, and no lock held while replying.
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use fuser::{
+    Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
+    KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEntry,
+    ReplyOpen, ReplyStatfs, ReplyXattr, Request,
+};
+use lamina_image::{FileKind, Ino, Inode, Tree, TreeError};
+use tokio::runtime::Handle;
+use tracing::{debug, warn};
+
+use crate::fs::{Answer, Files, FsError};
+use crate::metrics::one;
+
+/// Nothing ever changes: ten years.
+const TTL: Duration = Duration::from_secs(10 * 365 * 86_400);
+/// Requests that the kernel has under way by itself (readahead); its default of 12 throttles parallel readers.
+const BACKGROUND_MAX: u16 = 128;
+/// What is negotiated, each where the kernel has it.
+const CAPABILITIES: [InitFlags; 5] = [
+    InitFlags::FUSE_DO_READDIRPLUS,
+    InitFlags::FUSE_PARALLEL_DIROPS,
+    InitFlags::FUSE_CACHE_SYMLINKS,
+    InitFlags::FUSE_NO_OPENDIR_SUPPORT,
+    InitFlags::FUSE_ALLOW_IDMAP,
+];
+const BLOCK_BYTES: u32 = 4096;
+
+/// What fuser drives.
+pub(crate) struct Fuse {
+    pub(crate) files: Files,
+    pub(crate) handle: Handle,
+}
+
+/// The errno of each error.
+fn errno(error: &FsError) -> Errno {
+    match error {
+        FsError::Tree(TreeError::Kind(_, "directory")) => Errno::ENOTDIR,
+        FsError::Tree(TreeError::Kind(..)) => Errno::EINVAL,
+        FsError::Tree(_) | FsError::Cache(_) => Errno::EIO,
+        FsError::NoXattr => Errno::NO_XATTR,
+        // the kernel never asks this mount again
+        FsError::NoXattrs => Errno::ENOSYS,
+    }
+}
+
+fn kind(kind: FileKind) -> FileType {
+    match kind {
+        FileKind::Regular => FileType::RegularFile,
+        FileKind::Directory => FileType::Directory,
+        FileKind::Symlink => FileType::Symlink,
+        FileKind::CharDevice => FileType::CharDevice,
+        FileKind::BlockDevice => FileType::BlockDevice,
+        FileKind::Fifo => FileType::NamedPipe,
+        FileKind::Socket => FileType::Socket,
+    }
+}
+
+fn time(seconds: i64, nanoseconds: u32) -> SystemTime {
+    let whole = Duration::from_secs(seconds.unsigned_abs());
+    let base = if seconds < 0 { UNIX_EPOCH.checked_sub(whole) } else { UNIX_EPOCH.checked_add(whole) };
+    base.and_then(|base| base.checked_add(Duration::from_nanos(nanoseconds.into()))).unwrap_or(UNIX_EPOCH)
+}
+
+fn attributes(ino: Ino, inode: &Inode) -> FileAttr {
+    let mtime = time(inode.mtime_s, inode.mtime_ns);
+    FileAttr {
+        ino: INodeNo(ino.0),
+        size: inode.size,
+        blocks: inode.size.div_ceil(512),
+        atime: mtime,
+        mtime,
+        ctime: mtime,
+        crtime: mtime,
+        kind: kind(inode.kind()),
+        perm: u16::try_from(inode.mode & 0o7777).expect("12 bits"),
+        nlink: inode.nlink,
+        uid: inode.uid,
+        gid: inode.gid,
+        rdev: inode.rdev,
+        blksize: BLOCK_BYTES,
+        flags: 0,
+    }
+}
+
+/// The answer for a name that does not exist: inode 0, which the kernel remembers.
+fn absent() -> FileAttr {
+    FileAttr {
+        ino: INodeNo(0),
+        size: 0,
+        blocks: 0,
+        atime: UNIX_EPOCH,
+        mtime: UNIX_EPOCH,
+        ctime: UNIX_EPOCH,
+        crtime: UNIX_EPOCH,
+        kind: FileType::RegularFile,
+        perm: 0,
+        nlink: 0,
+        uid: 0,
+        gid: 0,
+        rdev: 0,
+        blksize: BLOCK_BYTES,
+        flags: 0,
+    }
+}
+
+/// The names of a directory from position `from` on, `.` and `..` first, each with the position after it. Stops when
+/// `take` says that it is full.
+fn list(
+    tree: &Tree,
+    dir: Ino,
+    from: u64,
+    mut take: impl FnMut(&[u8], Ino, FileKind, u64) -> Result<bool, FsError>,
+) -> Result<(), FsError> {
+    let entries = tree.entries(dir)?;
+    for position in from..u64::from(entries.len()) + 2 {
+        let (name, ino, kind): (&[u8], _, _) = match position {
+            0 => (b".", dir, FileKind::Directory),
+            1 => (b"..", tree.parent(dir)?, FileKind::Directory),
+            after => {
+                let entry = entries.at(u32::try_from(after - 2).expect("below a u32"))?;
+                (entry.name, entry.ino, entry.kind)
+            }
+        };
+        if take(name, ino, kind, position + 1)? {
+            break;
+        }
+    }
+    Ok(())
+}
+
+impl Fuse {
+    fn tree(&self) -> &Tree {
+        &self.files.ahead.tree
+    }
+
+    fn attributes(&self, ino: Ino) -> Result<FileAttr, FsError> {
+        Ok(attributes(ino, &self.tree().inode(ino)?))
+    }
+
+    fn found(&self, parent: Ino, name: &OsStr) -> Result<FileAttr, FsError> {
+        match self.tree().lookup(parent, name.as_bytes())? {
+            Some(ino) => self.attributes(ino),
+            None => Ok(absent()),
+        }
+    }
+
+    fn send(files: &Files, ino: Ino, answer: Result<bytes::Bytes, FsError>, reply: ReplyData) {
+        let counters = &files.ahead.counters;
+        match answer {
+            Ok(bytes) => {
+                counters.read_bytes.fetch_add(bytes.len() as u64, std::sync::atomic::Ordering::Relaxed);
+                reply.data(&bytes);
+            }
+            Err(error) => {
+                reply.error(errno(&error));
+                let before = counters.reads_failed.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                // the first, the second, the fourth and so on: enough to see it, not enough to fill a disk
+                if (before + 1).is_power_of_two() {
+                    warn!(inode = ino.0, failed = before + 1, %error, "a read fails");
+                } else {
+                    debug!(inode = ino.0, %error, "a read fails");
+                }
+            }
+        }
+    }
+}
+
+/// Answers an xattr request of `size` bytes, where 0 asks for the length.
+fn send_xattr(answer: Result<&[u8], FsError>, size: u32, reply: ReplyXattr) {
+    match answer {
+        Ok(bytes) => match (u32::try_from(bytes.len()), size) {
+            (Ok(len), 0) => reply.size(len),
+            (Ok(len), size) if len <= size => reply.data(bytes),
+            _ => reply.error(Errno::ERANGE),
+        },
+        Err(error) => reply.error(errno(&error)),
+    }
+}
+
+impl Filesystem for Fuse {
+    fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        for capability in CAPABILITIES {
+            if config.add_capabilities(capability).is_err() {
+                debug!(?capability, "the kernel lacks a capability");
+            }
+        }
+        let _ = config.set_max_background(BACKGROUND_MAX);
+        Ok(())
+    }
+
+    fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let counters = &self.files.ahead.counters;
+        one(&counters.lookups);
+        match self.found(Ino(parent.0), name) {
+            Ok(attr) => {
+                if attr.ino.0 == 0 {
+                    one(&counters.lookups_absent);
+                }
+                reply.entry(&TTL, &attr, Generation(0));
+            }
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        one(&self.files.ahead.counters.getattrs);
+        match self.attributes(Ino(ino.0)) {
+            Ok(attr) => reply.attr(&TTL, &attr),
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
+        one(&self.files.ahead.counters.readlinks);
+        match self.tree().symlink(Ino(ino.0)) {
+            Ok(target) => reply.data(target),
+            Err(error) => reply.error(errno(&error.into())),
+        }
+    }
+
+    fn open(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        one(&self.files.ahead.counters.opens);
+        reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE);
+    }
+
+    fn read(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        let (ino, end) = (Ino(ino.0), offset.saturating_add(u64::from(size)));
+        one(&self.files.ahead.counters.reads);
+        let touched = match self.files.read(ino, offset, size) {
+            Ok((Answer::Now(bytes), touched)) => {
+                Self::send(&self.files, ino, Ok(bytes), reply);
+                touched
+            }
+            Ok((Answer::Later(unread), touched)) => {
+                let files = self.files.clone();
+                self.handle.spawn(async move {
+                    let answer = files.complete(unread).await;
+                    Self::send(&files, ino, answer, reply);
+                });
+                touched
+            }
+            Err(error) => return Self::send(&self.files, ino, Err(error), reply),
+        };
+        self.files.ahead.note(ino, offset..end, &touched);
+    }
+
+    fn opendir(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        // directories need no opening: the kernel stops asking, and caches what they list
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn readdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        one(&self.files.ahead.counters.readdirs);
+        let listed = list(self.tree(), Ino(ino.0), offset, |name, ino, of, next| {
+            Ok(reply.add(INodeNo(ino.0), next, kind(of), OsStr::from_bytes(name)))
+        });
+        match listed {
+            Ok(()) => reply.ok(),
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    fn readdirplus(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectoryPlus,
+    ) {
+        one(&self.files.ahead.counters.readdirs);
+        let listed = list(self.tree(), Ino(ino.0), offset, |name, ino, _, next| {
+            let attr = self.attributes(ino)?;
+            Ok(reply.add(INodeNo(ino.0), next, OsStr::from_bytes(name), &TTL, &attr, Generation(0)))
+        });
+        match listed {
+            Ok(()) => reply.ok(),
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
+        let tree = self.tree();
+        let blocks = tree.file_bytes().div_ceil(u64::from(BLOCK_BYTES));
+        reply.statfs(blocks, 0, 0, tree.inodes().into(), 0, BLOCK_BYTES, 255, BLOCK_BYTES);
+    }
+
+    fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        one(&self.files.ahead.counters.xattrs);
+        send_xattr(self.files.xattr(Ino(ino.0), name.as_bytes()), size, reply);
+    }
+
+    fn listxattr(&self, _req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+        one(&self.files.ahead.counters.xattrs);
+        match self.files.xattr_names(Ino(ino.0)) {
+            Ok(names) => send_xattr(Ok(&names), size, reply),
+            Err(error) => send_xattr(Err(error), size, reply),
+        }
+    }
+}

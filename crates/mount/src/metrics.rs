@@ -1,0 +1,67 @@
+//! What a mount counts, since it was mounted.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident,)*) => {
+        /// The live counters.
+        #[derive(Debug, Default)]
+        pub(crate) struct Counters { $(pub(crate) $name: AtomicU64,)* }
+
+        /// The counters at one moment, each read on its own.
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+        pub struct MountSnapshot { $($(#[$doc])* pub $name: u64,)* }
+
+        impl Counters {
+            /// Their values now.
+            pub(crate) fn snapshot(&self) -> MountSnapshot {
+                MountSnapshot { $($name: self.$name.load(Ordering::Relaxed),)* }
+            }
+        }
+
+        impl MountSnapshot {
+            /// Every counter by name, in a fixed order.
+            pub fn named(&self) -> Vec<(&'static str, u64)> {
+                vec![$((stringify!($name), self.$name),)*]
+            }
+        }
+    };
+}
+
+counters! {
+    /// Names looked up.
+    lookups,
+    /// Of those, names that do not exist.
+    lookups_absent,
+    /// Attributes asked for.
+    getattrs,
+    /// Pieces of directories listed.
+    readdirs,
+    /// Files opened.
+    opens,
+    /// Links read.
+    readlinks,
+    /// Extended attributes asked for, or listed.
+    xattrs,
+    /// Reads. What the kernel's page cache answers never comes here.
+    reads,
+    /// Bytes of file contents answered.
+    read_bytes,
+    /// Reads that had to wait for the network.
+    reads_waited,
+    /// How long they waited, summed, in microseconds.
+    read_wait_us_total,
+    /// The longest, in microseconds.
+    read_wait_us_max,
+    /// Reads answered with an error.
+    reads_failed,
+    /// Times that readahead asked for more.
+    aheads,
+    /// Chunks that readahead asked for, near ones included.
+    ahead_chunks,
+}
+
+/// Adds one to a counter.
+pub(crate) fn one(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
+}

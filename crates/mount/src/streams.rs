@@ -1,0 +1,153 @@
+//! Readahead: who reads forward, and how far ahead of them to fetch. Pure; positions are bytes in a file, or in all
+//! packs laid end to end.
+//!
+//! The rule: ahead of a stream that has read `run` bytes forward, up to `run` bytes are fetched, so what is fetched in
+//! vain is never more than what was read. It doubles by itself while reading is dense and is nothing while it is not.
+
+use std::ops::Range;
+
+/// How readahead grows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ramp {
+    /// A stream that has read fewer bytes gets none.
+    pub run_min: u64,
+    /// No stream gets more, in bytes: what fills a link for some round trips, and a fraction of the cache's memory.
+    pub ahead_max: u64,
+    /// A read this near to where a stream stands belongs to it, in bytes.
+    pub slack: u64,
+}
+
+/// Positions followed at once; the one that moved least recently is given up for a new one.
+const STREAMS_MAX: usize = 8;
+
+#[derive(Clone, Debug)]
+struct Stream {
+    /// Where reading stands.
+    at: u64,
+    /// Bytes read on the way here.
+    run: u64,
+    /// How far it was fetched.
+    ahead: u64,
+    moved: u64,
+}
+
+/// What to do about a read.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Advice {
+    /// Fetch these bytes ahead.
+    pub(crate) fetch: Option<Range<u64>>,
+    /// How long the stream is that the read belongs to.
+    pub(crate) run: u64,
+}
+
+/// The streams in one space of positions.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Streams {
+    streams: Vec<Stream>,
+    clock: u64,
+}
+
+impl Streams {
+    /// Takes note of a read in a space that ends at `end`.
+    pub(crate) fn note(&mut self, read: Range<u64>, end: u64, ramp: Ramp) -> Advice {
+        self.clock += 1;
+        let near = |stream: &&mut Stream| {
+            read.start <= stream.at.saturating_add(ramp.slack)
+                && read.end.saturating_add(ramp.slack) >= stream.at
+        };
+        let Some(stream) = self.streams.iter_mut().filter(near).min_by_key(|s| s.at.abs_diff(read.start))
+        else {
+            return self.begin(&read);
+        };
+        stream.moved = self.clock;
+        if read.end > stream.at {
+            stream.run += (read.end - stream.at).min(read.end - read.start);
+            stream.at = read.end;
+        }
+        stream.ahead = stream.ahead.max(stream.at);
+        let window = if stream.run < ramp.run_min { 0 } else { stream.run.min(ramp.ahead_max) };
+        let target = stream.at.saturating_add(window).min(end);
+        // ask in pieces of half a window, so that requests are few and large
+        let due = stream.ahead - stream.at <= window / 2 && target > stream.ahead;
+        let fetch = due.then(|| std::mem::replace(&mut stream.ahead, target)..target);
+        Advice { fetch, run: stream.run }
+    }
+
+    fn begin(&mut self, read: &Range<u64>) -> Advice {
+        let run = read.end - read.start;
+        let stream = Stream { at: read.end, run, ahead: read.end, moved: self.clock };
+        if self.streams.len() < STREAMS_MAX {
+            self.streams.push(stream);
+        } else if let Some(oldest) = self.streams.iter_mut().min_by_key(|stream| stream.moved) {
+            *oldest = stream;
+        }
+        Advice { fetch: None, run }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const RAMP: Ramp = Ramp { run_min: 100, ahead_max: 1000, slack: 20 };
+
+    fn fetches(reads: &[Range<u64>], end: u64) -> Vec<Option<Range<u64>>> {
+        let mut streams = Streams::default();
+        reads.iter().map(|read| streams.note(read.clone(), end, RAMP).fetch).collect()
+    }
+
+    #[test]
+    fn reading_forward_ramps_up_and_everything_else_fetches_nothing() {
+        let none: Vec<Option<Range<u64>>> = vec![None, None, None];
+        type Case = (&'static str, Vec<Range<u64>>, Vec<Option<Range<u64>>>);
+        let cases: [Case; 7] = [
+            ("forward", vec![0..50, 50..100, 100..150], vec![None, Some(100..200), Some(200..300)]),
+            ("with small gaps", vec![0..50, 60..110, 125..175], vec![None, Some(110..210), Some(210..325)]),
+            ("out of order", vec![50..100, 0..50, 100..150], vec![None, None, Some(150..250)]),
+            ("random", vec![0..50, 500..550, 250..300], none.clone()),
+            ("backward", vec![200..250, 150..200, 100..150], none.clone()),
+            ("one place", vec![0..50, 0..50, 0..50], none),
+            (
+                "two at once",
+                vec![0..60, 500..560, 60..120, 560..620],
+                vec![None, None, Some(120..240), Some(620..740)],
+            ),
+        ];
+        for (name, reads, want) in cases {
+            assert_eq!(fetches(&reads, 10_000), want, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_dense_stream_is_followed_to_its_end_in_ever_larger_steps() {
+        let reads: Vec<Range<u64>> = (0..100).map(|n| n * 50..n * 50 + 50).collect();
+        let fetched: Vec<Range<u64>> = fetches(&reads, 5000).into_iter().flatten().collect();
+        assert!(fetched.windows(2).all(|pair| pair[0].end == pair[1].start), "without gaps: {fetched:?}");
+        assert_eq!(fetched.last().expect("some").end, 5000);
+        assert!(fetched.len() < 20, "{fetched:?}");
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_fetched_ahead_is_bounded_by_what_was_read(
+            reads in prop::collection::vec((0u64..5000, 1u64..200), 1..200),
+        ) {
+            let (mut streams, mut read_bytes, mut fetched) = (Streams::default(), 0, 0);
+            for (start, len) in reads {
+                read_bytes += len;
+                let advice = streams.note(start..start + len, 6000, RAMP);
+                if let Some(range) = advice.fetch {
+                    prop_assert!(range.start < range.end && range.end <= 6000);
+                    prop_assert!(range.end - range.start <= RAMP.ahead_max);
+                    fetched += range.end - range.start;
+                }
+                prop_assert!(streams.streams.len() <= STREAMS_MAX);
+                // each byte of run lets at most two be fetched: the window, and its growth; jumps within the slack
+                // move it along
+                prop_assert!(fetched <= 3 * read_bytes + 8 * RAMP.ahead_max);
+            }
+        }
+    }
+}

@@ -1,0 +1,345 @@
+//! Real mounts, by a real kernel. They need root and /dev/fuse, and fail without.
+
+mod rig;
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::process::{Command, Stdio};
+use std::sync::atomic::Ordering;
+
+use lamina_mount::{MountConfig, MountError};
+use rig::{Layer, Packs, Rig, is_mounted, noise, until};
+use rustix::mount::{MountFlags, UnmountFlags};
+use tar::EntryType;
+
+#[test]
+fn every_attribute_is_the_images() {
+    let layer = Layer::new()
+        .entry(EntryType::Directory, b"d/", b"", |h| h.set_mode(0o1777))
+        .pax(&[("mtime", b"1234567890.123456789")])
+        .entry(EntryType::Regular, b"d/setuid", b"hello", |h| {
+            h.set_mode(0o4755);
+            h.set_uid(1234);
+            h.set_gid(5678);
+        })
+        .pax(&[("mtime", b"-86399.5")])
+        .file("d/old", b"")
+        .link(EntryType::Link, "d/hard", "d/setuid")
+        .link(EntryType::Symlink, "d/soft", "../no/where")
+        .entry(EntryType::Fifo, b"d/fifo", b"", |h| h.set_mode(0o600))
+        .entry(EntryType::Char, b"d/null", b"", |h| {
+            h.set_device_major(1).expect("gnu");
+            h.set_device_minor(3).expect("gnu");
+        })
+        .entry(EntryType::Block, b"d/block", b"", |h| {
+            h.set_device_major(259).expect("gnu");
+            h.set_device_minor(70_000).expect("gnu");
+        })
+        .entry(EntryType::Regular, b"d/\xff\xfe", b"not UTF-8", |_| {});
+    let rig = Rig::new(layer);
+    let stat = |path: &str| fs::symlink_metadata(rig.path(path)).expect(path);
+    let file = stat("d/setuid");
+    assert_eq!((file.mode(), file.uid(), file.gid(), file.size()), (0o104_755, 1234, 5678, 5));
+    assert_eq!((file.mtime(), file.mtime_nsec(), file.nlink()), (1_234_567_890, 123_456_789, 2));
+    assert_eq!((stat("d/old").mtime(), stat("d/old").mtime_nsec()), (-86_400, 500_000_000));
+    assert_eq!(stat("d/hard").ino(), file.ino());
+    assert_eq!((stat("d").mode(), stat("d").nlink()), (0o041_777, 2));
+    assert_eq!(fs::read_link(rig.path("d/soft")).expect("read"), OsStr::new("../no/where"));
+    assert!(stat("d/fifo").file_type().is_fifo() && stat("d/fifo").mode() & 0o777 == 0o600);
+    let (null, block) = (stat("d/null"), stat("d/block"));
+    assert!(null.file_type().is_char_device() && block.file_type().is_block_device());
+    let device = |rdev| (rustix::fs::major(rdev), rustix::fs::minor(rdev));
+    assert_eq!((device(null.rdev()), device(block.rdev())), ((1, 3), (259, 70_000)));
+    assert_eq!(fs::read(rig.path("d/null")).expect("a working device"), b"");
+    assert_eq!(fs::read(rig.path("d").join(OsStr::from_bytes(b"\xff\xfe"))).expect("read"), b"not UTF-8");
+    assert_eq!(fs::read(rig.path("d/hard")).expect("read"), b"hello");
+    let refused = fs::write(rig.path("d/new"), "x").expect_err("read-only");
+    assert_eq!(refused.kind(), io::ErrorKind::ReadOnlyFilesystem);
+    let statvfs = rustix::fs::statvfs(rig.path("")).expect("statfs");
+    assert_eq!((statvfs.f_files, statvfs.f_bfree), (u64::from(rig.tree.inodes()), 0));
+}
+
+#[test]
+fn ten_thousand_names_are_listed_once_each() {
+    let layer = (0..10_000).fold(Layer::new(), |layer, n| layer.file(&format!("many/{n:05}"), b""));
+    let rig = Rig::new(layer);
+    for round in 0..2 {
+        let names: Vec<_> = fs::read_dir(rig.path("many"))
+            .expect("listed")
+            .map(|entry| entry.expect("listed").file_name())
+            .collect();
+        let distinct: BTreeSet<_> = names.iter().collect();
+        assert_eq!((names.len(), distinct.len()), (10_000, 10_000), "round {round}");
+    }
+    let readdirs = rig.mount().snapshot().readdirs;
+    fs::read_dir(rig.path("many")).expect("listed").for_each(drop);
+    assert_eq!(rig.mount().snapshot().readdirs, readdirs, "the kernel keeps what was listed");
+    assert_eq!(fs::metadata(rig.path("many/09999")).expect("there").size(), 0);
+    assert_eq!(rig.mount().snapshot().opens, 0);
+}
+
+#[test]
+fn extended_attributes_are_shown_where_there_are_any() {
+    let layer = Layer::new()
+        .pax(&[("SCHILY.xattr.user.colour", b"blue\0\xff"), ("SCHILY.xattr.user.empty", b"")])
+        .file("with", b"x")
+        .file("without", b"x");
+    let rig = Rig::new(layer);
+    let with = rig.path("with");
+    assert_eq!(xattr::get(&with, "user.colour").expect("read").as_deref(), Some(&b"blue\0\xff"[..]));
+    assert_eq!(xattr::get(&with, "user.empty").expect("read").as_deref(), Some(&b""[..]));
+    assert_eq!(xattr::get(&with, "user.none").expect("read"), None);
+    let names: Vec<_> = xattr::list(&with).expect("listed").collect();
+    assert_eq!(names, ["user.colour", "user.empty"]);
+    assert_eq!(xattr::list(rig.path("without")).expect("listed").count(), 0);
+
+    let bare = Rig::new(Layer::new().file("a", b"x").file("b", b"x"));
+    for name in ["a", "b", "a"] {
+        // the system call itself is not supported there
+        let _ = xattr::get(bare.path(name), "user.none");
+    }
+    assert_eq!(bare.mount().snapshot().xattrs, 1, "the kernel asks no more");
+}
+
+#[test]
+fn a_name_that_does_not_exist_is_asked_for_once() {
+    let rig = Rig::new(Layer::new().file("a", b"x"));
+    for _ in 0..5 {
+        let absent = fs::metadata(rig.path("absent")).expect_err("absent");
+        assert_eq!(absent.kind(), io::ErrorKind::NotFound);
+        fs::metadata(rig.path("a")).expect("there");
+    }
+    let seen = rig.mount().snapshot();
+    assert_eq!((seen.lookups, seen.lookups_absent), (2, 1));
+}
+
+#[test]
+fn files_read_and_map_as_they_are_and_are_fetched_once() {
+    let large = noise(1, 3_000_001);
+    let layer = Layer::new().file("large", &large).file("small", b"small").file("empty", b"");
+    let rig = Rig::new(layer);
+    let file = File::open(rig.path("large")).expect("opened");
+    let mut piece = vec![0; 5000];
+    for at in [2_999_000u64, 0, 70_000, 1_500_000] {
+        let len = file.read_at(&mut piece, at).expect("read");
+        let at = usize::try_from(at).expect("small");
+        assert_eq!(piece[..len], large[at..(at + 5000).min(large.len())]);
+    }
+    #[expect(unsafe_code, reason = "the file is immutable, so the mapping is")]
+    // SAFETY: nothing can change the file under the mapping, since the mount is read-only.
+    let map = unsafe { memmap2::Mmap::map(&file) }.expect("mapped");
+    assert_eq!(map[..], large[..]);
+    assert_eq!(fs::read(rig.path("large")).expect("read"), large);
+    assert_eq!(fs::read(rig.path("small")).expect("read"), b"small");
+    assert_eq!(fs::read(rig.path("empty")).expect("read"), b"");
+    // noise is stored as it is: nothing came twice, and little that was not asked for
+    assert!(rig.packs.bytes.load(Ordering::SeqCst) <= 3_010_000);
+}
+
+#[test]
+fn holes_read_as_zeros_between_right_bytes() {
+    let mut contents = noise(1, 10_000);
+    contents.resize(2_000_000, 0);
+    contents.extend(noise(2, 10_000));
+    let rig = Rig::new(Layer::new().file("sparse", &contents));
+    assert_eq!(fs::read(rig.path("sparse")).expect("read"), contents);
+}
+
+#[test]
+fn many_processes_read_one_cold_file_and_each_byte_comes_once() {
+    let large = noise(7, 8_000_000);
+    let rig = Rig::new(Layer::new().file("large", &large));
+    let twin = rig.directory.path().join("twin");
+    fs::write(&twin, &large).expect("written");
+    let readers: Vec<_> = (0..12)
+        .map(|_| {
+            Command::new("cmp").arg(rig.path("large")).arg(&twin).stdout(Stdio::null()).spawn().expect("cmp")
+        })
+        .collect();
+    for mut reader in readers {
+        assert!(reader.wait().expect("ended").success());
+    }
+    assert!(rig.packs.bytes.load(Ordering::SeqCst) <= 8_010_000);
+}
+
+#[test]
+fn reading_every_file_in_order_takes_few_requests() {
+    let files: Vec<_> = (0..600u64).map(|n| (format!("dir/{n:04}"), noise(n, 20_000))).collect();
+    let layer = files.iter().fold(Layer::new(), |layer, (path, contents)| layer.file(path, contents));
+    let rig = Rig::new(layer);
+    for (path, contents) in &files {
+        assert_eq!(&fs::read(rig.path(path)).expect("read"), contents);
+    }
+    let requests = rig.packs.requests.load(Ordering::SeqCst);
+    assert!(requests < 120, "{requests} requests for 12 MB in 600 files; {:?}", rig.mount().snapshot());
+    let seen = rig.cache.snapshot();
+    assert!(seen.source_bytes < 12_100_000, "{seen:?}");
+}
+
+#[test]
+fn reading_here_and_there_fetches_little_else() {
+    let large = noise(3, 32 << 20);
+    let rig = Rig::new(Layer::new().file("large", &large));
+    let file = File::open(rig.path("large")).expect("opened");
+    let mut byte = [0];
+    for n in 0..40usize {
+        let at = (n * 7919 % 40) * 800_000 + 123;
+        file.read_exact_at(&mut byte, at as u64).expect("read");
+        assert_eq!(byte[0], large[at]);
+    }
+    // 40 chunks of 64 KiB on average, up to 64 KiB of neighbours each
+    let bytes = rig.packs.bytes.load(Ordering::SeqCst);
+    assert!(bytes < 40 * 140_000, "{bytes}");
+}
+
+#[test]
+fn a_source_that_fails_gives_eio_and_works_again_later() {
+    let contents = noise(1, 300_000);
+    let rig = Rig::new(Layer::new().file("a", &contents));
+    rig.packs.down.store(true, Ordering::SeqCst);
+    let error = fs::read(rig.path("a")).expect_err("down");
+    assert_eq!(error.raw_os_error(), Some(rustix::io::Errno::IO.raw_os_error()));
+    assert!(rig.mount().snapshot().reads_failed > 0);
+    rig.packs.down.store(false, Ordering::SeqCst);
+    assert_eq!(fs::read(rig.path("a")).expect("up"), contents);
+}
+
+#[test]
+fn wrong_bytes_never_reach_a_reader() {
+    let contents = noise(1, 2_000_000);
+    let rig = Rig::new(Layer::new().file("a", &contents).file("b", b"tiny"));
+    rig.packs.lies.store(true, Ordering::SeqCst);
+    for path in ["a", "b", "a"] {
+        let mut file = File::open(rig.path(path)).expect("opened");
+        let mut read = Vec::new();
+        let error = file.read_to_end(&mut read).expect_err("lies");
+        assert_eq!(error.raw_os_error(), Some(rustix::io::Errno::IO.raw_os_error()));
+        assert!(read.is_empty(), "{} bytes", read.len());
+    }
+    rig.packs.lies.store(false, Ordering::SeqCst);
+    assert_eq!(fs::read(rig.path("a")).expect("honest"), contents);
+    assert_eq!(fs::read(rig.path("b")).expect("honest"), b"tiny");
+}
+
+#[test]
+fn names_are_answered_while_reads_wait_and_a_lazy_unmount_leaves_them_alone() {
+    let contents = noise(1, 40_000);
+    let layer = Layer::new().file("a", &contents).file("dir/b", b"x");
+    let rig = Rig::with(layer, Packs::gated());
+    let readers: Vec<_> = (0..8)
+        .map(|_| {
+            let path = rig.path("a");
+            std::thread::spawn(move || fs::read(path))
+        })
+        .collect();
+    until("a request", || rig.packs.requests.load(Ordering::SeqCst) > 0);
+    assert_eq!(fs::read_dir(rig.path("dir")).expect("listed").count(), 1);
+    assert_eq!(fs::metadata(rig.path("dir/b")).expect("there").size(), 1);
+    assert!(matches!(rig.mount().unmount(false), Err(MountError::InUse(_))));
+    let umount =
+        |flags: &[&str]| Command::new("umount").args(flags).arg(rig.path("")).stderr(Stdio::null()).status();
+    assert!(!umount(&[]).expect("umount").success());
+    assert!(umount(&["-l"]).expect("umount").success());
+    assert!(!is_mounted(&rig.path("")));
+    assert!(matches!(rig.mount().unmount(true), Err(MountError::Gone(_))));
+    rig.packs.gate.as_ref().expect("gated").add_permits(1000);
+    for reader in readers {
+        assert_eq!(reader.join().expect("ended").expect("read"), contents);
+    }
+    rig.ended();
+}
+
+#[test]
+fn unmounting_ends_the_mount_and_so_does_dropping_it() {
+    let mut rig = Rig::new(Layer::new().file("a", b"x"));
+    assert!(is_mounted(&rig.path("")));
+    rig.mount().unmount(false).expect("unmounted");
+    rig.ended();
+    assert!(!is_mounted(&rig.path("")));
+    let threads = || {
+        fs::read_dir("/proc/self/task")
+            .expect("listed")
+            .filter(|task| {
+                let comm = task.as_ref().expect("listed").path().join("comm");
+                fs::read_to_string(comm)
+                    .is_ok_and(|name| name.starts_with("fuser-") || name.starts_with("lamina-mount"))
+            })
+            .count()
+    };
+    rig.mount = None;
+    let again = rig.start(MountConfig::new(rig.path(""))).expect("mounted again");
+    assert_eq!(fs::read(rig.path("a")).expect("read"), b"x");
+    assert!(threads() > 0);
+    drop(again);
+    assert!(!is_mounted(&rig.path("")));
+    until("its threads end", || threads() == 0);
+}
+
+#[test]
+fn what_was_read_needs_no_source_after_a_remount() {
+    let contents = noise(1, 1_000_000);
+    let mut rig = Rig::new(Layer::new().file("a", &contents));
+    assert_eq!(fs::read(rig.path("a")).expect("read"), contents);
+    rig.mount = None;
+    rig.packs.down.store(true, Ordering::SeqCst);
+    rig.mount = Some(rig.start(MountConfig::new(rig.path(""))).expect("mounted again"));
+    assert_eq!(fs::read(rig.path("a")).expect("read"), contents);
+}
+
+#[test]
+fn a_mount_point_that_will_not_do_is_named_with_the_reason() {
+    let rig = Rig::new(Layer::new().file("a", b"x"));
+    let dir = rig.directory.path();
+    let start = |path: &str| rig.start(MountConfig::new(dir.join(path))).err().expect(path);
+    fs::write(dir.join("file"), "x").expect("written");
+    fs::create_dir_all(dir.join("full/of")).expect("created");
+    assert!(matches!(start("missing"), MountError::Missing(_)));
+    assert!(matches!(start("file"), MountError::NotDirectory(_)));
+    assert!(matches!(start("full"), MountError::NotEmpty(_)));
+    assert!(matches!(start("mnt"), MountError::Occupied(_)));
+    assert_eq!(fs::read(rig.path("a")).expect("undisturbed"), b"x");
+}
+
+#[test]
+fn overlayfs_on_top_reads_writes_and_copies_up() {
+    let contents = noise(1, 500_000);
+    let rig = Rig::new(Layer::new().file("dir/a", &contents).file("dir/b", b"b").file("gone", b"x"));
+    let dir = |name: &str| {
+        let path = rig.directory.path().join(name);
+        fs::create_dir_all(&path).expect("created");
+        path
+    };
+    // upper and work lie on a file system of their own, since this one may be an overlay itself
+    let (top, merged) = (dir("top"), dir("merged"));
+    rustix::mount::mount("tmpfs", &top, "tmpfs", MountFlags::empty(), None).expect("mounted");
+    let (upper, work) = (dir("top/upper"), dir("top/work"));
+    let options = format!(
+        "lowerdir={},upperdir={},workdir={}",
+        rig.path("").display(),
+        upper.display(),
+        work.display()
+    );
+    let options = std::ffi::CString::new(options).expect("a path");
+    rustix::mount::mount("overlay", &merged, "overlay", MountFlags::empty(), options.as_c_str())
+        .expect("mounted");
+    let check = || -> io::Result<()> {
+        assert_eq!(fs::read(merged.join("dir/a"))?, contents);
+        fs::write(merged.join("dir/b"), "changed")?;
+        assert_eq!(fs::read(merged.join("dir/b"))?, b"changed");
+        assert_eq!(fs::read(rig.path("dir/b"))?, b"b");
+        let mut copied = File::options().append(true).open(merged.join("dir/a"))?;
+        io::Write::write_all(&mut copied, b"tail")?;
+        assert_eq!(fs::read(merged.join("dir/a"))?.len(), contents.len() + 4);
+        fs::remove_file(merged.join("gone"))?;
+        assert!(!merged.join("gone").exists() && rig.path("gone").exists());
+        Ok(())
+    };
+    let checked = check();
+    rustix::mount::unmount(&merged, UnmountFlags::DETACH).expect("unmounted");
+    rustix::mount::unmount(&top, UnmountFlags::DETACH).expect("unmounted");
+    checked.expect("overlayfs works on top");
+}

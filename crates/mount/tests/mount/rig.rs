@@ -1,0 +1,212 @@
+//! An image in memory, mounted for real.
+
+use std::collections::HashMap;
+use std::fs;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use lamina_cache::{Cache, CacheConfig, Class, Source, SourceError};
+use lamina_chunk::{ChunkId, PackId, PackRecord, Place};
+use lamina_image::{ChunkSink, IngestOptions, LayerInput, Progress, SinkError, Tree, derive_tree, ingest};
+use lamina_mount::{Mount, MountConfig, MountError};
+use parking_lot::Mutex;
+use tokio::sync::Semaphore;
+
+/// Packs in memory, as sink and as source.
+#[derive(Default)]
+pub(crate) struct Packs {
+    packs: Mutex<HashMap<PackId, Bytes>>,
+    index: Mutex<HashMap<ChunkId, Place>>,
+    pub(crate) requests: AtomicU64,
+    pub(crate) bytes: AtomicU64,
+    /// Answers nothing.
+    pub(crate) down: AtomicBool,
+    /// Answers other bytes.
+    pub(crate) lies: AtomicBool,
+    /// Where there is one, each answer takes a permit.
+    pub(crate) gate: Option<Semaphore>,
+}
+
+impl Packs {
+    /// Packs whose answers wait at the gate.
+    pub(crate) fn gated() -> Self {
+        Self { gate: Some(Semaphore::new(0)), ..Self::default() }
+    }
+}
+
+impl ChunkSink for Packs {
+    fn known(&self, ids: &[ChunkId]) -> Result<Vec<Option<Place>>, SinkError> {
+        let index = self.index.lock();
+        Ok(ids.iter().map(|id| index.get(id).copied()).collect())
+    }
+
+    fn put(&self, pack: PackId, bytes: Bytes, records: &[PackRecord]) -> Result<(), SinkError> {
+        let places = records.iter().map(|record| (record.id, Place { pack, frame: record.frame }));
+        self.index.lock().extend(places);
+        self.packs.lock().insert(pack, bytes);
+        Ok(())
+    }
+}
+
+impl Source for Packs {
+    fn fetch(
+        &self,
+        pack: PackId,
+        range: Range<u64>,
+        _class: Class,
+    ) -> BoxFuture<'_, Result<Bytes, SourceError>> {
+        async move {
+            self.requests.fetch_add(1, Ordering::SeqCst);
+            if let Some(gate) = &self.gate {
+                gate.acquire().await.expect("open").forget();
+            }
+            if self.down.load(Ordering::SeqCst) {
+                return Err(SourceError::Missing(pack));
+            }
+            let start = usize::try_from(range.start).expect("small");
+            let end = usize::try_from(range.end).expect("small");
+            let body = self.packs.lock().get(&pack).ok_or(SourceError::Missing(pack))?.slice(start..end);
+            self.bytes.fetch_add(body.len() as u64, Ordering::SeqCst);
+            if self.lies.load(Ordering::SeqCst) {
+                return Ok(body.iter().map(|byte| byte ^ 0x55).collect());
+            }
+            Ok(body)
+        }
+        .boxed()
+    }
+}
+
+/// A layer's tar, built entry by entry.
+pub(crate) struct Layer(tar::Builder<Vec<u8>>);
+
+impl Layer {
+    pub(crate) fn new() -> Self {
+        Self(tar::Builder::new(Vec::new()))
+    }
+
+    /// Adds an entry; `change` has the last word on its header.
+    pub(crate) fn entry(
+        mut self,
+        kind: tar::EntryType,
+        path: &[u8],
+        contents: &[u8],
+        change: impl FnOnce(&mut tar::Header),
+    ) -> Self {
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(kind);
+        header.set_size(contents.len() as u64);
+        header.set_mode(0o644);
+        header.set_uid(0);
+        header.set_gid(0);
+        header.set_mtime(1_000_000_000);
+        // the raw field takes names that are not UTF-8
+        header.as_old_mut().name[..path.len()].copy_from_slice(path);
+        change(&mut header);
+        header.set_cksum();
+        self.0.append(&header, contents).expect("appended");
+        self
+    }
+
+    pub(crate) fn file(self, path: &str, contents: &[u8]) -> Self {
+        self.entry(tar::EntryType::Regular, path.as_bytes(), contents, |_| {})
+    }
+
+    pub(crate) fn link(self, kind: tar::EntryType, path: &str, target: &str) -> Self {
+        self.entry(kind, path.as_bytes(), b"", |header| header.set_link_name(target).expect("short"))
+    }
+
+    /// PAX records for the entry that follows.
+    pub(crate) fn pax(mut self, records: &[(&str, &[u8])]) -> Self {
+        self.0.append_pax_extensions(records.iter().copied()).expect("appended");
+        self
+    }
+
+    fn finish(self) -> Vec<u8> {
+        self.0.into_inner().expect("finished")
+    }
+}
+
+/// A mounted image. Fields are dropped in order: the mount first.
+pub(crate) struct Rig {
+    pub(crate) mount: Option<Mount>,
+    pub(crate) cache: Arc<Cache>,
+    pub(crate) packs: Arc<Packs>,
+    pub(crate) tree: Arc<Tree>,
+    pub(crate) runtime: tokio::runtime::Runtime,
+    pub(crate) directory: tempfile::TempDir,
+}
+
+impl Rig {
+    pub(crate) fn new(layer: Layer) -> Self {
+        Self::with(layer, Packs::default())
+    }
+
+    pub(crate) fn with(layer: Layer, packs: Packs) -> Self {
+        let tar = layer.finish();
+        let input = LayerInput { name: "layer".to_owned(), bytes: Box::new(&tar[..]), diff_id: None };
+        let recipes = ingest(vec![input], &packs, IngestOptions::default(), &Progress::default());
+        let tree = derive_tree(&recipes.expect("taken in")).expect("merged");
+        let tree = Arc::new(Tree::open(tree.into()).expect("a tree"));
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+        let runtime = runtime.expect("a runtime");
+        let directory = tempfile::tempdir().expect("a directory");
+        fs::create_dir(directory.path().join("mnt")).expect("created");
+        let mut config = CacheConfig::new(directory.path().join("cache"), 256 << 20);
+        config.deadline = Duration::from_secs(10);
+        let cache = Arc::new(Cache::open(config, runtime.handle().clone()).expect("opened"));
+        let mut rig = Self { mount: None, cache, packs: Arc::new(packs), tree, runtime, directory };
+        let config = MountConfig::new(rig.path(""));
+        rig.mount = Some(rig.start(config).expect("mounting needs root and /dev/fuse"));
+        rig
+    }
+
+    pub(crate) fn start(&self, config: MountConfig) -> Result<Mount, MountError> {
+        let handle = self.runtime.handle().clone();
+        Mount::start(self.tree.clone(), self.cache.clone(), self.packs.clone(), config, handle)
+    }
+
+    /// A path in the mount.
+    pub(crate) fn path(&self, path: &str) -> PathBuf {
+        let mnt = self.directory.path().join("mnt");
+        if path.is_empty() { mnt } else { mnt.join(path) }
+    }
+
+    pub(crate) fn mount(&self) -> &Mount {
+        self.mount.as_ref().expect("mounted")
+    }
+
+    /// Waits until the mount has ended.
+    pub(crate) fn ended(&self) {
+        let ended = self
+            .runtime
+            .block_on(async { tokio::time::timeout(Duration::from_secs(20), self.mount().wait()).await });
+        ended.expect("it did not end");
+    }
+}
+
+/// Bytes that do not compress, another sequence for each seed.
+pub(crate) fn noise(seed: u64, len: usize) -> Vec<u8> {
+    let block = |n: u64| *ChunkId::of(&[seed.to_le_bytes(), n.to_le_bytes()].concat()).as_bytes();
+    (0..).flat_map(block).take(len).collect()
+}
+
+/// Whether anything is mounted at `path`.
+pub(crate) fn is_mounted(path: &Path) -> bool {
+    let mounts = fs::read_to_string("/proc/self/mounts").expect("read");
+    mounts.lines().any(|line| line.split(' ').nth(1) == path.to_str())
+}
+
+/// Waits for something that other threads bring about.
+pub(crate) fn until(what: &str, true_yet: impl Fn() -> bool) {
+    let begun = Instant::now();
+    while !true_yet() {
+        assert!(begun.elapsed() < Duration::from_secs(20), "never: {what}");
+        std::thread::yield_now();
+    }
+}
