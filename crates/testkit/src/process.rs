@@ -1,13 +1,16 @@
 //! Children that do not outlive their test, and waiting for them with a deadline.
 
+use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::net::{SocketAddr, TcpStream};
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 
 /// How often a condition is looked at that nothing announces.
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
@@ -81,7 +84,8 @@ impl Process {
     /// # Errors
     /// When it still runs after `deadline`.
     pub fn wait(&mut self, deadline: Duration) -> Result<ExitStatus> {
-        until(&format!("{} to end", self.name), deadline, || Ok(self.child.try_wait()?))
+        wait_child(&mut self.child, deadline)?
+            .with_context(|| format!("{} still runs after {deadline:?}", self.name))
     }
 
     /// Asks it to end by SIGTERM and gives its exit status.
@@ -171,11 +175,58 @@ pub fn cpu_time(pid: Pid) -> Result<Duration> {
 pub fn run(command: &mut Command) -> Result<Output> {
     let output = command.stdin(Stdio::null()).output().with_context(|| format!("start {command:?}"))?;
     if !output.status.success() {
-        let stderr = String::from_utf8_lossy(&output.stderr);
-        let tail = stderr.lines().rev().take(8).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>();
-        bail!("{command:?}: {}\n{}", output.status, tail.join("\n"));
+        bail!("{command:?}: {}\n{}", output.status, tail(&output.stderr));
     }
     Ok(output)
+}
+
+/// Runs `command` to its end, with all that it prints going to the file `log`.
+///
+/// Unlike [`run`] it does not wait for whoever inherits the output, such as a daemon that the command leaves behind.
+///
+/// # Errors
+/// When it cannot be started, does not end with 0, or still runs after `deadline`, where it is killed.
+/// The message has the end of the log.
+pub fn run_logged(command: &mut Command, log: &Path, deadline: Duration) -> Result<()> {
+    let file = File::create(log).with_context(|| log.display().to_string())?;
+    command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
+    let mut child = command.spawn().with_context(|| format!("start {command:?}"))?;
+    let ended = wait_child(&mut child, deadline)?;
+    if ended.is_none() {
+        child.kill()?;
+        child.wait()?;
+    }
+    if ended.is_some_and(|status| status.success()) {
+        return Ok(());
+    }
+    let reason = ended.map_or(format!("killed after {deadline:?}"), |status| status.to_string());
+    bail!("{command:?}: {reason}\n{}", tail(&std::fs::read(log)?))
+}
+
+/// The exit status as soon as there is one, or nothing after `deadline`.
+fn wait_child(child: &mut Child, deadline: Duration) -> Result<Option<ExitStatus>> {
+    if let Some(status) = child.try_wait()? {
+        return Ok(Some(status));
+    }
+    // Readable once the process has ended: a wait without polling, so that it can be timed.
+    let ended = pidfd_open(Pid::from_child(child), PidfdFlags::empty())?;
+    let until = Instant::now() + deadline;
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        match poll(&mut [PollFd::new(&ended, PollFlags::IN)], Some(&left.try_into()?)) {
+            Ok(0) => return Ok(None),
+            Ok(_) => return Ok(Some(child.wait()?)),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// The last lines of what a program wrote.
+fn tail(output: &[u8]) -> String {
+    let text = String::from_utf8_lossy(output);
+    let lines: Vec<_> = text.lines().collect();
+    lines[lines.len().saturating_sub(8)..].join("\n")
 }
 
 #[cfg(test)]
@@ -231,5 +282,25 @@ mod tests {
     fn a_failed_command_tells_what_it_wrote() {
         let error = run(&mut shell("echo the reason >&2; exit 4")).unwrap_err();
         assert!(format!("{error:#}").contains("the reason"), "{error:#}");
+    }
+
+    #[test]
+    fn a_daemon_left_behind_holds_nobody_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let pid = dir.path().join("pid");
+        let mut command = shell("sleep 1000 & echo $! > \"$0\"; echo started");
+        run_logged(command.arg(&pid), &dir.path().join("log"), SOON).unwrap();
+        let pid = std::fs::read_to_string(pid).unwrap().trim().parse().unwrap();
+        kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
+        assert_eq!(std::fs::read(dir.path().join("log")).unwrap(), b"started\n");
+    }
+
+    #[test]
+    fn a_command_that_takes_too_long_is_killed() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut command = shell("echo the reason; exec sleep 1000");
+        let error =
+            run_logged(&mut command, &dir.path().join("log"), Duration::from_millis(200)).unwrap_err();
+        assert!(error.to_string().contains("killed after"), "{error}");
     }
 }
