@@ -1,1 +1,40 @@
-//! Durable truth over an object store: blobs, packs, index, references.
+//! Durable truth: blobs, packs, manifests, tags, and what is known of layers, over any object store.
+//!
+//! Everything but references is immutable and named by its content; a reference changes by compare-and-swap. The
+//! order of writes is the safety argument: packs, then tree, then manifest, then tag. A crash at any write leaves
+//! garbage, never a name of something that is not there. The sled index of chunks is a cache of pack footers:
+//! deleting it loses time, never data.
+//!
+//! Nothing here knows HTTP, reads a clock that matters to what is stored, or asks which object store it is on.
+
+mod blobs;
+mod check;
+mod error;
+mod images;
+mod index;
+mod keys;
+mod layers;
+mod local;
+mod manifests;
+mod name;
+mod objects;
+mod packs;
+mod reader;
+mod rebuild;
+mod record;
+mod refs;
+mod store;
+mod upload;
+
+pub use blobs::Blob;
+pub use error::StoreError;
+
+pub use manifests::{ManifestPut, Referrer};
+pub use name::{ParseNameError, Repo, Tag};
+pub use objects::{ByteStream, FRAME_BYTES};
+pub use packs::StoreSink;
+pub use reader::BlobReader;
+pub use record::{ImageRecord, ImageState, LayerCounts, LayerRecord, ManifestLink, RefValue};
+pub use refs::Reference;
+pub use store::{Store, StoreConfig};
+pub use upload::{Session, UPLOAD_PART_BYTES};

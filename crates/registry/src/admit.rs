@@ -1,0 +1,123 @@
+//! Images that come with their tree: everything they claim is derived again before any of it can be seen.
+//!
+//! Otherwise a scanner, which reads layers, would see one file system, and a program, which reads the tree, another.
+
+use std::sync::Arc;
+
+use lamina_image::{
+    Descriptor, Digest, Manifest, RECIPE_ANNOTATION, Recipe, TREE_BYTES_MAX, derive_tree, media_type,
+    parse_config, unpack_tree,
+};
+use lamina_store::{Blob, ImageRecord, ImageState, LayerRecord, StoreError};
+
+use crate::ApiError;
+use crate::api::Api;
+
+/// Configs are small; one over 4 MiB is refused by its parser too.
+const CONFIG_BYTES_MAX: u64 = 4 << 20;
+
+/// A layer whose recipe is good.
+struct Admitted {
+    recipe: Arc<Recipe>,
+    record: LayerRecord,
+}
+
+impl Api {
+    /// Checks a manifest that binds a tree, and remembers its layers. `None` where it binds none.
+    ///
+    /// Cost: each layer that was never rebuilt from this recipe is, once.
+    pub(crate) async fn admit(
+        &self,
+        digest: Digest,
+        manifest: &Manifest,
+    ) -> Result<Option<ImageRecord>, ApiError> {
+        let Some(tree) = manifest.bound_tree()? else { return Ok(None) };
+        if let Some(known) = self.store.image(digest).await?
+            && known.state == ImageState::Done
+        {
+            return Ok(Some(known));
+        }
+        let _permit = self.admissions.acquire().await.expect("never closed");
+        let now = self.config().now();
+        let config = self.store.small_blob(manifest.config.digest, CONFIG_BYTES_MAX).await?;
+        let config = parse_config(manifest, &config)?;
+        let mut layers = Vec::with_capacity(manifest.layers.len());
+        for (layer, diff_id) in manifest.layers.iter().zip(&config.rootfs.diff_ids) {
+            layers.push(self.admit_layer(layer, *diff_id).await?);
+        }
+        let recipes = layers.iter().map(|layer| Arc::clone(&layer.recipe)).collect();
+        let size = self.check_tree(tree, recipes).await?;
+        for layer in &layers {
+            self.store.know_layer(&layer.record, None).await?;
+        }
+        let tree = Descriptor::named(media_type::TREE, tree, size);
+        let (state, finished_at) = (ImageState::Done, Some(now));
+        Ok(Some(ImageRecord { state, tree: Some(tree), finished_at, ..ImageRecord::queued(now) }))
+    }
+
+    async fn admit_layer(&self, layer: &Descriptor, diff_id: Digest) -> Result<Admitted, ApiError> {
+        let invalid = |text: String| ApiError::ManifestInvalid(format!("layer {}: {text}", layer.digest));
+        let Some(recipe) = layer.annotations.get(RECIPE_ANNOTATION) else {
+            return Err(invalid(format!(
+                "the manifest names a tree, so it must name a recipe in {RECIPE_ANNOTATION}"
+            )));
+        };
+        let digest: Digest = recipe.parse().map_err(|error| invalid(format!("its recipe: {error}")))?;
+        if layer.digest != diff_id {
+            return Err(invalid(format!("the config says that its plain tar is {diff_id}")));
+        }
+        let recipe = match self.store.recipe(digest).await {
+            Ok(recipe) => Arc::new(recipe),
+            Err(StoreError::Missing(digest)) => {
+                return Err(ApiError::ManifestBlobUnknown { what: "the recipe", digest });
+            }
+            Err(error) => return Err(refusal(error, invalid)),
+        };
+        if recipe.diff_id() != diff_id || recipe.tar_bytes() != layer.size {
+            let text = format!("its recipe is for {} of {} bytes", recipe.diff_id(), recipe.tar_bytes());
+            return Err(invalid(text));
+        }
+        let record = LayerRecord { recipe: digest, diff_id, tar_bytes: recipe.tar_bytes() };
+        if self.store.layer(diff_id).await? != Some(record) {
+            self.store.check_places(&recipe).await.map_err(|error| refusal(error, invalid))?;
+            self.store.check_rebuilds(&recipe).await.map_err(|error| refusal(error, invalid))?;
+        }
+        Ok(Admitted { recipe, record })
+    }
+
+    /// Compares the client's tree with the one that the recipes make. Gives the length of its blob in bytes.
+    async fn check_tree(&self, tree: Digest, recipes: Vec<Arc<Recipe>>) -> Result<u64, ApiError> {
+        let invalid = |text: String| ApiError::ManifestInvalid(format!("tree {tree}: {text}"));
+        let Some(Blob::Stored { size }) = self.store.blob(tree).await? else {
+            return Err(ApiError::ManifestBlobUnknown { what: "the tree", digest: tree });
+        };
+        let blob = self.store.small_blob(tree, TREE_BYTES_MAX).await?;
+        let same = tokio::task::spawn_blocking(move || {
+            let recipes: Vec<Recipe> = recipes.iter().map(|recipe| Recipe::clone(recipe)).collect();
+            let derived = derive_tree(&recipes).map_err(|error| error.to_string())?;
+            let claimed = unpack_tree(&blob).map_err(|error| error.to_string())?;
+            Ok(derived == claimed)
+        });
+        match same.await.expect("deriving a tree does not panic") {
+            Ok(true) => Ok(size),
+            Ok(false) => Err(invalid("it is not the tree that the recipes of the layers make".to_owned())),
+            Err(text) => Err(invalid(text)),
+        }
+    }
+}
+
+/// What is wrong with what the client sent is told to the client; what is wrong here stays an error of the store.
+fn refusal(error: StoreError, invalid: impl Fn(String) -> ApiError) -> ApiError {
+    match error {
+        StoreError::Place { .. }
+        | StoreError::Missing(_)
+        | StoreError::Pack { .. }
+        | StoreError::Frame { .. }
+        | StoreError::Recipe(_)
+        | StoreError::TooLarge { .. } => invalid(error.to_string()),
+        StoreError::Digest { found, .. } => {
+            invalid(format!("its recipe rebuilds a tar that hashes to {found}"))
+        }
+        other => other.into(),
+    }
+}

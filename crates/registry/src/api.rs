@@ -1,0 +1,117 @@
+//! One request to one answer.
+
+use std::sync::Arc;
+
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, header};
+use hyper::body::Incoming;
+use lamina_store::Store;
+use tokio::sync::Semaphore;
+use tokio::time::Instant;
+
+use crate::body::{Body, Upstream, full};
+use crate::convert::Converter;
+use crate::query::Query;
+use crate::route::Route;
+use crate::{ApiError, RegistryConfig};
+
+/// Manifests that are checked in depth at the same time: each may hold an image's recipes and tree, some 100 MiB.
+const ADMISSIONS_MAX: usize = 2;
+
+/// Everything that answers requests.
+#[derive(Debug)]
+pub(crate) struct Api {
+    pub(crate) store: Store,
+    pub(crate) converter: Arc<Converter>,
+    pub(crate) admissions: Semaphore,
+    config: RegistryConfig,
+}
+
+/// A request without its body.
+#[derive(Debug)]
+pub(crate) struct Head {
+    pub(crate) method: Method,
+    pub(crate) headers: HeaderMap,
+    pub(crate) query: Query,
+}
+
+impl Head {
+    /// A header's text; `None` where it is absent or not text.
+    pub(crate) fn header(&self, name: HeaderName) -> Option<&str> {
+        self.headers.get(name)?.to_str().ok()
+    }
+}
+
+/// What every handler gives.
+pub(crate) type Answer = Result<Response<Body>, ApiError>;
+
+impl Api {
+    pub(crate) fn new(store: Store, config: RegistryConfig, converter: Arc<Converter>) -> Self {
+        Self { store, converter, admissions: Semaphore::new(ADMISSIONS_MAX), config }
+    }
+
+    pub(crate) fn config(&self) -> &RegistryConfig {
+        &self.config
+    }
+
+    /// Answers a request; errors become answers too.
+    pub(crate) async fn answer(&self, request: Request<Incoming>) -> Response<Body> {
+        let begun = Instant::now();
+        let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+        let mut response = self.route(request).await.unwrap_or_else(|error| error.response());
+        let version = HeaderValue::from_static("registry/2.0");
+        response.headers_mut().insert("docker-distribution-api-version", version);
+        tracing::debug!(%method, path, status = response.status().as_u16(), elapsed = ?begun.elapsed(), "request");
+        response
+    }
+
+    async fn route(&self, request: Request<Incoming>) -> Answer {
+        let route = Route::parse(request.uri().path())?;
+        let head = Head {
+            method: request.method().clone(),
+            headers: request.headers().clone(),
+            query: Query::parse(request.uri().query()),
+        };
+        let body = Upstream::new(request, self.config.stall_max);
+        let reads = [Method::GET, Method::HEAD].contains(&head.method);
+        match (route, head.method.as_str()) {
+            (Route::Base, _) if reads => Ok(json(StatusCode::OK, "{}")),
+            (Route::Blob(_, digest), _) if reads => self.read_blob(&head, digest).await,
+            (Route::Blob(..), "DELETE") => {
+                Err(ApiError::Unsupported("blobs are removed by garbage collection, once nothing names them"))
+            }
+            (Route::Uploads(repo), "POST") => self.begin_upload(&head, &repo, body).await,
+            (Route::Upload(repo, id), "PATCH") => self.append_upload(&head, &repo, id, body).await,
+            (Route::Upload(repo, id), "PUT") => self.finish_upload(&head, &repo, id, body).await,
+            (Route::Upload(repo, id), "GET") => self.upload_status(&repo, id),
+            (Route::Upload(repo, id), "DELETE") => self.cancel_upload(&repo, id).await,
+            (Route::Manifest(repo, target), _) if reads => self.read_manifest(&repo, &target).await,
+            (Route::Manifest(repo, target), "PUT") => self.put_manifest(&head, &repo, target, body).await,
+            (Route::Manifest(repo, target), "DELETE") => self.delete_manifest(&repo, target).await,
+            (Route::Tags(repo), "GET") => self.list_tags(&head, &repo).await,
+            (Route::Referrers(repo, subject), "GET") => self.list_referrers(&head, &repo, subject).await,
+            (Route::Chunks, "POST") => self.find_chunks(body).await,
+            (Route::Layers, "POST") => self.find_layers(body).await,
+            (Route::Image(repo, digest), "GET") => self.image_status(&repo, digest).await,
+            _ => Err(ApiError::Unsupported("this method is not served here")),
+        }
+    }
+}
+
+/// A JSON answer.
+pub(crate) fn json(status: StatusCode, text: impl Into<bytes::Bytes>) -> Response<Body> {
+    let mut response = Response::new(full(text));
+    *response.status_mut() = status;
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}
+
+/// An answer without a body. The values are digests, numbers and validated names.
+pub(crate) fn empty(status: StatusCode, headers: &[(&'static str, String)]) -> Response<Body> {
+    let mut response = Response::new(full(bytes::Bytes::new()));
+    *response.status_mut() = status;
+    for (name, value) in headers {
+        let value = value.parse().expect("digests, numbers and validated names are header values");
+        response.headers_mut().insert(*name, value);
+    }
+    response
+}

@@ -1,0 +1,41 @@
+//! Downloads of blobs.
+
+use http::{HeaderValue, Response, StatusCode, header};
+use lamina_image::Digest;
+
+use crate::ApiError;
+use crate::api::{Answer, Api, Head};
+use crate::body::{full, streamed};
+use crate::range::{Wanted, wanted};
+
+impl Api {
+    /// `GET` and `HEAD`, whole or in part.
+    pub(crate) async fn read_blob(&self, head: &Head, digest: Digest) -> Answer {
+        let blob = self.store.blob(digest).await?.ok_or(ApiError::BlobUnknown(digest))?;
+        let size = blob.size();
+        let (status, range) = match wanted(head.header(header::RANGE), size) {
+            Wanted::Whole => (StatusCode::OK, 0..size),
+            Wanted::Part(range) => (StatusCode::PARTIAL_CONTENT, range),
+            Wanted::Outside => return Err(ApiError::Range(size)),
+        };
+        let body = match head.method == http::Method::HEAD {
+            true => full(bytes::Bytes::new()),
+            false => streamed(self.store.read_blob(digest, blob, range.clone()).await?),
+        };
+        let mut response = Response::new(body);
+        *response.status_mut() = status;
+        let headers = response.headers_mut();
+        let ours = |text: String| text.parse::<HeaderValue>().expect("digits and hexadecimal digits");
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
+        headers.insert(header::CONTENT_LENGTH, (range.end - range.start).into());
+        headers.insert(header::ACCEPT_RANGES, HeaderValue::from_static("bytes"));
+        headers.insert(header::ETAG, ours(format!("\"{digest}\"")));
+        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("max-age=31536000, immutable"));
+        headers.insert("docker-content-digest", ours(digest.to_string()));
+        if status == StatusCode::PARTIAL_CONTENT {
+            let content_range = format!("bytes {}-{}/{size}", range.start, range.end - 1);
+            headers.insert(header::CONTENT_RANGE, ours(content_range));
+        }
+        Ok(response)
+    }
+}

@@ -1,0 +1,42 @@
+//! What can be set.
+
+use std::time::{Duration, SystemTime};
+
+use lamina_image::IngestOptions;
+
+/// How a registry behaves.
+#[derive(Clone, Debug)]
+pub struct RegistryConfig {
+    /// Connections that are served at the same time; more wait in the kernel's queue.
+    pub connections_max: usize,
+    /// How long a request's head may take, and how long a connection may be idle between requests.
+    pub head_max: Duration,
+    /// How long a body may stand still, in either direction.
+    pub stall_max: Duration,
+    /// How long requests may still run after the shutdown was asked for.
+    pub drain_max: Duration,
+    /// How pushed layers are cut.
+    pub ingest: IngestOptions,
+    /// What time it is.
+    pub clock: fn() -> SystemTime,
+}
+
+impl Default for RegistryConfig {
+    fn default() -> Self {
+        Self {
+            connections_max: 1024,
+            head_max: Duration::from_secs(75),
+            stall_max: Duration::from_secs(60),
+            drain_max: Duration::from_secs(10),
+            ingest: IngestOptions::default(),
+            clock: SystemTime::now,
+        }
+    }
+}
+
+impl RegistryConfig {
+    /// Seconds since 1970.
+    pub(crate) fn now(&self) -> u64 {
+        (self.clock)().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
+    }
+}

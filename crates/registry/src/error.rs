@@ -1,0 +1,152 @@
+//! Every error a client can see, translated once: into a status and an OCI error document.
+
+use http::{HeaderValue, Response, StatusCode, header};
+use lamina_image::{Digest, DocumentError};
+use lamina_store::{ParseNameError, StoreError};
+use serde_json::json;
+
+use crate::body::{Body, full};
+
+/// Why a request was refused, after distribution-spec 1.1, "Error Codes".
+#[derive(Debug, thiserror::Error)]
+pub enum ApiError {
+    /// Nothing is served under this path.
+    #[error("there is nothing at this path")]
+    NotFound,
+    /// The path is served, the method is not.
+    #[error("{0}")]
+    Unsupported(&'static str),
+    /// A name that the grammar does not allow.
+    #[error(transparent)]
+    Name(#[from] ParseNameError),
+    /// No such repository.
+    #[error("there is no repository {0}")]
+    NameUnknown(String),
+    /// No such blob.
+    #[error("there is no blob {0}")]
+    BlobUnknown(Digest),
+    /// No such manifest.
+    #[error("there is no manifest {0}")]
+    ManifestUnknown(String),
+    /// A manifest names something that is not here.
+    #[error("the manifest names {what} {digest}, which is not here; push it first")]
+    ManifestBlobUnknown {
+        /// What it is to the manifest.
+        what: &'static str,
+        /// Its digest.
+        digest: Digest,
+    },
+    /// A manifest that cannot be taken.
+    #[error("{0}")]
+    ManifestInvalid(String),
+    /// A digest that is none, or not that of the bytes.
+    #[error("{0}")]
+    DigestInvalid(String),
+    /// A part of an upload that does not continue it.
+    #[error("the upload has {received} bytes; go on from there")]
+    OutOfOrder {
+        /// How many bytes have come.
+        received: u64,
+        /// Where to go on.
+        location: String,
+    },
+    /// A request that contradicts itself.
+    #[error("{0}")]
+    Invalid(String),
+    /// A range that lies outside the blob.
+    #[error("the range lies outside the {0} bytes of the blob")]
+    Range(u64),
+    /// A body over its limit.
+    #[error("the body is over the limit of {0} bytes")]
+    TooLarge(usize),
+    /// The client went away or stood still in the middle of its body.
+    #[error("the body ended in the middle: {0}")]
+    Body(String),
+    /// The store said no.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl From<DocumentError> for ApiError {
+    fn from(error: DocumentError) -> Self {
+        Self::ManifestInvalid(error.to_string())
+    }
+}
+
+impl ApiError {
+    /// The HTTP status and the code of the OCI error document.
+    pub(crate) fn parts(&self) -> (StatusCode, &'static str) {
+        match self {
+            Self::NotFound => (StatusCode::NOT_FOUND, "UNSUPPORTED"),
+            Self::Unsupported(_) => (StatusCode::METHOD_NOT_ALLOWED, "UNSUPPORTED"),
+            Self::Name(_) => (StatusCode::BAD_REQUEST, "NAME_INVALID"),
+            Self::NameUnknown(_) => (StatusCode::NOT_FOUND, "NAME_UNKNOWN"),
+            Self::BlobUnknown(_) => (StatusCode::NOT_FOUND, "BLOB_UNKNOWN"),
+            Self::ManifestUnknown(_) => (StatusCode::NOT_FOUND, "MANIFEST_UNKNOWN"),
+            Self::ManifestBlobUnknown { .. } => (StatusCode::NOT_FOUND, "MANIFEST_BLOB_UNKNOWN"),
+            Self::ManifestInvalid(_) => (StatusCode::BAD_REQUEST, "MANIFEST_INVALID"),
+            Self::DigestInvalid(_) => (StatusCode::BAD_REQUEST, "DIGEST_INVALID"),
+            Self::OutOfOrder { .. } => (StatusCode::RANGE_NOT_SATISFIABLE, "BLOB_UPLOAD_INVALID"),
+            Self::Invalid(_) | Self::Body(_) => (StatusCode::BAD_REQUEST, "BLOB_UPLOAD_INVALID"),
+            Self::Range(_) => (StatusCode::RANGE_NOT_SATISFIABLE, "SIZE_INVALID"),
+            Self::TooLarge(_) => (StatusCode::PAYLOAD_TOO_LARGE, "SIZE_INVALID"),
+            Self::Store(error) => store_parts(error),
+        }
+    }
+
+    /// The answer to the request. What is our own fault is logged here, in full; the client gets the same words.
+    pub(crate) fn response(&self) -> Response<Body> {
+        let (status, code) = self.parts();
+        if status.is_server_error() {
+            tracing::error!(%status, code, error = %self, "a request failed");
+        }
+        let document = json!({ "errors": [{ "code": code, "message": self.to_string(), "detail": null }] });
+        let mut response = Response::new(full(document.to_string()));
+        *response.status_mut() = status;
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        let ours = "digits and validated names are header values";
+        match self {
+            Self::OutOfOrder { received, location } => {
+                headers.insert(header::LOCATION, location.parse().expect(ours));
+                headers.insert(header::RANGE, crate::uploads::range_of(*received).parse().expect(ours));
+            }
+            Self::Range(size) => {
+                headers.insert(header::CONTENT_RANGE, format!("bytes */{size}").parse().expect(ours));
+            }
+            Self::Store(StoreError::UploadsFull(_)) => {
+                headers.insert(header::RETRY_AFTER, HeaderValue::from_static("5"));
+            }
+            _ => {}
+        }
+        response
+    }
+}
+
+fn store_parts(error: &StoreError) -> (StatusCode, &'static str) {
+    match error {
+        StoreError::Missing(_) => (StatusCode::NOT_FOUND, "BLOB_UNKNOWN"),
+        StoreError::Digest { .. } => (StatusCode::BAD_REQUEST, "DIGEST_INVALID"),
+        StoreError::UploadUnknown(_) => (StatusCode::NOT_FOUND, "BLOB_UPLOAD_UNKNOWN"),
+        StoreError::UploadBusy(_) => (StatusCode::CONFLICT, "BLOB_UPLOAD_INVALID"),
+        StoreError::UploadsFull(_) => (StatusCode::TOO_MANY_REQUESTS, "TOOMANYREQUESTS"),
+        StoreError::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "SIZE_INVALID"),
+        StoreError::Contended(_) => (StatusCode::CONFLICT, "TOOMANYREQUESTS"),
+        _ if is_full(error) => (StatusCode::INSUFFICIENT_STORAGE, "UNKNOWN"),
+        _ => (StatusCode::INTERNAL_SERVER_ERROR, "UNKNOWN"),
+    }
+}
+
+/// Whether the disk below is full.
+fn is_full(error: &StoreError) -> bool {
+    let mut cause: Option<&dyn std::error::Error> = Some(error);
+    while let Some(error) = cause {
+        if let Some(io) = error.downcast_ref::<std::io::Error>()
+            && matches!(io.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
+        {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
+}

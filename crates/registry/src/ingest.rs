@@ -1,0 +1,211 @@
+//! One image from layers to tree.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use bytes::Bytes;
+use lamina_image::{
+    Descriptor, Digest, Document, ImageConfig, LAYERS_MAX, LayerInput, Manifest, Progress, Recipe,
+    TREE_ANNOTATION, TREE_BYTES_ANNOTATION, derive_tree, ingest, media_type, pack_tree, parse_config,
+};
+use lamina_store::{
+    Blob, BlobReader, ImageRecord, LayerCounts, LayerRecord, ManifestPut, Referrer, Repo, StoreError,
+    StoreSink,
+};
+use tokio::runtime::Handle;
+
+use crate::convert::{ConvertError, Converter};
+use crate::manifests::referrer_of;
+
+const CONFIG_BYTES_MAX: u64 = 4 << 20;
+
+/// What a conversion gives. All of it is durable.
+#[derive(Debug)]
+pub(crate) struct Converted {
+    pub(crate) tree: Descriptor,
+    /// The manifest that hangs the tree on the image, as it is named in a referrers answer.
+    pub(crate) artifact: Descriptor,
+    pub(crate) counts: LayerCounts,
+}
+
+/// A layer of the image, with how to rebuild it.
+struct Layer {
+    recipe_digest: Digest,
+    recipe: Arc<Recipe>,
+}
+
+/// Whether a manifest is an image of file systems: not an artifact, and every layer a tar.
+pub(crate) fn converts(manifest: &Manifest) -> bool {
+    let is_tar = |layer: &Descriptor| {
+        let name = layer.media_type.split('+').next().unwrap_or_default();
+        name.ends_with(".tar") || name.ends_with(".tar.gzip")
+    };
+    manifest.is_image() && !manifest.layers.is_empty() && manifest.layers.iter().all(is_tar)
+}
+
+/// What is counted so far.
+pub(crate) fn counts_of(progress: &Progress) -> LayerCounts {
+    let read = |count: &std::sync::atomic::AtomicU64| count.load(Ordering::Relaxed);
+    LayerCounts {
+        bytes_read: read(&progress.read),
+        tar_bytes: read(&progress.tar),
+        chunks: read(&progress.chunks),
+        chunks_new: read(&progress.new),
+        chunks_known: read(&progress.known),
+        pack_bytes: read(&progress.sent),
+        ..LayerCounts::default()
+    }
+}
+
+impl Converter {
+    /// Cuts the layers that are not known yet, derives the tree, and writes the manifest that hangs it on the image.
+    pub(crate) async fn convert_once(
+        &self,
+        digest: Digest,
+        manifest: &Manifest,
+        bytes: &[u8],
+        progress: &Arc<Progress>,
+    ) -> Result<Converted, ConvertError> {
+        let wrong = |error: &dyn std::fmt::Display| ConvertError::Image(error.to_string());
+        let config = self.store.small_blob(manifest.config.digest, CONFIG_BYTES_MAX).await?;
+        let config = parse_config(manifest, &config).map_err(|error| wrong(&error))?;
+        let mut known = self.known_layers(manifest, &config).await?;
+        let layers_known = known.len() as u64;
+        let cut = self.cut_layers(manifest, &config, &known, progress).await?;
+        let layers_cut = cut.len() as u64;
+        known.extend(cut);
+        let layers: Vec<&Layer> = manifest.layers.iter().map(|layer| &known[&layer.digest]).collect();
+        let recipes: Vec<Recipe> = layers.iter().map(|layer| Recipe::clone(&layer.recipe)).collect();
+        let tree = tokio::task::spawn_blocking(move || derive_tree(&recipes).map(|flat| pack_tree(&flat)));
+        let tree =
+            Bytes::from(tree.await.expect("deriving a tree does not panic").map_err(|error| wrong(&error))?);
+        let tree =
+            Descriptor::named(media_type::TREE, self.store.put_blob(tree.clone()).await?, tree.len() as u64);
+        let media_type = manifest.media_type.as_deref().unwrap_or(media_type::OCI_MANIFEST);
+        let subject = Descriptor::named(media_type, digest, bytes.len() as u64);
+        let artifact = self.put_artifact(subject, &tree, &layers).await?;
+        let counts = LayerCounts { layers_known, layers_cut, ..counts_of(progress) };
+        Ok(Converted { tree, artifact, counts })
+    }
+
+    /// The layers of which a recipe is known under their own digest.
+    async fn known_layers(
+        &self,
+        manifest: &Manifest,
+        config: &ImageConfig,
+    ) -> Result<BTreeMap<Digest, Layer>, ConvertError> {
+        let mut known = BTreeMap::new();
+        for (layer, diff_id) in manifest.layers.iter().zip(&config.rootfs.diff_ids) {
+            let Some(record) = self.store.layer(layer.digest).await? else { continue };
+            if record.diff_id != *diff_id {
+                let (digest, found) = (layer.digest, record.diff_id);
+                let text = format!(
+                    "layer {digest}: its plain tar is {found}, but the image's config says {diff_id}"
+                );
+                return Err(ConvertError::Image(text));
+            }
+            let recipe = Arc::new(self.store.recipe(record.recipe).await?);
+            known.insert(layer.digest, Layer { recipe_digest: record.recipe, recipe });
+        }
+        Ok(known)
+    }
+
+    /// Takes in the other layers, each once however often the image has it, and remembers them.
+    async fn cut_layers(
+        &self,
+        manifest: &Manifest,
+        config: &ImageConfig,
+        known: &BTreeMap<Digest, Layer>,
+        progress: &Arc<Progress>,
+    ) -> Result<BTreeMap<Digest, Layer>, ConvertError> {
+        let mut seen = BTreeSet::new();
+        let pairs = manifest.layers.iter().zip(&config.rootfs.diff_ids);
+        let unknown =
+            pairs.filter(|(layer, _)| !known.contains_key(&layer.digest) && seen.insert(layer.digest));
+        let unknown: Vec<(Digest, Digest)> =
+            unknown.map(|(layer, diff_id)| (layer.digest, *diff_id)).collect();
+        if unknown.is_empty() {
+            return Ok(BTreeMap::new());
+        }
+        let (store, options, progress) = (self.store.clone(), self.config.ingest, Arc::clone(progress));
+        let (runtime, layers) = (Handle::current(), unknown.clone());
+        let recipes = tokio::task::spawn_blocking(move || {
+            let inputs = layers.into_iter().map(|(digest, diff_id)| LayerInput {
+                name: format!("layer {digest}"),
+                bytes: Box::new(BlobReader::new(store.clone(), digest, runtime.clone())),
+                diff_id: Some(diff_id),
+            });
+            let sink = StoreSink::new(store.clone(), runtime.clone());
+            ingest(inputs.collect(), &sink, options, &progress)
+        });
+        let recipes =
+            recipes.await.map_err(|_| ConvertError::Image("cutting its layers panicked".to_owned()))??;
+        let mut cut = BTreeMap::new();
+        for ((digest, diff_id), recipe) in unknown.into_iter().zip(recipes) {
+            let recipe_digest = self.store.put_blob(recipe.blob().clone()).await?;
+            let record = LayerRecord { recipe: recipe_digest, diff_id, tar_bytes: recipe.tar_bytes() };
+            self.store.know_layer(&record, Some(digest)).await?;
+            cut.insert(digest, Layer { recipe_digest, recipe: Arc::new(recipe) });
+        }
+        Ok(cut)
+    }
+
+    /// Writes the blob of the manifest that hangs a tree on an image. The repositories get it by
+    /// [`attach`](Self::attach).
+    async fn put_artifact(
+        &self,
+        subject: Descriptor,
+        tree: &Descriptor,
+        layers: &[&Layer],
+    ) -> Result<Descriptor, StoreError> {
+        let config = Bytes::from_static(b"{}");
+        self.store.put_blob(config.clone()).await?;
+        let mut blobs = vec![tree.clone()];
+        let (mut recipes, mut packs) = (BTreeSet::new(), BTreeSet::new());
+        for layer in layers {
+            if recipes.insert(layer.recipe_digest) {
+                let size = layer.recipe.blob().len() as u64;
+                blobs.push(Descriptor::named(media_type::RECIPE, layer.recipe_digest, size));
+            }
+            packs.extend(layer.recipe.frames().iter().map(|(_, place)| Digest::from(place.pack)));
+        }
+        // an image of more packs than a manifest may list names the first of them: the tree names them all
+        for pack in packs.into_iter().take(LAYERS_MAX.saturating_sub(blobs.len())) {
+            let size = self.store.blob(pack).await?.map_or(0, |blob: Blob| blob.size());
+            blobs.push(Descriptor::named(media_type::PACK, pack, size));
+        }
+        let annotations = BTreeMap::from([
+            (TREE_ANNOTATION.to_owned(), tree.digest.to_string()),
+            (TREE_BYTES_ANNOTATION.to_owned(), tree.size.to_string()),
+        ]);
+        let manifest = Manifest {
+            schema_version: 2,
+            media_type: Some(media_type::OCI_MANIFEST.to_owned()),
+            artifact_type: Some(media_type::TREE.to_owned()),
+            config: Descriptor::of(media_type::OCI_EMPTY, &config),
+            layers: blobs,
+            subject: Some(subject),
+            annotations,
+        };
+        let bytes = Bytes::from(serde_json::to_vec(&manifest).expect("a manifest has string keys"));
+        let digest = self.store.put_blob(bytes.clone()).await?;
+        let document = Document::Manifest(manifest);
+        Ok(referrer_of(&document, media_type::OCI_MANIFEST, digest, bytes.len() as u64))
+    }
+
+    /// Hangs the tree of an image on it in one repository.
+    pub(crate) async fn attach(
+        &self,
+        repo: &Repo,
+        image: Digest,
+        record: &ImageRecord,
+    ) -> Result<(), StoreError> {
+        let Some(artifact) = &record.artifact else { return Ok(()) };
+        let bytes = self.store.small_blob(artifact.digest, artifact.size).await?;
+        let media_type = media_type::OCI_MANIFEST.to_owned();
+        let referrer = Some(Referrer { subject: image, descriptor: artifact.clone() });
+        let digest = artifact.digest;
+        self.store.put_manifest(repo, ManifestPut { digest, media_type, bytes, referrer }).await
+    }
+}

@@ -1,0 +1,60 @@
+//! Lists: tags of a repository, and what hangs on a manifest.
+
+use http::{HeaderValue, StatusCode, header};
+use lamina_image::{Digest, Index, media_type};
+use lamina_store::Repo;
+use serde_json::json;
+
+use crate::ApiError;
+use crate::api::{Answer, Api, Head, json};
+
+/// Tags in one answer, whatever was asked for.
+const TAGS_MAX: usize = 10_000;
+
+impl Api {
+    /// `GET tags/list`, in pages.
+    pub(crate) async fn list_tags(&self, head: &Head, repo: &Repo) -> Answer {
+        let wrong = |_| ApiError::Invalid("the parameter n is not a number".to_owned());
+        let n = head.query.value("n").map(str::parse::<usize>).transpose().map_err(wrong)?;
+        let n = n.unwrap_or(TAGS_MAX).min(TAGS_MAX);
+        let last = head.query.value("last").unwrap_or_default();
+        let all = self.store.tags(repo).await?;
+        if all.is_empty() && !self.store.has_repository(repo).await? {
+            return Err(ApiError::NameUnknown(repo.to_string()));
+        }
+        let mut tags: Vec<&str> = all.iter().map(|(tag, _)| tag.as_str()).filter(|tag| *tag > last).collect();
+        let more = tags.len() > n;
+        tags.truncate(n);
+        let mut response = json(StatusCode::OK, json!({ "name": repo.as_str(), "tags": &tags }).to_string());
+        if let (true, Some(last)) = (more, tags.last()) {
+            let link = format!("</v2/{repo}/tags/list?n={n}&last={last}>; rel=\"next\"");
+            response.headers_mut().insert(header::LINK, link.parse().expect("validated names and digits"));
+        }
+        Ok(response)
+    }
+
+    /// `GET referrers`: an index of what hangs on a manifest, which itself need not be here.
+    pub(crate) async fn list_referrers(&self, head: &Head, repo: &Repo, subject: Digest) -> Answer {
+        let mut manifests = self.store.referrers(repo, subject).await?;
+        let filter = head.query.value("artifactType");
+        if let Some(filter) = filter {
+            manifests.retain(|manifest| manifest.artifact_type.as_deref() == Some(filter));
+        }
+        let index = Index {
+            schema_version: 2,
+            media_type: Some(media_type::OCI_INDEX.to_owned()),
+            artifact_type: None,
+            manifests,
+            subject: None,
+            annotations: Default::default(),
+        };
+        let text = serde_json::to_vec(&index).expect("an index has string keys");
+        let mut response = json(StatusCode::OK, text);
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(media_type::OCI_INDEX));
+        if filter.is_some() {
+            headers.insert("oci-filters-applied", HeaderValue::from_static("artifactType"));
+        }
+        Ok(response)
+    }
+}

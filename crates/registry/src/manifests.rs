@@ -1,0 +1,186 @@
+//! Manifests in and out.
+
+use bytes::Bytes;
+use http::{HeaderValue, Response, StatusCode, header};
+use lamina_image::{Descriptor, Digest, Document, MANIFEST_BYTES_MAX, Manifest, TREE_ANNOTATION, media_type};
+use lamina_store::{ManifestPut, Referrer, Repo};
+
+use crate::ApiError;
+use crate::api::{Answer, Api, Head, empty};
+use crate::body::{Upstream, full};
+use crate::route::Target;
+
+impl Api {
+    /// `GET` and `HEAD`, by tag and by digest.
+    pub(crate) async fn read_manifest(&self, repo: &Repo, target: &Target) -> Answer {
+        let unknown = || ApiError::ManifestUnknown(format!("{repo} {target}"));
+        let digest = match target {
+            Target::Digest(digest) => *digest,
+            Target::Tag(tag) => self.store.reference(repo, tag).await?.manifest.ok_or_else(unknown)?,
+        };
+        let (media_type, bytes) = self.store.manifest(repo, digest).await?.ok_or_else(unknown)?;
+        let mut response = Response::new(full(bytes.clone()));
+        let headers = response.headers_mut();
+        let media_type = media_type.parse().unwrap_or(HeaderValue::from_static(media_type::OCI_MANIFEST));
+        let ours = |text: String| text.parse::<HeaderValue>().expect("hexadecimal digits");
+        headers.insert(header::CONTENT_TYPE, media_type);
+        headers.insert(header::CONTENT_LENGTH, bytes.len().into());
+        headers.insert(header::ETAG, ours(format!("\"{digest}\"")));
+        headers.insert("docker-content-digest", ours(digest.to_string()));
+        Ok(response)
+    }
+
+    /// `PUT`: what it names must be here; only then it is, and last the tag.
+    pub(crate) async fn put_manifest(
+        &self,
+        head: &Head,
+        repo: &Repo,
+        target: Target,
+        body: Upstream,
+    ) -> Answer {
+        let bytes = body.whole(MANIFEST_BYTES_MAX).await?;
+        let digest = Digest::of(&bytes);
+        if let Target::Digest(expected) = target
+            && expected != digest
+        {
+            return Err(ApiError::DigestInvalid(format!(
+                "the manifest hashes to {digest}, not to {expected}"
+            )));
+        }
+        let media_type = media_type_of(head, &bytes)?;
+        let document = Document::parse(&media_type, &bytes)?;
+        match &document {
+            Document::Manifest(manifest) => self.check_blobs(manifest).await?,
+            Document::Index(index) => self.check_children(repo, &index.manifests).await?,
+        }
+        self.check_tree_claim(digest, &document).await?;
+        let image = match &document {
+            Document::Manifest(manifest) if manifest.is_image() => self.admit(digest, manifest).await?,
+            _ => None,
+        };
+        let subject = document.subject().map(|subject| subject.digest);
+        let referrer = subject.map(|subject| Referrer {
+            subject,
+            descriptor: referrer_of(&document, &media_type, digest, bytes.len() as u64),
+        });
+        self.store.put_manifest(repo, ManifestPut { digest, media_type, bytes, referrer }).await?;
+        match image {
+            Some(image) => self.store.put_image(digest, &image).await?,
+            None => self.converter.want(repo, digest, &document).await?,
+        }
+        if let Target::Tag(tag) = &target {
+            self.store.set_tag(repo, tag, Some(digest)).await?;
+        }
+        let mut headers = vec![
+            ("location", format!("/v2/{repo}/manifests/{digest}")),
+            ("docker-content-digest", digest.to_string()),
+        ];
+        headers.extend(subject.map(|subject| ("oci-subject", subject.to_string())));
+        Ok(empty(StatusCode::CREATED, &headers))
+    }
+
+    /// `DELETE`: of a tag, that tag alone; of a digest, the manifest and its tags.
+    pub(crate) async fn delete_manifest(&self, repo: &Repo, target: Target) -> Answer {
+        let unknown = || ApiError::ManifestUnknown(format!("{repo} {target}"));
+        match &target {
+            Target::Tag(tag) => {
+                if !self.store.set_tag(repo, tag, None).await? {
+                    return Err(unknown());
+                }
+            }
+            Target::Digest(digest) => {
+                let (media_type, bytes) = self.store.manifest(repo, *digest).await?.ok_or_else(unknown)?;
+                let subject = Document::parse(&media_type, &bytes)?.subject().map(|subject| subject.digest);
+                self.store.delete_manifest(repo, *digest, subject).await?;
+            }
+        }
+        Ok(empty(StatusCode::ACCEPTED, &[]))
+    }
+
+    async fn check_blobs(&self, manifest: &Manifest) -> Result<(), ApiError> {
+        let layers = manifest.layers.iter().filter(|layer| !is_foreign(&layer.media_type));
+        let named = layers.map(|layer| ("the layer", layer));
+        for (what, descriptor) in std::iter::once(("the config", &manifest.config)).chain(named) {
+            let digest = descriptor.digest;
+            let blob = self.store.blob(digest).await?;
+            let size = blob.ok_or(ApiError::ManifestBlobUnknown { what, digest })?.size();
+            if size != descriptor.size {
+                let said = descriptor.size;
+                let text =
+                    format!("the manifest says that {what} {digest} has {said} bytes, but it has {size}");
+                return Err(ApiError::ManifestInvalid(text));
+            }
+        }
+        Ok(())
+    }
+
+    /// Nobody but this registry hangs a tree on an image: what reads it would trust it.
+    async fn check_tree_claim(&self, digest: Digest, document: &Document) -> Result<(), ApiError> {
+        let claims = match document {
+            Document::Manifest(it) => {
+                let bound = it.is_image();
+                let is_tree = it.artifact_type.as_deref() == Some(media_type::TREE);
+                is_tree || (!bound && it.annotations.contains_key(TREE_ANNOTATION))
+            }
+            Document::Index(it) => {
+                let is_tree = it.artifact_type.as_deref() == Some(media_type::TREE);
+                is_tree || it.annotations.contains_key(TREE_ANNOTATION)
+            }
+        };
+        if !claims {
+            return Ok(());
+        }
+        let own = match document.subject() {
+            Some(subject) => self.store.image(subject.digest).await?.and_then(|image| image.artifact),
+            None => None,
+        };
+        if own.is_some_and(|own| own.digest == digest) {
+            return Ok(());
+        }
+        let text = "this registry makes the trees of its images itself and takes none from elsewhere; push the image";
+        Err(ApiError::ManifestInvalid(text.to_owned()))
+    }
+
+    async fn check_children(&self, repo: &Repo, children: &[Descriptor]) -> Result<(), ApiError> {
+        for Descriptor { digest, .. } in children {
+            if self.store.manifest_link(repo, *digest).await?.is_none() {
+                return Err(ApiError::ManifestBlobUnknown { what: "the manifest", digest: *digest });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Layers that a registry need not have.
+fn is_foreign(media_type: &str) -> bool {
+    media_type.contains("nondistributable") || media_type.contains(".foreign.")
+}
+
+/// What a referrers answer says of a manifest.
+pub(crate) fn referrer_of(document: &Document, media_type: &str, digest: Digest, size: u64) -> Descriptor {
+    let (artifact_type, annotations) = match document {
+        Document::Manifest(it) => {
+            let artifact_type = it.artifact_type.clone().unwrap_or_else(|| it.config.media_type.clone());
+            (Some(artifact_type), it.annotations.clone())
+        }
+        Document::Index(it) => (it.artifact_type.clone(), it.annotations.clone()),
+    };
+    Descriptor { artifact_type, annotations, ..Descriptor::named(media_type, digest, size) }
+}
+
+/// The media type in the header, or where there is none, in the document.
+fn media_type_of(head: &Head, bytes: &Bytes) -> Result<String, ApiError> {
+    let header = head.header(header::CONTENT_TYPE).and_then(|text| text.split(';').next()).map(str::trim);
+    if let Some(media_type) = header.filter(|text| !text.is_empty() && *text != "application/octet-stream") {
+        return Ok(media_type.to_owned());
+    }
+    #[derive(serde::Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Said {
+        media_type: String,
+    }
+    let said: Result<Said, _> = serde_json::from_slice(bytes);
+    said.map(|said| said.media_type).map_err(|_| {
+        ApiError::ManifestInvalid("neither a header nor the document says its media type".to_owned())
+    })
+}

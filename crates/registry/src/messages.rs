@@ -1,0 +1,121 @@
+//! What our own clients ask: which chunks and layers are known, and what became of an image.
+
+use std::collections::HashMap;
+
+use futures_util::stream::{self, StreamExt, TryStreamExt};
+use http::{HeaderValue, Response, StatusCode, header};
+use lamina_chunk::{ChunkId, ChunkPlace, Place};
+use lamina_image::Digest;
+use lamina_store::Repo;
+use lamina_wire::proto;
+use prost::Message;
+
+use crate::ApiError;
+use crate::api::{Answer, Api, json};
+use crate::body::{Body, Upstream, full};
+use crate::route::parse_digest;
+
+/// A digest as text, and what protobuf adds.
+const DIGEST_TEXT_BYTES: usize = 80;
+/// Layer records that are read at the same time.
+const READS: usize = 16;
+
+impl Api {
+    /// `POST /lamina/v1/chunks`.
+    pub(crate) async fn find_chunks(&self, body: Upstream) -> Answer {
+        let bytes = body.whole(proto::IDS_PER_REQUEST * 32 + 16).await?;
+        let request = proto::ChunksRequest::decode(bytes).map_err(not_protobuf)?;
+        if request.ids.len() % 32 != 0 || request.ids.len() > proto::IDS_PER_REQUEST * 32 {
+            let text =
+                format!("ids are {} bytes, not up to {} times 32", request.ids.len(), proto::IDS_PER_REQUEST);
+            return Err(ApiError::Invalid(text));
+        }
+        let ids = request.ids.chunks_exact(32);
+        let ids = ids.map(|id| ChunkId::from_bytes(id.try_into().expect("32 bytes"))).collect();
+        Ok(protobuf(&chunks_response(self.store.find_chunks(ids).await)))
+    }
+
+    /// `POST /lamina/v1/layers`.
+    pub(crate) async fn find_layers(&self, body: Upstream) -> Answer {
+        let bytes = body.whole(proto::LAYERS_PER_REQUEST * DIGEST_TEXT_BYTES).await?;
+        let request = proto::LayersRequest::decode(bytes).map_err(not_protobuf)?;
+        if request.digests.len() > proto::LAYERS_PER_REQUEST {
+            let text =
+                format!("{} layers are more than {}", request.digests.len(), proto::LAYERS_PER_REQUEST);
+            return Err(ApiError::Invalid(text));
+        }
+        let digests: Vec<Digest> =
+            request.digests.iter().map(|digest| parse_digest(digest)).collect::<Result<_, _>>()?;
+        let known = stream::iter(digests.into_iter().map(|digest| async move {
+            let layer = self.store.layer(digest).await?;
+            Ok::<_, ApiError>(layer.map(|layer| proto::Layer {
+                digest: digest.to_string(),
+                recipe: layer.recipe.to_string(),
+                diff_id: layer.diff_id.to_string(),
+                tar_bytes: layer.tar_bytes,
+            }))
+        }));
+        let known = known.buffered(READS).try_filter_map(|layer| async move { Ok(layer) });
+        Ok(protobuf(&proto::LayersResponse { layers: known.try_collect().await? }))
+    }
+
+    /// `GET /lamina/v1/<repository>/images/<digest>`.
+    pub(crate) async fn image_status(&self, repo: &Repo, digest: Digest) -> Answer {
+        let unknown = || ApiError::ManifestUnknown(format!("{repo} {digest}"));
+        self.store.manifest_link(repo, digest).await?.ok_or_else(unknown)?;
+        let mut image = self.store.image(digest).await?.ok_or_else(unknown)?;
+        if let Some(counts) = self.converter.counts(digest) {
+            image.counts = counts;
+        }
+        Ok(json(StatusCode::OK, serde_json::to_vec(&image).expect("a record has string keys")))
+    }
+}
+
+/// Each pack and each frame once, however many chunks are in them.
+fn chunks_response(places: Vec<Option<ChunkPlace>>) -> proto::ChunksResponse {
+    let mut response = proto::ChunksResponse::default();
+    let (mut packs, mut frames) = (HashMap::new(), HashMap::new());
+    for place in places {
+        let Some(ChunkPlace { frame_id, place, skip, len }) = place else {
+            response.frame.push(0);
+            response.skip.push(0);
+            response.len.push(0);
+            continue;
+        };
+        let Place { pack, frame } = place;
+        let next = small(packs.len());
+        let pack_number = *packs.entry(pack).or_insert_with(|| {
+            response.packs.extend_from_slice(pack.as_bytes());
+            next
+        });
+        let next = small(frames.len() + 1);
+        let number = *frames.entry((pack, frame.offset)).or_insert_with(|| {
+            response.frames.push(proto::Frame {
+                id: frame_id.as_bytes().to_vec(),
+                pack: pack_number,
+                offset: frame.offset,
+                sealed_len: frame.sealed_len,
+                plain_len: frame.plain_len,
+            });
+            next
+        });
+        response.frame.push(number);
+        response.skip.push(skip);
+        response.len.push(len);
+    }
+    response
+}
+
+fn small(count: usize) -> u32 {
+    u32::try_from(count).expect("at most as many as ids were asked for")
+}
+
+fn not_protobuf(error: prost::DecodeError) -> ApiError {
+    ApiError::Invalid(format!("the request does not parse: {error}"))
+}
+
+fn protobuf(message: &impl Message) -> Response<Body> {
+    let mut response = Response::new(full(message.encode_to_vec()));
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(proto::CONTENT_TYPE));
+    response
+}

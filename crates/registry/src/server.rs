@@ -1,0 +1,118 @@
+//! Connections in, requests to the [`Api`], and an orderly end.
+
+use std::future::Future;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use lamina_store::Store;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
+
+use crate::RegistryConfig;
+use crate::api::Api;
+use crate::convert::Converter;
+use crate::stall::Stalling;
+
+/// A head of a request is at most this long, and frames of bodies too, in bytes.
+const BUFFER_BYTES: usize = 512 << 10;
+/// How often idle uploads are looked for.
+const EXPIRE_EVERY: Duration = Duration::from_secs(60);
+
+/// Serves `store` on `listener` until `shutdown` is ready, then lets running requests end.
+///
+/// Conversions that are waiting go on; one that runs at the shutdown is left and taken up at the next start.
+/// Fails only where the listener does.
+pub async fn serve(
+    listener: TcpListener,
+    store: Store,
+    config: RegistryConfig,
+    shutdown: impl Future<Output = ()>,
+) -> io::Result<()> {
+    let drain_max = config.drain_max;
+    let converter = Arc::new(Converter::new(store.clone(), config.clone()));
+    let api = Arc::new(Api::new(store.clone(), config.clone(), Arc::clone(&converter)));
+    let converting = tokio::spawn(Arc::clone(&converter).run());
+    let housekeeping = tokio::spawn(keep_house(store, config));
+    let graceful = GracefulShutdown::new();
+    let accepted = {
+        let accepting = accept(&listener, &api, &graceful);
+        let shutdown = std::pin::pin!(shutdown);
+        tokio::select! {
+            result = accepting => result,
+            () = shutdown => Ok(()),
+        }
+    };
+    drop(listener);
+    if timeout(drain_max, graceful.shutdown()).await.is_err() {
+        tracing::warn!(?drain_max, "requests were still running and are cut off");
+    }
+    converter.stop();
+    housekeeping.abort();
+    // it ends with the layer that it reads, or at once where it waits
+    converting.await.map_err(io::Error::other)?;
+    accepted
+}
+
+async fn accept(listener: &TcpListener, api: &Arc<Api>, graceful: &GracefulShutdown) -> io::Result<()> {
+    let places = Arc::new(Semaphore::new(api.config().connections_max));
+    loop {
+        let place = Arc::clone(&places).acquire_owned().await.expect("never closed");
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            // the peer was gone before it was accepted, or descriptors ran out: the next one may do better
+            Err(error) => {
+                tracing::warn!(%error, "a connection was not accepted");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                continue;
+            }
+        };
+        let connection = graceful.watch(connection(stream, api));
+        tokio::spawn(async move {
+            if let Err(error) = connection.await {
+                tracing::debug!(%error, "a connection ended early");
+            }
+            drop(place);
+        });
+    }
+}
+
+fn connection(
+    stream: TcpStream,
+    api: &Arc<Api>,
+) -> impl hyper_util::server::graceful::GracefulConnection<Error = hyper::Error> + Send + use<> {
+    // a socket that refuses this option is still a good one
+    let _ = stream.set_nodelay(true);
+    let (api, config) = (Arc::clone(api), api.config());
+    let service = service_fn(move |request| {
+        let api = Arc::clone(&api);
+        async move { Ok::<_, std::convert::Infallible>(api.answer(request).await) }
+    });
+    http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(config.head_max)
+        .max_headers(64)
+        .max_buf_size(BUFFER_BYTES)
+        .serve_connection(TokioIo::new(Stalling::new(stream, config.stall_max)), service)
+}
+
+/// Drops what clients have left behind.
+async fn keep_house(store: Store, config: RegistryConfig) {
+    if let Err(error) = store.sweep_uploads(config.now()).await {
+        tracing::warn!(%error, "what old uploads left behind was not removed");
+    }
+    let mut ticks = interval(EXPIRE_EVERY);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let expired = store.expire_uploads(Instant::now()).await;
+        if expired > 0 {
+            tracing::info!(expired, "uploads to which nobody wrote were dropped");
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! Blobs: bytes under the sha256 of them, stored as such or rebuilt from a recipe.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use lamina_image::{Digest, Recipe};
+
+use crate::{ByteStream, Store, StoreError, keys};
+
+/// Recipes over 512 MiB are refused: enough for a layer of 300 GiB.
+const RECIPE_BYTES_MAX: u64 = 512 << 20;
+
+/// How the bytes of a blob can be had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Blob {
+    /// They are stored.
+    Stored {
+        /// The blob's length in bytes.
+        size: u64,
+    },
+    /// They are a layer's plain tar, which its recipe rebuilds.
+    Rebuilt {
+        /// The blob's length in bytes.
+        size: u64,
+        /// The recipe's blob.
+        recipe: Digest,
+    },
+}
+
+impl Blob {
+    /// The blob's length in bytes.
+    pub fn size(&self) -> u64 {
+        match self {
+            Self::Stored { size } | Self::Rebuilt { size, .. } => *size,
+        }
+    }
+}
+
+impl Store {
+    /// How to read a blob; `None` where it is not known.
+    pub async fn blob(&self, digest: Digest) -> Result<Option<Blob>, StoreError> {
+        if let Some(meta) = self.objects.head(&keys::blob(digest)).await? {
+            return Ok(Some(Blob::Stored { size: meta.size }));
+        }
+        let layer = self.layer(digest).await?.filter(|layer| layer.diff_id == digest);
+        Ok(layer.map(|layer| Blob::Rebuilt { size: layer.tar_bytes, recipe: layer.recipe }))
+    }
+
+    /// A part of a blob. The range must lie inside.
+    pub async fn read_blob(
+        &self,
+        digest: Digest,
+        blob: Blob,
+        range: Range<u64>,
+    ) -> Result<ByteStream, StoreError> {
+        assert!(range.start <= range.end && range.end <= blob.size(), "{range:?} of {blob:?}");
+        match blob {
+            Blob::Stored { .. } => {
+                let body = self.objects.stream(&keys::blob(digest), range).await?;
+                body.ok_or(StoreError::Missing(digest))
+            }
+            Blob::Rebuilt { recipe, .. } => {
+                let recipe = Arc::new(self.recipe(recipe).await?);
+                self.rebuild(recipe, range).await
+            }
+        }
+    }
+
+    /// A whole stored blob, of at most `limit` bytes.
+    pub async fn small_blob(&self, digest: Digest, limit: u64) -> Result<Bytes, StoreError> {
+        let bytes = self.objects.read(&keys::blob(digest), limit).await?;
+        bytes.ok_or(StoreError::Missing(digest))
+    }
+
+    /// Reads and parses a recipe.
+    pub async fn recipe(&self, digest: Digest) -> Result<Recipe, StoreError> {
+        let bytes = self.small_blob(digest, RECIPE_BYTES_MAX).await?;
+        let parsed = tokio::task::spawn_blocking(move || Recipe::parse(bytes)).await;
+        Ok(parsed.expect("parsing does not panic")?)
+    }
+
+    /// Stores bytes that this process has made, under their sha256.
+    pub async fn put_blob(&self, bytes: Bytes) -> Result<Digest, StoreError> {
+        let hashed = bytes.clone();
+        let digest = tokio::task::spawn_blocking(move || Digest::of(&hashed)).await;
+        let digest = digest.expect("hashing does not panic");
+        if !self.objects.exists(&keys::blob(digest)).await? {
+            self.objects.put(&keys::blob(digest), bytes.into()).await?;
+        }
+        Ok(digest)
+    }
+}

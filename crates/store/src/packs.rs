@@ -1,0 +1,145 @@
+//! Packs: blobs of which every frame has been opened, and whose chunks are therefore offered as known.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures_util::stream::{self, StreamExt, TryStreamExt};
+use lamina_chunk::{
+    ChunkId, ChunkPlace, FOOTER_BYTES, PACK_BYTES_MAX, PackError, PackFooter, PackId, PackRecord,
+};
+use lamina_image::{ChunkSink, Digest, SinkError};
+use tokio::runtime::Handle;
+
+use crate::{Store, StoreError, keys};
+
+/// Packs whose indexes are read at the same time when the store opens.
+const FOOTERS: usize = 8;
+
+impl Store {
+    /// Where each chunk lies, in the order of `ids`; `None` where no pack that was opened has it.
+    pub async fn find_chunks(&self, ids: Vec<ChunkId>) -> Vec<Option<ChunkPlace>> {
+        let index = Arc::clone(&self.index);
+        let found = tokio::task::spawn_blocking(move || index.find(&ids)).await;
+        found.expect("a lookup does not panic")
+    }
+
+    /// Opens every frame of a pack that is stored as a blob, unless that was done before, and makes its chunks known.
+    ///
+    /// # Errors
+    /// [`StoreError::Pack`] and [`StoreError::Frame`] where it is no good, [`StoreError::Missing`] where it is not
+    /// there.
+    pub async fn admit_pack(&self, pack: PackId) -> Result<(), StoreError> {
+        let admitted = self.objects.exists(&keys::pack(pack)).await?;
+        if admitted && self.index.has(pack) {
+            return Ok(());
+        }
+        let records = Arc::new(self.pack_records(pack).await?);
+        if !admitted {
+            self.open_frames(pack, &records).await?;
+            self.objects.put(&keys::pack(pack), "{}".into()).await?;
+        }
+        self.index_pack(pack, records).await;
+        Ok(())
+    }
+
+    /// The index of a pack, read from its end.
+    pub async fn pack_records(&self, pack: PackId) -> Result<Vec<PackRecord>, StoreError> {
+        let key = keys::blob(pack.into());
+        let missing = || StoreError::Missing(pack.into());
+        let wrong = |error| StoreError::Pack { pack, error };
+        let len = self.objects.head(&key).await?.ok_or_else(missing)?.size;
+        let footer_at = len.checked_sub(FOOTER_BYTES as u64).filter(|_| len <= PACK_BYTES_MAX as u64);
+        let footer_at = footer_at.ok_or(wrong(PackError::Footer))?;
+        let read = |range| async { self.objects.ranges(&key, &[range]).await?.ok_or_else(missing) };
+        let footer = read(footer_at..len).await?;
+        let footer = PackFooter::read(&footer[0], len).map_err(wrong)?;
+        let range = footer.index_range();
+        let index = if range.is_empty() { vec![Bytes::new()] } else { read(range).await? };
+        footer.records(&index[0]).map_err(wrong)
+    }
+
+    /// Stores a pack that this process has made, and makes its chunks known.
+    pub async fn put_pack(
+        &self,
+        pack: PackId,
+        bytes: Bytes,
+        records: &[PackRecord],
+    ) -> Result<(), StoreError> {
+        self.objects.put(&keys::blob(pack.into()), bytes.into()).await?;
+        self.objects.put(&keys::pack(pack), "{}".into()).await?;
+        self.index_pack(pack, Arc::new(records.to_vec())).await;
+        Ok(())
+    }
+
+    /// Opens all frames on the blocking pool; as many packs at a time as there are cores, each of them in memory.
+    async fn open_frames(&self, pack: PackId, records: &Arc<Vec<PackRecord>>) -> Result<(), StoreError> {
+        let _permit = self.verifying.acquire().await.expect("never closed");
+        let bytes = self.small_blob(pack.into(), PACK_BYTES_MAX as u64).await?;
+        let records = Arc::clone(records);
+        let opened =
+            tokio::task::spawn_blocking(move || records.iter().try_for_each(|record| record.verify(&bytes)));
+        opened.await.expect("opening does not panic").map_err(|error| StoreError::Frame { pack, error })
+    }
+
+    async fn index_pack(&self, pack: PackId, records: Arc<Vec<PackRecord>>) {
+        let index = Arc::clone(&self.index);
+        let added = tokio::task::spawn_blocking(move || index.add(pack, &records)).await;
+        added.expect("adding to the index does not panic");
+    }
+
+    /// Takes every pack into the index that it has not seen.
+    pub(crate) async fn index_packs(&self) -> Result<(), StoreError> {
+        let listing = self.objects.list(&keys::packs());
+        let packs = listing.try_filter_map(|object| async move {
+            let pack = keys::parse_digest(&object.location).map(PackId::from);
+            Ok(pack.filter(|pack| !self.index.has(*pack)))
+        });
+        let packs: Vec<PackId> = packs.try_collect().await?;
+        if packs.is_empty() {
+            return Ok(());
+        }
+        tracing::info!(packs = packs.len(), "reading the indexes of packs");
+        let read = |pack| async move {
+            match self.pack_records(pack).await {
+                Ok(records) => self.index_pack(pack, Arc::new(records)).await,
+                Err(error @ (StoreError::Pack { .. } | StoreError::Missing(_))) => {
+                    tracing::error!(%pack, %error, "a pack is gone or damaged");
+                }
+                Err(error) => return Err(error),
+            }
+            Ok(())
+        };
+        stream::iter(packs.into_iter().map(read)).buffer_unordered(FOOTERS).try_collect().await
+    }
+}
+
+/// The store as the place where layers are cut into. For threads that may block, never for async tasks.
+#[derive(Debug)]
+pub struct StoreSink {
+    store: Store,
+    runtime: Handle,
+}
+
+impl StoreSink {
+    /// A sink into `store`, which waits for it on `runtime`.
+    pub fn new(store: Store, runtime: Handle) -> Self {
+        Self { store, runtime }
+    }
+}
+
+impl ChunkSink for StoreSink {
+    fn known(&self, ids: &[ChunkId]) -> Result<Vec<Option<ChunkPlace>>, SinkError> {
+        Ok(self.store.index.find(ids))
+    }
+
+    fn put(&self, pack: PackId, bytes: Bytes, records: &[PackRecord]) -> Result<(), SinkError> {
+        Ok(self.runtime.block_on(self.store.put_pack(pack, bytes, records))?)
+    }
+}
+
+impl Store {
+    /// Whether the pack's frames were all opened once.
+    pub async fn is_pack(&self, digest: Digest) -> Result<bool, StoreError> {
+        self.objects.exists(&keys::pack(digest.into())).await
+    }
+}

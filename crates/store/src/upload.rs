@@ -1,0 +1,311 @@
+//! Uploads: bytes on their way in, hashed as they come, and nowhere to be seen before they are proved.
+//!
+//! Memory: one part of 8 MiB being filled and one being written, for each upload. A blob of less than one part is
+//! written in one piece straight under its name; a longer one goes to a staging key, part by part, and is renamed.
+//! Uploads belong to this process: after a restart they are unknown, and clients begin again.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::TryStreamExt;
+use lamina_chunk::{FOOTER_BYTES, PACK_BYTES_MAX, PackFooter, PackId};
+use lamina_image::{Digest, Hasher};
+use object_store::{MultipartUpload, ObjectStoreExt};
+use parking_lot::Mutex;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use crate::objects::Objects;
+use crate::{Repo, Store, StoreConfig, StoreError, keys};
+
+/// Bytes in one part: S3 wants at least 5 MiB, and 10,000 parts of 8 MiB are 80 GiB.
+pub const UPLOAD_PART_BYTES: usize = 8 << 20;
+
+/// The open uploads. Clones are the same.
+#[derive(Clone, Debug)]
+pub(crate) struct Uploads {
+    open: Arc<Mutex<HashMap<Uuid, Slot>>>,
+    open_max: usize,
+    idle_max: Duration,
+    blob_bytes_max: u64,
+}
+
+#[derive(Debug)]
+enum Slot {
+    Idle(Box<Upload>),
+    /// A [`Session`] has it.
+    Busy,
+}
+
+impl Uploads {
+    pub(crate) fn new(config: &StoreConfig) -> Self {
+        Self {
+            open: Arc::default(),
+            open_max: config.uploads_max,
+            idle_max: config.upload_idle_max,
+            blob_bytes_max: config.blob_bytes_max,
+        }
+    }
+}
+
+/// One request's exclusive hold on an upload. Dropping it leaves the upload as it is, for the next request.
+#[derive(Debug)]
+pub struct Session {
+    id: Uuid,
+    store: Store,
+    upload: Option<Box<Upload>>,
+}
+
+impl Store {
+    /// Begins an upload into a repository.
+    pub fn begin_upload(&self, repo: &Repo) -> Result<Session, StoreError> {
+        let mut open = self.uploads.open.lock();
+        if open.len() >= self.uploads.open_max {
+            return Err(StoreError::UploadsFull(open.len()));
+        }
+        let id = Uuid::new_v4();
+        open.insert(id, Slot::Busy);
+        Ok(Session { id, store: self.clone(), upload: Some(Box::new(Upload::new(id, repo.clone()))) })
+    }
+
+    /// Goes on with an upload that was begun in the same repository.
+    pub fn resume_upload(&self, repo: &Repo, id: Uuid) -> Result<Session, StoreError> {
+        let mut open = self.uploads.open.lock();
+        let slot = open.get_mut(&id).ok_or(StoreError::UploadUnknown(id))?;
+        match std::mem::replace(slot, Slot::Busy) {
+            Slot::Busy => Err(StoreError::UploadBusy(id)),
+            Slot::Idle(upload) if upload.repo != *repo => {
+                *slot = Slot::Idle(upload);
+                Err(StoreError::UploadUnknown(id))
+            }
+            Slot::Idle(upload) => Ok(Session { id, store: self.clone(), upload: Some(upload) }),
+        }
+    }
+
+    /// Removes what uploads have left behind that ended in the middle of their last step, if it is older than a day.
+    /// `now` is in seconds since 1970.
+    pub async fn sweep_uploads(&self, now: u64) -> Result<(), StoreError> {
+        let mut listing = self.objects.list(&keys::uploads());
+        while let Some(object) = listing.try_next().await? {
+            let age = i128::from(now) - i128::from(object.last_modified.timestamp());
+            if age > 24 * 3600 {
+                self.objects.delete(&object.location).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Drops the uploads to which nobody has written for long before `now`. Says how many.
+    pub async fn expire_uploads(&self, now: Instant) -> usize {
+        let idle_max = self.uploads.idle_max;
+        let expired: Vec<Slot> = {
+            let mut open = self.uploads.open.lock();
+            let old = |slot: &Slot| matches!(slot, Slot::Idle(upload) if upload.touched + idle_max <= now);
+            let ids: Vec<Uuid> = open.iter().filter(|(_, slot)| old(slot)).map(|(id, _)| *id).collect();
+            ids.iter().filter_map(|id| open.remove(id)).collect()
+        };
+        let count = expired.len();
+        for slot in expired {
+            if let Slot::Idle(upload) = slot {
+                upload.abort().await;
+            }
+        }
+        count
+    }
+}
+
+impl Session {
+    /// The upload's name.
+    pub fn id(&self) -> Uuid {
+        self.id
+    }
+
+    /// How many bytes have come, in this and earlier requests.
+    pub fn received(&self) -> u64 {
+        self.upload.as_ref().map_or(0, |upload| upload.received)
+    }
+
+    /// Takes the next bytes. Cancelling it keeps them.
+    ///
+    /// # Errors
+    /// After an error the upload is worthless: cancel it.
+    pub async fn write(&mut self, bytes: Bytes) -> Result<(), StoreError> {
+        let limit = self.store.uploads.blob_bytes_max;
+        let upload = self.upload.as_mut().ok_or(StoreError::UploadUnknown(self.id))?;
+        let len = upload.received + bytes.len() as u64;
+        if len > limit {
+            return Err(StoreError::TooLarge { what: "a blob", len, limit });
+        }
+        upload.write(&self.store.objects, bytes).await
+    }
+
+    /// Ends the upload: once it returns, the blob is durable under `expected`, and where it is a pack it was opened
+    /// and its chunks are known. Gives the blob's length in bytes.
+    ///
+    /// # Errors
+    /// [`StoreError::Digest`] where other bytes came; the upload is gone then too.
+    pub async fn finish(mut self, expected: Digest) -> Result<u64, StoreError> {
+        let upload = self.upload.take().ok_or(StoreError::UploadUnknown(self.id))?;
+        let (size, tail) = (upload.received, upload.tail.clone());
+        upload.finish(&self.store.objects, expected).await?;
+        if size <= PACK_BYTES_MAX as u64 && PackFooter::read(&tail, size).is_ok() {
+            let pack = PackId::from(expected);
+            match self.store.admit_pack(pack).await {
+                Ok(()) => {}
+                // as a blob it is what was asked for; as a pack nobody will rely on it
+                Err(error @ (StoreError::Pack { .. } | StoreError::Frame { .. })) => {
+                    tracing::warn!(%pack, %error, "a blob that ends like a pack is none");
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(size)
+    }
+
+    /// Ends the upload and forgets its bytes.
+    pub async fn cancel(mut self) {
+        if let Some(upload) = self.upload.take() {
+            upload.abort().await;
+        }
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        let mut open = self.store.uploads.open.lock();
+        match self.upload.take() {
+            Some(mut upload) => {
+                upload.touched = Instant::now();
+                open.insert(self.id, Slot::Idle(upload));
+            }
+            None => drop(open.remove(&self.id)),
+        }
+    }
+}
+
+/// What has come so far. Between calls either `hasher` is here, or `writing` will give it back, or the upload failed.
+#[derive(Debug)]
+struct Upload {
+    id: Uuid,
+    repo: Repo,
+    received: u64,
+    /// The last bytes, which would be a pack's footer.
+    tail: Vec<u8>,
+    pending: Vec<Bytes>,
+    pending_bytes: usize,
+    parts: Option<Box<dyn MultipartUpload>>,
+    hasher: Option<Hasher>,
+    writing: Option<JoinHandle<Result<Hasher, StoreError>>>,
+    touched: Instant,
+}
+
+impl Upload {
+    fn new(id: Uuid, repo: Repo) -> Self {
+        Self {
+            id,
+            repo,
+            received: 0,
+            tail: Vec::new(),
+            pending: Vec::new(),
+            pending_bytes: 0,
+            parts: None,
+            hasher: Some(Hasher::default()),
+            writing: None,
+            touched: Instant::now(),
+        }
+    }
+
+    async fn write(&mut self, objects: &Objects, bytes: Bytes) -> Result<(), StoreError> {
+        self.received += bytes.len() as u64;
+        self.pending_bytes += bytes.len();
+        let last = &bytes[bytes.len().saturating_sub(FOOTER_BYTES)..];
+        self.tail.extend_from_slice(last);
+        self.tail.drain(..self.tail.len().saturating_sub(FOOTER_BYTES));
+        self.pending.push(bytes);
+        if self.pending_bytes >= UPLOAD_PART_BYTES { self.flush(objects).await } else { Ok(()) }
+    }
+
+    /// Hashes and writes what is pending, in the background, after what is being written now.
+    async fn flush(&mut self, objects: &Objects) -> Result<(), StoreError> {
+        self.settle().await?;
+        if self.parts.is_none() {
+            self.parts = Some(objects.raw().put_multipart(&keys::upload(self.id)).await?);
+        }
+        let parts = self.parts.as_mut().expect("just made");
+        let pieces = std::mem::take(&mut self.pending);
+        self.pending_bytes = 0;
+        let part = parts.put_part(pieces.iter().cloned().collect());
+        let hasher = self.hasher.take().ok_or(StoreError::UploadUnknown(self.id))?;
+        self.writing = Some(tokio::spawn(async move {
+            let (hasher, written) = tokio::join!(hash(hasher, pieces), part);
+            written?;
+            Ok(hasher)
+        }));
+        Ok(())
+    }
+
+    /// Waits for what is being written.
+    async fn settle(&mut self) -> Result<(), StoreError> {
+        if let Some(writing) = &mut self.writing {
+            let written = writing.await.expect("writing does not panic");
+            self.writing = None;
+            self.hasher = Some(written?);
+        }
+        Ok(())
+    }
+
+    async fn finish(mut self: Box<Self>, objects: &Objects, expected: Digest) -> Result<(), StoreError> {
+        let result = self.prove(objects, expected).await;
+        if result.is_err() {
+            self.abort().await;
+        }
+        result
+    }
+
+    async fn prove(&mut self, objects: &Objects, expected: Digest) -> Result<(), StoreError> {
+        let check = |found: Digest| match found == expected {
+            true => Ok(()),
+            false => Err(StoreError::Digest { expected, found }),
+        };
+        if self.parts.is_none() {
+            let pieces = std::mem::take(&mut self.pending);
+            let hasher = self.hasher.take().ok_or(StoreError::UploadUnknown(self.id))?;
+            check(hash(hasher, pieces.clone()).await.finish())?;
+            return objects.put(&keys::blob(expected), pieces.into_iter().collect()).await;
+        }
+        if !self.pending.is_empty() {
+            self.flush(objects).await?;
+        }
+        self.settle().await?;
+        check(self.hasher.take().ok_or(StoreError::UploadUnknown(self.id))?.finish())?;
+        let mut parts = self.parts.take().expect("checked above");
+        let staging = keys::upload(self.id);
+        parts.complete().await?;
+        if let Err(error) = objects.raw().rename(&staging, &keys::blob(expected)).await {
+            let _ = objects.delete(&staging).await;
+            return Err(error.into());
+        }
+        Ok(())
+    }
+
+    async fn abort(mut self: Box<Self>) {
+        // a part on its way would come after the abort
+        let _ = self.settle().await;
+        if let Some(mut parts) = self.parts.take()
+            && let Err(error) = parts.abort().await
+        {
+            tracing::warn!(upload = %self.id, %error, "the bytes of an upload that was given up were not removed");
+        }
+    }
+}
+
+async fn hash(mut hasher: Hasher, pieces: Vec<Bytes>) -> Hasher {
+    let hashed = tokio::task::spawn_blocking(move || {
+        pieces.iter().for_each(|piece| hasher.update(piece));
+        hasher
+    });
+    hashed.await.expect("hashing does not panic")
+}
