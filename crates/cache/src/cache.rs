@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use lamina_chunk::{Chunk, ChunkId};
+use lamina_chunk::{Chunk, FrameId};
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
@@ -59,13 +59,13 @@ impl Cache {
         Ok(Self { shared: Arc::new(shared), thread: Some(thread) })
     }
 
-    /// The chunk, if it is in memory. Opens a frame that came along (about 60 µs for 64 KiB), never does I/O.
-    pub fn try_memory(&self, id: ChunkId) -> Option<Chunk> {
+    /// The frame, if it is in memory. Opens a frame that came along (about 60 µs for 64 KiB), never does I/O.
+    pub fn try_memory(&self, id: FrameId) -> Option<Chunk> {
         self.shared.memory.take_out(id, &self.shared.counters)
     }
 
-    /// The chunk, if it is in memory or on disk. Reads the disk, never the network.
-    pub fn try_local(&self, id: ChunkId) -> Option<Chunk> {
+    /// The frame, if it is in memory or on disk. Reads the disk, never the network.
+    pub fn try_local(&self, id: FrameId) -> Option<Chunk> {
         self.try_memory(id).or_else(|| {
             let chunk = self.shared.read_disk(id)?;
             self.shared.memory.insert(chunk.clone(), None);
@@ -73,15 +73,15 @@ impl Cache {
         })
     }
 
-    /// Whether the chunk is in memory, on disk, or on its way. An answer for planning: it may be out of date at once.
-    pub fn is_near(&self, id: ChunkId) -> bool {
+    /// Whether the frame is in memory, on disk, or on its way. An answer for planning: it may be out of date at once.
+    pub fn is_near(&self, id: FrameId) -> bool {
         self.shared.memory.contains(id) || self.shared.flights.contains(id) || self.shared.on_disk(id)
     }
 
-    /// The chunks of `wants`, in order, from wherever they are nearest. `neighbours` are asked for in the same
+    /// The frames of `wants`, in order, from wherever they are nearest. `neighbours` are asked for in the same
     /// requests where they lie near, and kept, but not waited for.
     ///
-    /// One request for each chunk however many readers, and requests go on when this future is dropped. *Errors*: the
+    /// One request for each frame however many readers, and requests go on when this future is dropped. *Errors*: the
     /// first that any of them had; the rest is still fetched. Never waits longer than the deadline.
     pub async fn fetch(
         &self,
@@ -112,7 +112,7 @@ impl Cache {
         Ok(chunks)
     }
 
-    /// Begins to fetch `wants` and returns at once. Chunks that are near already are left where they are.
+    /// Begins to fetch `wants` and returns at once. Frames that are near already are left where they are.
     pub fn prefetch(&self, source: &Arc<dyn Source>, wants: &[Want], class: Class) {
         let near = |id| self.shared.memory.contains(id) || self.shared.on_disk(id);
         let far: Vec<Want> = wants.iter().filter(|want| !near(want.id)).copied().collect();
@@ -129,7 +129,7 @@ impl Cache {
         self.shared.writer.flush();
     }
 
-    /// Waits for a chunk. If another source's fetch of it failed, tries once with this one.
+    /// Waits for a frame. If another source's fetch of it failed, tries once with this one.
     async fn landed(
         &self,
         mut waiter: Waiter,
@@ -159,7 +159,7 @@ impl Drop for Cache {
     }
 }
 
-/// A chunk asked for: here, or waited for.
+/// A frame asked for: here, or waited for.
 enum Seat {
     Here(Chunk),
     Waiting(Waiter),
@@ -175,13 +175,13 @@ impl Shared {
         }
     }
 
-    /// Whether the chunk's frame is on disk or on its way there.
-    pub(crate) fn on_disk(&self, id: ChunkId) -> bool {
+    /// Whether the frame is on disk or on its way there.
+    pub(crate) fn on_disk(&self, id: FrameId) -> bool {
         self.writer.read(id).is_some() || self.disk.contains(id)
     }
 
     /// Reads and opens a frame from disk. One that does not verify is forgotten and counted.
-    pub(crate) fn read_disk(&self, id: ChunkId) -> Option<Chunk> {
+    pub(crate) fn read_disk(&self, id: FrameId) -> Option<Chunk> {
         let sealed = self.writer.read(id).or_else(|| self.disk.read(id))?;
         let Ok(chunk) = sealed.open(id) else {
             add(&self.counters.verify_failures, 1);
@@ -189,12 +189,12 @@ impl Shared {
             self.disk.forget(id);
             return None;
         };
-        add(&self.counters.disk_chunks, 1);
+        add(&self.counters.disk_frames, 1);
         add(&self.counters.disk_bytes, chunk.bytes().len());
         Some(chunk)
     }
 
-    /// Finds, joins or begins the flight of each chunk, and starts those that are new.
+    /// Finds, joins or begins the flight of each frame, and starts those that are new.
     fn board(
         self: &Arc<Self>,
         source: &Arc<dyn Source>,

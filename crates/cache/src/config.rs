@@ -34,12 +34,12 @@ pub struct CacheConfig {
     pub directory: PathBuf,
     /// The segment files never take more bytes than this. The index beside them takes about 2 % more.
     pub bytes_max: u64,
-    /// Chunks held in memory, in bytes of plaintext (of sealed bytes, where not opened yet).
+    /// Frames held in memory, in bytes of plaintext (of sealed bytes, where not opened yet).
     pub memory_bytes: usize,
     /// Frames that wait to be written to disk, in bytes. When they do not fit, frames of demand reads are not kept on
     /// disk (counted), and readahead waits.
     pub write_behind_bytes: usize,
-    /// How long a reader waits for a chunk before it gets an error.
+    /// How long a reader waits for a frame before it gets an error.
     pub deadline: Duration,
     /// Requests under way at once.
     pub in_flight: InFlight,

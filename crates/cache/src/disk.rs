@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use lamina_chunk::{ChunkId, Sealed};
+use lamina_chunk::{FrameId, Sealed};
 use parking_lot::{Mutex, RwLock};
 use tracing::{debug, warn};
 
@@ -44,17 +44,17 @@ struct Writing {
     active: Option<(u32, Arc<Segment>)>,
     next: u32,
     /// Written, and not in the index yet. All in the active segment.
-    unindexed: Vec<(ChunkId, Location)>,
+    unindexed: Vec<(FrameId, Location)>,
 }
 
 impl Disk {
-    /// Whether the index knows the chunk.
-    pub(crate) fn contains(&self, id: ChunkId) -> bool {
+    /// Whether the index knows the frame.
+    pub(crate) fn contains(&self, id: FrameId) -> bool {
         self.locate(id).is_some_and(|location| self.segments.read().contains_key(&location.segment))
     }
 
-    /// The chunk's frame, unverified.
-    pub(crate) fn read(&self, id: ChunkId) -> Option<Sealed> {
+    /// The frame, unverified.
+    pub(crate) fn read(&self, id: FrameId) -> Option<Sealed> {
         let location = self.locate(id)?;
         let segment = self.segments.read().get(&location.segment).cloned();
         let Some(segment) = segment else {
@@ -82,7 +82,7 @@ impl Disk {
     }
 
     /// Forgets a frame that did not verify.
-    pub(crate) fn forget(&self, id: ChunkId) {
+    pub(crate) fn forget(&self, id: FrameId) {
         if let Some(location) = self.locate(id) {
             self.count(self.index.forget(id, location));
         }
@@ -90,7 +90,7 @@ impl Disk {
 
     /// Appends frames that are not here yet. Frames that do not fit under the cap at all, or that the disk refuses,
     /// are left out.
-    pub(crate) fn append(&self, frames: &[(ChunkId, Sealed)]) {
+    pub(crate) fn append(&self, frames: &[(FrameId, Sealed)]) {
         let mut writing = self.writer.lock();
         for (id, sealed) in frames {
             if self.contains(*id) || writing.unindexed.iter().any(|(other, _)| other == id) {
@@ -111,7 +111,7 @@ impl Disk {
         let _ = rustix::fs::flock(&self.lock, rustix::fs::FlockOperation::Unlock);
     }
 
-    fn append_one(&self, writing: &mut Writing, id: ChunkId, sealed: &Sealed) {
+    fn append_one(&self, writing: &mut Writing, id: FrameId, sealed: &Sealed) {
         let record_len = (RECORD_HEADER_BYTES + sealed.bytes().len()) as u64;
         if !self.make_room(writing, record_len) {
             return;
@@ -132,7 +132,7 @@ impl Disk {
         segment.len.store(offset + record_len, Ordering::Relaxed);
         segment.used_at.store(self.tick(), Ordering::Relaxed);
         self.counters.disk_used_bytes.fetch_add(record_len, Ordering::Relaxed);
-        add(&self.counters.written_chunks, 1);
+        add(&self.counters.written_frames, 1);
         let small = |len: usize| u32::try_from(len).expect("frames are at most 256 KiB");
         let location = Location {
             segment: number,
@@ -239,7 +239,7 @@ impl Disk {
         self.counters.evicted_bytes.fetch_add(len, Ordering::Relaxed);
     }
 
-    fn locate(&self, id: ChunkId) -> Option<Location> {
+    fn locate(&self, id: FrameId) -> Option<Location> {
         self.index.find(id).unwrap_or_else(|error| {
             self.count::<()>(Err(error));
             None

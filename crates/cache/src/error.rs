@@ -5,11 +5,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use lamina_chunk::ChunkId;
+use lamina_chunk::FrameId;
 
 use crate::SourceError;
 
-/// Why a cache cannot be opened, or a chunk not be had.
+/// Why a cache cannot be opened, or a frame not be had.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum CacheError {
     /// Another process owns the directory. Use another directory, or that process.
@@ -29,25 +29,25 @@ pub enum CacheError {
         cause: Arc<io::Error>,
     },
     /// The source failed. Its own error says whether retrying can help.
-    #[error("chunk {id} not fetched: {cause}")]
+    #[error("frame {id} not fetched: {cause}")]
     Source {
-        /// The chunk.
-        id: ChunkId,
+        /// The frame.
+        id: FrameId,
         /// The source's error.
         cause: SourceError,
     },
     /// No answer before the deadline. Retrying may help.
-    #[error("chunk {id} not fetched within {waited:?}")]
+    #[error("frame {id} not fetched within {waited:?}")]
     Deadline {
-        /// The chunk.
-        id: ChunkId,
+        /// The frame.
+        id: FrameId,
         /// How long was waited.
         waited: Duration,
     },
-    /// The source sent other bytes than the chunk, twice. Retrying helps only if the source changes.
-    #[error("the source sends wrong bytes for chunk {0}")]
-    Damaged(ChunkId),
+    /// The source sent other bytes than the frame, twice. Retrying helps only if the source changes.
+    #[error("the source sends wrong bytes for frame {0}")]
+    Damaged(FrameId),
     /// The process is stopping.
-    #[error("chunk {0} not fetched: the cache is closing")]
-    Stopped(ChunkId),
+    #[error("frame {0} not fetched: the cache is closing")]
+    Stopped(FrameId),
 }

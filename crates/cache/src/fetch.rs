@@ -1,14 +1,14 @@
 //! Bringing in what is not in memory: from disk, else from a source.
 //!
 //! Every fetch runs as a task of its own, so a reader that goes away takes nothing from the others. A job is one range
-//! of one pack; it takes its chunks on only once it has a slot, so a chunk that somebody waits for leaves a job that
+//! of one pack; it takes its frames on only once it has a slot, so a frame that somebody waits for leaves a job that
 //! still queues and goes ahead with the demand class.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use lamina_chunk::{Chunk, ChunkId, Frame, PackId, Place, Sealed};
+use lamina_chunk::{Chunk, Frame, FrameId, PackId, Place, Sealed};
 use tokio::time::timeout;
 
 use crate::cache::Shared;
@@ -17,20 +17,20 @@ use crate::metrics::add;
 use crate::plan::{Bounds, runs, span};
 use crate::{CacheError, Class};
 
-/// A chunk that is wanted, and where its frame lies.
+/// A frame that is wanted, and where it lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Want {
-    /// The chunk.
-    pub id: ChunkId,
-    /// Its frame.
+    /// The frame: the hash of its plaintext.
+    pub id: FrameId,
+    /// Where.
     pub place: Place,
 }
 
-/// Frames of at most this much plaintext are opened where they arrive (two of the average size: 140 µs); more go to
+/// Frames of at most this much plaintext are opened where they arrive (one of the largest: 280 µs); more go to
 /// the blocking pool, where they do not hold up other tasks.
-const OPEN_INLINE_BYTES: usize = 128 << 10;
+const OPEN_INLINE_BYTES: usize = 256 << 10;
 
-/// One chunk of a job.
+/// One frame of a job.
 #[derive(Clone)]
 pub(crate) struct Leg {
     pub(crate) want: Want,
@@ -182,7 +182,7 @@ async fn deliver(claimed: &mut Claimed, body: &Bytes, start: u64, class: Class) 
 #[derive(Default)]
 struct Opened {
     /// To be kept on disk as soon as there is room.
-    good: Vec<(ChunkId, Sealed)>,
+    good: Vec<(FrameId, Sealed)>,
     damaged: Vec<Leg>,
 }
 
@@ -237,14 +237,14 @@ fn cut_out(body: &Bytes, start: u64, frame: Frame) -> Sealed {
     Sealed::new(bytes, frame.plain_len as usize)
 }
 
-/// An error of a request, before it is told to each chunk.
+/// An error of a request, before it is told to each frame.
 pub(crate) enum RequestError {
     Source(crate::SourceError),
     Deadline(std::time::Duration),
 }
 
 impl RequestError {
-    fn of(&self, id: ChunkId) -> CacheError {
+    fn of(&self, id: FrameId) -> CacheError {
         match self {
             Self::Source(cause) => CacheError::Source { id, cause: cause.clone() },
             Self::Deadline(waited) => CacheError::Deadline { id, waited: *waited },
@@ -276,9 +276,9 @@ impl Shared {
         Err(result)
     }
 
-    /// Keeps a chunk that was fetched and tells whoever waits.
+    /// Keeps a frame that was fetched and tells whoever waits.
     fn arrived(&self, leg: &Leg, chunk: Chunk, sealed: &Sealed, class: Class) {
-        let ahead = class != Class::Demand || !leg.needed;
+        let ahead = !leg.flight.is_urgent();
         self.count_fetched(sealed, ahead);
         self.memory.insert(chunk.clone(), ahead.then_some(sealed.bytes().len()));
         if class == Class::Demand {
@@ -289,9 +289,9 @@ impl Shared {
     }
 
     fn count_fetched(&self, sealed: &Sealed, ahead: bool) {
-        add(&self.counters.source_chunks, 1);
+        add(&self.counters.source_frames, 1);
         if ahead {
-            add(&self.counters.ahead_chunks, 1);
+            add(&self.counters.ahead_frames, 1);
             add(&self.counters.ahead_bytes, sealed.bytes().len());
         }
     }

@@ -1,10 +1,10 @@
-//! One fetch for each chunk, however many wait for it.
+//! One fetch for each frame, however many wait for it.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use lamina_chunk::{Chunk, ChunkId};
+use lamina_chunk::{Chunk, FrameId};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
@@ -13,9 +13,9 @@ use crate::{CacheError, Source};
 /// How a flight ended.
 pub(crate) type Outcome = Result<Chunk, CacheError>;
 
-/// A chunk on its way.
+/// A frame on its way.
 pub(crate) struct Flight {
-    pub(crate) id: ChunkId,
+    pub(crate) id: FrameId,
     /// Whom it is fetched from.
     pub(crate) source: Arc<dyn Source>,
     outcome: watch::Sender<Option<Outcome>>,
@@ -27,6 +27,11 @@ impl Flight {
     /// Takes the fetch on. True exactly once: several jobs may carry the same flight.
     pub(crate) fn claim(&self) -> bool {
         !self.claimed.swap(true, Ordering::AcqRel)
+    }
+
+    /// Whether a reader waits.
+    pub(crate) fn is_urgent(&self) -> bool {
+        self.urgent.load(Ordering::Acquire)
     }
 
     /// Marks that a reader waits. True if it is the first one, and nobody has taken the fetch on yet: then it needs
@@ -43,7 +48,7 @@ pub(crate) struct Waiter {
 }
 
 impl Waiter {
-    /// The chunk, or why there is none.
+    /// The frame, or why there is none.
     pub(crate) async fn landed(&mut self) -> Outcome {
         let stopped = CacheError::Stopped(self.flight.id);
         let outcome = self.outcome.wait_for(Option::is_some).await.map_err(|_| stopped.clone())?;
@@ -51,7 +56,7 @@ impl Waiter {
     }
 }
 
-/// What a chunk asked for turned out to be.
+/// What a frame asked for turned out to be.
 pub(crate) enum Boarding {
     /// In memory by now.
     Here(Chunk),
@@ -61,16 +66,16 @@ pub(crate) enum Boarding {
     Fresh(Waiter),
 }
 
-/// All chunks on their way.
+/// All frames on their way.
 #[derive(Default)]
-pub(crate) struct Flights(Mutex<HashMap<ChunkId, Arc<Flight>>>);
+pub(crate) struct Flights(Mutex<HashMap<FrameId, Arc<Flight>>>);
 
 impl Flights {
     /// Joins the flight of `id` or begins one. `memory` is asked under the lock, since a flight lands there before it
     /// leaves the table.
     pub(crate) fn board(
         &self,
-        id: ChunkId,
+        id: FrameId,
         source: &Arc<dyn Source>,
         memory: impl FnOnce() -> Option<Chunk>,
     ) -> Boarding {
@@ -95,7 +100,7 @@ impl Flights {
     }
 
     /// Whether `id` is on its way.
-    pub(crate) fn contains(&self, id: ChunkId) -> bool {
+    pub(crate) fn contains(&self, id: FrameId) -> bool {
         self.0.lock().contains_key(&id)
     }
 
@@ -121,7 +126,7 @@ impl Flights {
         true
     }
 
-    fn remove(&self, flights: &mut HashMap<ChunkId, Arc<Flight>>, flight: &Arc<Flight>) {
+    fn remove(&self, flights: &mut HashMap<FrameId, Arc<Flight>>, flight: &Arc<Flight>) {
         if flights.get(&flight.id).is_some_and(|current| Arc::ptr_eq(current, flight)) {
             flights.remove(&flight.id);
         }

@@ -1,10 +1,10 @@
 //! Where a node gets bytes: memory, disk, and a source over the network.
 //!
-//! A [`Cache`] holds verified chunks in memory and sealed frames in one bounded directory that every mount of the
-//! process shares, and asks a [`Source`] for what it lacks: once for each chunk however many readers wait, with
+//! Its unit is the frame: one chunk, or several neighbours sealed together. A [`Cache`] holds opened frames in memory
+//! and sealed ones in one bounded directory that every mount of the process shares, and asks a [`Source`] for what it lacks: once for each frame however many readers wait, with
 //! neighbours merged into one range, demand before everything else, and a deadline on each request.
 //!
-//! It knows chunks, packs and ranges. It never sees a name, an inode or a manifest, and it hands out plaintext only
+//! It knows frames, packs and ranges, and not which chunks a frame holds. It never sees a name, an inode or a manifest, and it hands out plaintext only
 //! as a `Chunk`, which cannot exist without having been verified.
 
 mod cache;

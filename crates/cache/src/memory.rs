@@ -1,9 +1,9 @@
-//! Chunks in memory: a bounded map, least recently used out first.
+//! Frames in memory: a bounded map, least recently used out first.
 //!
-//! An entry is a verified chunk, or a frame that came along and is opened when first asked for: most neighbours of a
+//! An entry is an opened frame, or one that came along sealed and is opened when first asked for: most neighbours of a
 //! demand read are never read, and opening one costs as much as fetching it over a fast link.
 
-use lamina_chunk::{Chunk, ChunkId, Sealed};
+use lamina_chunk::{Chunk, FrameId, Sealed};
 use lru::LruCache;
 use parking_lot::Mutex;
 
@@ -32,7 +32,7 @@ impl Entry {
 }
 
 struct Entries {
-    entries: LruCache<ChunkId, Entry>,
+    entries: LruCache<FrameId, Entry>,
     bytes: usize,
 }
 
@@ -47,8 +47,8 @@ impl Memory {
         Self { inner: Mutex::new(Entries { entries: LruCache::unbounded(), bytes: 0 }), bytes_max }
     }
 
-    /// The chunk, if it is here. A frame is opened on the way; one that does not verify is dropped and counted.
-    pub(crate) fn take_out(&self, id: ChunkId, counters: &Counters) -> Option<Chunk> {
+    /// The frame, if it is here. A frame is opened on the way; one that does not verify is dropped and counted.
+    pub(crate) fn take_out(&self, id: FrameId, counters: &Counters) -> Option<Chunk> {
         let (held, ahead) = {
             let mut inner = self.inner.lock();
             let entry = inner.entries.get_mut(&id)?;
@@ -67,38 +67,38 @@ impl Memory {
             }
         };
         if let Some(sealed_len) = ahead {
-            add(&counters.ahead_used_chunks, 1);
+            add(&counters.ahead_used_frames, 1);
             add(&counters.ahead_used_bytes, sealed_len);
         }
-        add(&counters.memory_chunks, 1);
+        add(&counters.memory_frames, 1);
         add(&counters.memory_bytes, chunk.bytes().len());
         Some(chunk)
     }
 
-    pub(crate) fn contains(&self, id: ChunkId) -> bool {
+    pub(crate) fn contains(&self, id: FrameId) -> bool {
         self.inner.lock().entries.contains(&id)
     }
 
-    /// Keeps a chunk; `ahead` is its frame's length if nobody has asked for it yet.
+    /// Keeps a frame; `ahead` is its sealed length if nobody has asked for it yet.
     pub(crate) fn insert(&self, chunk: Chunk, ahead: Option<usize>) {
         let id = chunk.id();
         self.put(id, Entry { held: Held::Open(chunk), ahead });
     }
 
     /// Keeps a frame that nobody has asked for yet, unopened.
-    pub(crate) fn insert_sealed(&self, id: ChunkId, sealed: Sealed) {
+    pub(crate) fn insert_sealed(&self, id: FrameId, sealed: Sealed) {
         let ahead = Some(sealed.bytes().len());
         self.put(id, Entry { held: Held::Sealed(sealed), ahead });
     }
 
-    pub(crate) fn remove(&self, id: ChunkId) {
+    pub(crate) fn remove(&self, id: FrameId) {
         let mut inner = self.inner.lock();
         if let Some(gone) = inner.entries.pop(&id) {
             inner.bytes -= gone.bytes();
         }
     }
 
-    fn put(&self, id: ChunkId, entry: Entry) {
+    fn put(&self, id: FrameId, entry: Entry) {
         let mut inner = self.inner.lock();
         inner.bytes += entry.bytes();
         if let Some(old) = inner.entries.put(id, entry) {
@@ -149,7 +149,7 @@ mod tests {
         assert_eq!(memory.take_out(other, &counters), None);
         assert!(!memory.contains(other));
         let seen = counters.snapshot();
-        assert_eq!((seen.verify_failures, seen.ahead_used_chunks, seen.memory_chunks), (1, 1, 1));
+        assert_eq!((seen.verify_failures, seen.ahead_used_frames, seen.memory_frames), (1, 1, 1));
         assert_eq!(memory.inner.lock().bytes, 5000);
     }
 }

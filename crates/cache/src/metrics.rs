@@ -29,44 +29,44 @@ macro_rules! counters {
 }
 
 counters! {
-    /// Chunks handed out of memory.
-    memory_chunks,
+    /// Frames handed out of memory.
+    memory_frames,
     /// Their plaintext.
     memory_bytes,
-    /// Chunks read from disk, or from the queue to it.
-    disk_chunks,
+    /// Frames read from disk, or from the queue to it.
+    disk_frames,
     /// Their plaintext.
     disk_bytes,
     /// Requests made to sources.
     source_requests,
-    /// Chunks fetched from sources.
-    source_chunks,
+    /// Frames fetched from sources.
+    source_frames,
     /// Bytes received from sources, gaps between wanted frames included.
     source_bytes,
     /// Bytes of those that were gaps, thrown away.
     source_gap_bytes,
     /// Requests that failed or ran into the deadline.
     source_failures,
-    /// Chunks fetched though nobody waited for them yet.
-    ahead_chunks,
-    /// Their frames.
+    /// Frames fetched though nobody waited for them yet.
+    ahead_frames,
+    /// Their sealed bytes.
     ahead_bytes,
     /// Those of them that were then handed out of memory. The rest was not needed, or not yet.
-    ahead_used_chunks,
-    /// Their frames.
+    ahead_used_frames,
+    /// Their sealed bytes.
     ahead_used_bytes,
-    /// Frames that were not the chunk they were said to be, from disk or source.
+    /// Frames that did not open as what they were said to be, from disk or source.
     verify_failures,
     /// Readers that joined a fetch which another had started.
     joined,
-    /// Chunks that readers had to wait for.
+    /// Frames that readers had to wait for.
     waits,
     /// How long they waited, summed.
     wait_us_total,
     /// The longest wait.
     wait_us_max,
     /// Frames written to disk.
-    written_chunks,
+    written_frames,
     /// Frames not kept on disk because the disk was slower than the network.
     write_dropped,
     /// Failures of the disk: full, broken, or its index in error. The cache works on without it.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use lamina_chunk::{ChunkId, Sealed};
+use lamina_chunk::{FrameId, Sealed};
 use parking_lot::{Condvar, Mutex};
 use tokio::sync::Notify;
 
@@ -20,8 +20,8 @@ const ROOM_DEADLINE: Duration = Duration::from_secs(1);
 
 #[derive(Default)]
 struct Queue {
-    order: VecDeque<ChunkId>,
-    frames: HashMap<ChunkId, Sealed>,
+    order: VecDeque<FrameId>,
+    frames: HashMap<FrameId, Sealed>,
     bytes: usize,
     closed: bool,
 }
@@ -51,12 +51,12 @@ impl WriteBehind {
     }
 
     /// A frame that is on its way to the disk.
-    pub(crate) fn read(&self, id: ChunkId) -> Option<Sealed> {
+    pub(crate) fn read(&self, id: FrameId) -> Option<Sealed> {
         self.queue.lock().frames.get(&id).cloned()
     }
 
     /// Forgets a frame that did not verify.
-    pub(crate) fn forget(&self, id: ChunkId) {
+    pub(crate) fn forget(&self, id: FrameId) {
         let mut queue = self.queue.lock();
         if let Some(sealed) = queue.frames.remove(&id) {
             queue.bytes -= sealed.bytes().len();
@@ -64,14 +64,14 @@ impl WriteBehind {
     }
 
     /// Queues a frame, or drops it where there is no room.
-    pub(crate) fn push(&self, id: ChunkId, sealed: Sealed) {
+    pub(crate) fn push(&self, id: FrameId, sealed: Sealed) {
         if !self.try_push(id, &sealed) {
             add(&self.counters.write_dropped, 1);
         }
     }
 
     /// Queues a frame, waiting a while for room.
-    pub(crate) async fn push_when_room(&self, id: ChunkId, sealed: Sealed) {
+    pub(crate) async fn push_when_room(&self, id: FrameId, sealed: Sealed) {
         let pushed = tokio::time::timeout(ROOM_DEADLINE, async {
             loop {
                 let room = self.room.notified();
@@ -100,7 +100,7 @@ impl WriteBehind {
         self.changed.notify_all();
     }
 
-    fn try_push(&self, id: ChunkId, sealed: &Sealed) -> bool {
+    fn try_push(&self, id: FrameId, sealed: &Sealed) -> bool {
         let mut queue = self.queue.lock();
         if queue.closed || queue.frames.contains_key(&id) {
             return true;

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, join_all};
 use lamina_cache::{Cache, CacheConfig, CacheError, Class, Source, SourceError, Want};
-use lamina_chunk::{Chunk, Level, PackBuilder, PackId, Place, Sealer};
+use lamina_chunk::{Chunk, Level, PackBuilder, PackId, PackedChunk, Place, Sealer};
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
@@ -85,7 +85,8 @@ fn chunks(count: u32) -> Vec<Chunk> {
 fn packed(chunks: &[Chunk]) -> (PackId, Bytes, Vec<Want>) {
     let (mut pack, mut sealer) = (PackBuilder::default(), Sealer::new(Level::default()));
     for chunk in chunks {
-        pack.push(chunk.id(), &sealer.seal(chunk));
+        let len = u32::try_from(chunk.bytes().len()).expect("small");
+        pack.push(chunk.id(), &sealer.seal(chunk), vec![PackedChunk { id: chunk.id(), len }]);
     }
     let (bytes, records) = pack.finish();
     let id = PackId::from_bytes([7; 32]);
@@ -156,7 +157,7 @@ async fn neighbouring_misses_share_requests_and_come_back_in_order() {
     // 200 x 9,600 bytes in ranges of at most 1 MiB
     assert_eq!(rig.memory.requests.lock().len(), 2);
     let seen = rig.cache.snapshot();
-    assert_eq!((seen.source_chunks, seen.source_gap_bytes, seen.source_bytes), (200, 0, 200 * 9600));
+    assert_eq!((seen.source_frames, seen.source_gap_bytes, seen.source_bytes), (200, 0, 200 * 9600));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -164,10 +165,10 @@ async fn neighbours_come_along_unopened_and_are_used_without_another_request() {
     let rig = rig();
     let (first, near) = (&rig.wants[..1], &rig.wants[1..5]);
     rig.cache.fetch(&rig.source, first, near, Class::Demand).await.expect("fetched");
-    until(|| rig.cache.snapshot().source_chunks == 5).await;
+    until(|| rig.cache.snapshot().source_frames == 5).await;
     assert_eq!(rig.cache.try_memory(near[0].id), Some(rig.chunks[1].clone()));
     let seen = rig.cache.snapshot();
-    assert_eq!((seen.source_requests, seen.ahead_chunks, seen.ahead_used_chunks), (1, 4, 1));
+    assert_eq!((seen.source_requests, seen.ahead_frames, seen.ahead_used_frames), (1, 4, 1));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -186,7 +187,7 @@ async fn what_was_fetched_is_there_after_a_restart_without_the_source() {
     let fetched = cache.fetch(&source, &wants, &[], Class::Background).await.expect("fetched");
     assert_eq!(fetched, chunks);
     assert!(memory.requests.lock().is_empty());
-    assert_eq!(cache.snapshot().disk_chunks, 200);
+    assert_eq!(cache.snapshot().disk_frames, 200);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -207,7 +208,7 @@ async fn a_damaged_frame_on_disk_is_dropped_counted_and_fetched_again() {
         assert_eq!(&fetched[0], chunk);
     }
     let seen = rig.cache.snapshot();
-    assert!(seen.verify_failures > 0 && seen.source_chunks == 200 + seen.verify_failures, "{seen:?}");
+    assert!(seen.verify_failures > 0 && seen.source_frames == 200 + seen.verify_failures, "{seen:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -291,7 +292,7 @@ async fn demand_overtakes_readahead_and_promotes_what_still_queues() {
     assert_eq!(second.1, Class::Demand);
     assert_eq!(second.0.start, u64::from(rig.wants[15].place.frame.offset));
     rig.memory.gate.add_permits(OPEN);
-    until(|| rig.cache.snapshot().source_chunks == 20).await;
+    until(|| rig.cache.snapshot().source_frames == 20).await;
     assert_eq!(rig.memory.requests.lock().len(), 20, "the promoted chunk was not asked for twice");
 }
 

@@ -12,7 +12,7 @@ use tokio::runtime::Handle;
 
 use crate::MountConfig;
 use crate::metrics::{Counters, one};
-use crate::order::{PackOrder, want};
+use crate::order::{PackOrder, Touch, want};
 use crate::streams::Streams;
 use crate::window::Window;
 
@@ -35,7 +35,7 @@ pub(crate) struct Ahead {
 }
 
 impl Ahead {
-    /// Starts to sort the chunks in the background.
+    /// Starts to sort the frames in the background.
     pub(crate) fn new(
         tree: Arc<Tree>,
         cache: Arc<Cache>,
@@ -56,7 +56,7 @@ impl Ahead {
         let _ = self.window.set(window);
     }
 
-    /// The chunks that follow `last` in its pack, to be fetched along with `wants`, as far as the whole request stays
+    /// The frames that follow `last` in its pack, to be fetched along with `wants`, as far as the whole request stays
     /// short.
     pub(crate) fn neighbours(&self, wants: &[Want], last: u32) -> Vec<Want> {
         let asked: u64 = wants.iter().map(|want| u64::from(want.place.frame.sealed_len)).sum();
@@ -76,8 +76,8 @@ impl Ahead {
         near
     }
 
-    /// Takes note of a read of `range` in `ino`, which touched the chunks `touched`, and fetches ahead.
-    pub(crate) fn note(&self, ino: Ino, range: Range<u64>, touched: &[u32]) {
+    /// Takes note of a read of `range` in `ino`, which touched parts of frames, and fetches ahead.
+    pub(crate) fn note(&self, ino: Ino, range: Range<u64>, touched: &[Touch]) {
         let Ok(inode) = self.tree.inode(ino) else { return };
         let advice = {
             let mut files = self.files.lock();
@@ -86,7 +86,7 @@ impl Ahead {
         };
         if let Some(range) = advice.fetch {
             let extents = self.tree.extents(ino, range.start, range.end).into_iter().flatten();
-            self.fetch(extents.filter_map(|extent| extent.ok()?.chunk).collect());
+            self.fetch(extents.filter_map(|extent| extent.ok()?.frame).collect());
         }
         let run = advice.run.max(self.note_packs(touched));
         if let Some(window) = self.window.get() {
@@ -95,13 +95,13 @@ impl Ahead {
     }
 
     /// Follows a read through the packs; how long the longest stream is that it belongs to.
-    fn note_packs(&self, touched: &[u32]) -> u64 {
+    fn note_packs(&self, touched: &[Touch]) -> u64 {
         let Some(order) = self.order.get() else { return 0 };
         let (mut run, mut fetch) = (0, Vec::new());
         {
             let mut packs = self.packs.lock();
-            for span in touched.iter().filter_map(|number| order.span(*number)) {
-                let advice = packs.note(span, order.end(), self.config.pack_ramp);
+            for part in touched.iter().filter_map(|touch| order.part(*touch)) {
+                let advice = packs.note(part, order.end(), self.config.pack_ramp);
                 fetch.extend(advice.fetch);
                 run = run.max(advice.run);
             }
@@ -112,13 +112,13 @@ impl Ahead {
         run
     }
 
-    /// Asks for chunks that nobody waits for, away from the thread that answers the kernel.
+    /// Asks for frames that nobody waits for, away from the thread that answers the kernel.
     fn fetch(&self, numbers: Vec<u32>) {
         if numbers.is_empty() {
             return;
         }
         one(&self.counters.aheads);
-        self.counters.ahead_chunks.fetch_add(numbers.len() as u64, std::sync::atomic::Ordering::Relaxed);
+        self.counters.ahead_frames.fetch_add(numbers.len() as u64, std::sync::atomic::Ordering::Relaxed);
         let (tree, cache, source) = (self.tree.clone(), self.cache.clone(), self.source.clone());
         self.handle.spawn(async move {
             let mut wants: Vec<Want> = numbers.iter().filter_map(|number| want(&tree, *number)).collect();

@@ -40,8 +40,8 @@ impl MountConfig {
             read_ahead_dense_kb: 1024,
             dense_run_bytes: 8 << 20,
             neighbour_bytes: 64 << 10,
-            file_ramp: Ramp { run_min: 128 << 10, ahead_max: 16 << 20, slack: 128 << 10 },
-            pack_ramp: Ramp { run_min: 256 << 10, ahead_max: 8 << 20, slack: 256 << 10 },
+            file_ramp: Ramp { run_min: 256 << 10, ahead_max: 16 << 20, slack: 128 << 10 },
+            pack_ramp: Ramp { run_min: 512 << 10, ahead_max: 8 << 20, slack: 256 << 10 },
         }
     }
 }

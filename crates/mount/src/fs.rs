@@ -10,6 +10,7 @@ use lamina_image::{Ino, TreeError};
 
 use crate::ahead::Ahead;
 use crate::metrics::one;
+use crate::order::Touch;
 
 /// Why there is no answer. `fuse.rs` has the errno for each.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -42,7 +43,7 @@ pub(crate) enum Answer {
     Later(Unread),
 }
 
-/// A read that lacks chunks.
+/// A read that lacks frames.
 pub(crate) struct Unread {
     pieces: Vec<Piece>,
     len: usize,
@@ -66,9 +67,9 @@ enum From {
 }
 
 impl Files {
-    /// The bytes of `ino` from `offset`, `size` of them or up to the end of the file, and which chunks they lie in.
+    /// The bytes of `ino` from `offset`, `size` of them or up to the end of the file, and which parts of frames they are.
     /// Never waits for the network; reads the disk.
-    pub(crate) fn read(&self, ino: Ino, offset: u64, size: u32) -> Result<(Answer, Vec<u32>), FsError> {
+    pub(crate) fn read(&self, ino: Ino, offset: u64, size: u32) -> Result<(Answer, Vec<Touch>), FsError> {
         let Ahead { tree, cache, .. } = &*self.ahead;
         let end = offset.saturating_add(u64::from(size));
         let (mut pieces, mut wants, mut touched) = (Vec::new(), Vec::<Want>::new(), Vec::new());
@@ -77,17 +78,22 @@ impl Files {
             let extent = extent?;
             // an answer is at most `size` bytes, so each part of it fits
             let piece_len = usize::try_from(extent.len).map_err(|_| TreeError::TooLarge("read"))?;
-            let from = match extent.chunk {
+            let from = match extent.frame {
                 None => From::Zeros,
                 Some(number) => {
-                    touched.push(number);
-                    let (id, place) = tree.chunk(number)?;
+                    let (id, place) = tree.frame(number)?;
+                    let plain_len = place.frame.plain_len;
+                    touched.push(Touch { frame: number, skip: extent.skip, len: extent.len, plain_len });
                     match cache.try_local(id) {
                         Some(chunk) => From::Here(chunk),
                         None => {
                             last_missing = Some(number);
-                            wants.push(Want { id, place });
-                            From::Wanted(wants.len() - 1)
+                            // neighbouring pieces often lie in one frame
+                            let known = wants.iter().position(|want| want.id == id);
+                            From::Wanted(known.unwrap_or_else(|| {
+                                wants.push(Want { id, place });
+                                wants.len() - 1
+                            }))
                         }
                     }
                 }
@@ -137,11 +143,11 @@ impl Files {
     }
 }
 
-/// Puts an answer together. One that lies in a single chunk is not copied.
+/// Puts an answer together. One that lies in a single frame is not copied.
 fn assemble(pieces: Vec<Piece>, fetched: &[Chunk], len: usize) -> Result<Bytes, FsError> {
     let part = |piece: &Piece, chunk: &Chunk| {
         let bytes = chunk.bytes();
-        // the tree said how long the chunk is, and the chunk is what it says: checked all the same
+        // the tree said how long the frame is, and the frame is what it says: checked all the same
         match bytes.get(piece.skip..piece.skip + piece.len) {
             Some(_) => Ok(bytes.slice(piece.skip..piece.skip + piece.len)),
             None => Err(TreeError::Bounds("extent", piece.skip as u64)),

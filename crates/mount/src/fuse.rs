@@ -1,6 +1,6 @@
 //! The thin wrapper between fuser and [`Files`], and the one place where errors become errnos.
 //!
-//! Budget: an answer from the tree 5 µs, a read of one cached chunk 100 µs, and no lock held while replying.
+//! Budget: an answer from the tree 5 µs, a read of one cached frame 100 µs, and no lock held while replying.
 
 use std::ffi::OsStr;
 use std::io;

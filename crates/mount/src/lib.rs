@@ -2,7 +2,7 @@
 //!
 //! A [`Mount`] shows one image, read-only. Names, attributes and links are answered from the tree and never wait; file
 //! contents come from the cache. No thread that reads requests from the kernel ever waits for the network: a read that
-//! finds its chunks in memory or on disk is answered at once, every other one from a task of its own. A read is
+//! finds its frames in memory or on disk is answered at once, every other one from a task of its own. A read is
 //! answered in full, with verified bytes, or with `EIO`: never with zeros, short, or old data.
 //!
 //! The image is immutable, so the kernel may keep everything it was told for as long as it likes, and nothing here

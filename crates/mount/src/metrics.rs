@@ -57,8 +57,8 @@ counters! {
     reads_failed,
     /// Times that readahead asked for more.
     aheads,
-    /// Chunks that readahead asked for, near ones included.
-    ahead_chunks,
+    /// Frames that readahead asked for, near ones included.
+    ahead_frames,
 }
 
 /// Adds one to a counter.

@@ -1,4 +1,4 @@
-//! The chunks of a tree in the order in which their frames lie in packs: what an unpacker would have met one after the
+//! The frames of a tree in the order in which they lie in packs: what an unpacker would have met one after the
 //! other, whatever files they belong to.
 
 use std::ops::Range;
@@ -6,38 +6,51 @@ use std::ops::Range;
 use lamina_cache::Want;
 use lamina_image::Tree;
 
-/// All chunks by place. 16 bytes a chunk.
+/// All frames by place. 16 bytes a frame.
 pub(crate) struct PackOrder {
-    /// Chunk numbers, sorted by pack (in the order in which the tree meets them) and offset.
-    chunks: Vec<u32>,
-    /// Where each chunk number stands in `chunks`.
+    /// Frame numbers, sorted by pack (in the order in which the tree meets them) and offset.
+    frames: Vec<u32>,
+    /// Where each frame number stands in `frames`.
     rank: Vec<u32>,
-    /// The sum of the lengths of all frames before each of `chunks`, and of all.
+    /// The sum of the lengths of all frames before each of `frames`, and of all.
     start: Vec<u64>,
 }
 
+/// A part of a frame's plaintext that was read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Touch {
+    /// The frame's number in the tree.
+    pub(crate) frame: u32,
+    /// Bytes of its plaintext before the part.
+    pub(crate) skip: u32,
+    /// The part's bytes.
+    pub(crate) len: u64,
+    /// The whole plaintext's bytes.
+    pub(crate) plain_len: u32,
+}
+
 impl PackOrder {
-    /// Sorts the chunks. Cost: about 10 ms for 100,000.
+    /// Sorts the frames. Cost: about 10 ms for 100,000.
     pub(crate) fn of(tree: &Tree) -> Self {
         let packs: std::collections::HashMap<_, u64> = tree.packs().zip(0..).collect();
-        let mut keyed: Vec<(u64, u32, u32)> = Vec::with_capacity(tree.chunks() as usize);
-        for number in 0..tree.chunks() {
+        let mut keyed: Vec<(u64, u32, u32)> = Vec::with_capacity(tree.frames() as usize);
+        for number in 0..tree.frames() {
             // a place that cannot be read is not read ahead; reading it will say why
-            if let Ok((_, place)) = tree.chunk(number) {
+            if let Ok((_, place)) = tree.frame(number) {
                 let pack = packs.get(&place.pack).copied().unwrap_or(u64::from(u32::MAX));
                 keyed.push((pack << 32 | u64::from(place.frame.offset), number, place.frame.sealed_len));
             }
         }
         keyed.sort_unstable();
         let mut order = Self {
-            chunks: Vec::with_capacity(keyed.len()),
-            rank: vec![u32::MAX; tree.chunks() as usize],
+            frames: Vec::with_capacity(keyed.len()),
+            rank: vec![u32::MAX; tree.frames() as usize],
             start: Vec::with_capacity(keyed.len() + 1),
         };
         let mut at = 0;
         for (rank, (_, number, sealed_len)) in (0u32..).zip(keyed) {
             order.rank[number as usize] = rank;
-            order.chunks.push(number);
+            order.frames.push(number);
             order.start.push(at);
             at += u64::from(sealed_len);
         }
@@ -45,10 +58,19 @@ impl PackOrder {
         order
     }
 
-    /// Where the frame of a chunk lies among all frames laid end to end, in bytes.
+    /// Where a frame lies among all frames laid end to end, in bytes.
     pub(crate) fn span(&self, number: u32) -> Option<Range<u64>> {
         let rank = *self.rank.get(number as usize)? as usize;
         Some(*self.start.get(rank)?..*self.start.get(rank + 1)?)
+    }
+
+    /// Where about the sealed bytes of a part of a frame lie among all frames laid end to end: a stream that reads a
+    /// page here and there has then read no more than these pages.
+    pub(crate) fn part(&self, touch: Touch) -> Option<Range<u64>> {
+        let span = self.span(touch.frame)?;
+        let (sealed, plain) = (span.end - span.start, u64::from(touch.plain_len.max(1)));
+        let at = |plain_at: u64| span.start + plain_at.min(plain) * sealed / plain;
+        Some(at(touch.skip.into())..at(u64::from(touch.skip) + touch.len))
     }
 
     /// The length of all frames.
@@ -56,16 +78,46 @@ impl PackOrder {
         self.start.last().copied().unwrap_or(0)
     }
 
-    /// The chunks whose frames begin within `range`.
+    /// The frames that begin within `range`.
     pub(crate) fn within(&self, range: Range<u64>) -> &[u32] {
-        let starts = &self.start[..self.chunks.len()];
+        let starts = &self.start[..self.frames.len()];
         let first = starts.partition_point(|start| *start < range.start);
         let last = starts.partition_point(|start| *start < range.end);
-        &self.chunks[first..last.max(first)]
+        &self.frames[first..last.max(first)]
     }
 }
 
-/// A chunk of the tree as the cache wants it.
+/// A frame of the tree as the cache wants it.
 pub(crate) fn want(tree: &Tree, number: u32) -> Option<Want> {
-    tree.chunk(number).ok().map(|(id, place)| Want { id, place })
+    tree.frame(number).ok().map(|(id, place)| Want { id, place })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Three frames of 100, 50 and 200 sealed bytes, which the tree numbers 2, 0, 1.
+    fn order() -> PackOrder {
+        PackOrder { frames: vec![2, 0, 1], rank: vec![1, 2, 0], start: vec![0, 100, 150, 350] }
+    }
+
+    #[test]
+    fn frames_are_found_by_where_they_begin() {
+        let order = order();
+        assert_eq!((order.span(2), order.span(1), order.span(3)), (Some(0..100), Some(150..350), None));
+        let cases: [(Range<u64>, &[u32]); 5] =
+            [(0..350, &[2, 0, 1]), (1..151, &[0, 1]), (100..150, &[0]), (1..100, &[]), (350..900, &[])];
+        for (range, want) in cases {
+            assert_eq!(order.within(range.clone()), want, "{range:?}");
+        }
+        assert_eq!(order.end(), 350);
+    }
+
+    #[test]
+    fn a_part_of_a_frame_is_the_same_part_of_its_sealed_bytes() {
+        let touch = |skip, len| Touch { frame: 1, skip, len, plain_len: 400 };
+        assert_eq!(order().part(touch(0, 400)), Some(150..350));
+        assert_eq!(order().part(touch(100, 100)), Some(200..250));
+        assert_eq!(order().part(touch(390, 1000)), Some(345..350));
+    }
 }

@@ -1,7 +1,7 @@
-//! Where on disk a chunk lies: a sled database that only saves a scan. Everything in it is rebuilt from the segments
+//! Where on disk a frame lies: a sled database that only saves a scan. Everything in it is rebuilt from the segments
 //! when it is missing, damaged, or behind.
 //!
-//! Two kinds of keys: a chunk's id (32 bytes) to its [`Location`], and `segment` with a number (11 bytes) to how far
+//! Two kinds of keys: a frame's id (32 bytes) to its [`Location`], and `segment` with a number (11 bytes) to how far
 //! that segment is indexed. A batch carries both, so that after a crash only the tail is scanned again.
 
 use std::fs;
@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::mpsc::sync_channel;
 use std::time::Duration;
 
-use lamina_chunk::ChunkId;
+use lamina_chunk::FrameId;
 use parking_lot::RwLock;
 use tracing::warn;
 
@@ -26,7 +26,7 @@ const OPEN_DEADLINE: Duration = Duration::from_secs(20);
 const STAMP: &[u8] = b"lamina cache index 1";
 const STAMP_KEY: &[u8] = b"format";
 
-/// The record of one chunk.
+/// The record of one frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Location {
     pub(crate) segment: u32,
@@ -37,7 +37,7 @@ pub(crate) struct Location {
 
 impl Location {
     /// What the record's header must say.
-    pub(crate) fn header(&self, id: ChunkId) -> RecordHeader {
+    pub(crate) fn header(&self, id: FrameId) -> RecordHeader {
         RecordHeader { id, sealed_len: self.sealed_len, plain_len: self.plain_len }
     }
 
@@ -95,14 +95,14 @@ impl Index {
     }
 
     /// Where `id` lies.
-    pub(crate) fn find(&self, id: ChunkId) -> Result<Option<Location>, IndexError> {
+    pub(crate) fn find(&self, id: FrameId) -> Result<Option<Location>, IndexError> {
         self.with(|db| Ok(db.get(id.as_bytes())?.and_then(|value| Location::from_bytes(&value))))
     }
 
     /// Adds fewer than [`BATCH_MAX`] records of `segment`, and notes that it is indexed up to `end`.
     pub(crate) fn add(
         &self,
-        records: &[(ChunkId, Location)],
+        records: &[(FrameId, Location)],
         segment: u32,
         end: u64,
     ) -> Result<(), IndexError> {
@@ -126,7 +126,7 @@ impl Index {
     }
 
     /// Forgets `id`, if it is still said to lie at `location`.
-    pub(crate) fn forget(&self, id: ChunkId, location: Location) -> Result<(), IndexError> {
+    pub(crate) fn forget(&self, id: FrameId, location: Location) -> Result<(), IndexError> {
         let old = location.to_bytes();
         // somebody else's newer record is left alone
         self.with(|db| Ok(db.compare_and_swap(id.as_bytes(), Some(&old[..]), None::<&[u8]>).map(|_| ())?))
@@ -208,7 +208,7 @@ mod tests {
             fs::write(path.join(name), [0xab; 5000]).expect("written");
         }
         let index = Index::open(&path).expect("opened");
-        let id = ChunkId::of(b"x");
+        let id = FrameId::of(b"x");
         assert_eq!(index.find(id).expect("found"), None);
         let location = Location { segment: 1, offset: 16, sealed_len: 3, plain_len: 4 };
         index.add(&[(id, location)], 1, 83).expect("added");

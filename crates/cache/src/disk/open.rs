@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use lamina_chunk::ChunkId;
+use lamina_chunk::FrameId;
 use parking_lot::{Mutex, RwLock};
 use rustix::fs::FlockOperation;
 use tracing::{info, warn};
@@ -118,7 +118,7 @@ impl Disk {
     }
 }
 
-fn located(segment: u32, offset: u64, record: RecordHeader) -> (ChunkId, Location) {
+fn located(segment: u32, offset: u64, record: RecordHeader) -> (FrameId, Location) {
     let offset = u32::try_from(offset).expect("adopted segments stay below 4 GiB");
     let RecordHeader { id, sealed_len, plain_len } = record;
     (id, Location { segment, offset, sealed_len, plain_len })

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::AtomicU64;
 
 use bytes::Bytes;
-use lamina_chunk::{CHUNK_BYTES_MAX, ChunkId, Sealed};
+use lamina_chunk::{CHUNK_BYTES_MAX, FrameId, Sealed};
 
 /// What a segment begins with, in bytes.
 pub(crate) const SEGMENT_HEADER_BYTES: u64 = 16;
@@ -29,14 +29,14 @@ pub(crate) struct Segment {
 /// What a record's header says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct RecordHeader {
-    pub(crate) id: ChunkId,
+    pub(crate) id: FrameId,
     pub(crate) sealed_len: u32,
     pub(crate) plain_len: u32,
 }
 
 impl RecordHeader {
-    /// The whole record of `sealed`. Panics where a frame is longer than any chunk; such were never opened.
-    pub(crate) fn record(id: ChunkId, sealed: &Sealed) -> Vec<u8> {
+    /// The whole record of `sealed`. Panics where a frame is longer than any frame can be; such were never opened.
+    pub(crate) fn record(id: FrameId, sealed: &Sealed) -> Vec<u8> {
         let small = |len: usize| u32::try_from(len).expect("frames are at most 256 KiB");
         let mut record = Vec::with_capacity(RECORD_HEADER_BYTES + sealed.bytes().len());
         record.extend_from_slice(&RECORD_MAGIC);
@@ -59,7 +59,7 @@ impl RecordHeader {
             return None;
         }
         let id: [u8; 32] = bytes[8..40].try_into().expect("32 bytes");
-        Some(Self { id: ChunkId::from_bytes(id), sealed_len, plain_len })
+        Some(Self { id: FrameId::from_bytes(id), sealed_len, plain_len })
     }
 
     /// Header and frame, in bytes.
@@ -70,7 +70,7 @@ impl RecordHeader {
 
 /// The check over a record header's first 48 bytes.
 fn check(header: &[u8]) -> [u8; 16] {
-    ChunkId::of(header).as_bytes()[..16].try_into().expect("16 bytes")
+    FrameId::of(header).as_bytes()[..16].try_into().expect("16 bytes")
 }
 
 /// Writes the header of a new segment.
@@ -127,21 +127,21 @@ mod tests {
     #[test]
     fn a_record_header_is_these_bytes() {
         let sealed = Sealed::new(Bytes::from_static(b"abc"), 5);
-        let record = RecordHeader::record(ChunkId::from_bytes([7; 32]), &sealed);
+        let record = RecordHeader::record(FrameId::from_bytes([7; 32]), &sealed);
         assert_eq!(record.len(), 67);
         assert_eq!(record[..8], *b"LAMFRM01");
         assert_eq!(record[8..40], [7; 32]);
         assert_eq!(record[40..48], [3, 0, 0, 0, 5, 0, 0, 0]);
         assert_eq!(record[64..], *b"abc");
         let header = RecordHeader::read(&record[..64]).expect("a header");
-        assert_eq!(header, RecordHeader { id: ChunkId::from_bytes([7; 32]), sealed_len: 3, plain_len: 5 });
+        assert_eq!(header, RecordHeader { id: FrameId::from_bytes([7; 32]), sealed_len: 3, plain_len: 5 });
     }
 
     proptest! {
         #[test]
         fn a_header_with_any_bit_changed_is_none(at in 0usize..64, bit in 0u8..8) {
             let sealed = Sealed::new(Bytes::from_static(b"abc"), 5);
-            let mut record = RecordHeader::record(ChunkId::of(b"x"), &sealed);
+            let mut record = RecordHeader::record(FrameId::of(b"x"), &sealed);
             record[at] ^= 1 << bit;
             prop_assert_eq!(RecordHeader::read(&record[..64]), None);
         }

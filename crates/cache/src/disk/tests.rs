@@ -8,7 +8,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-/// A chunk that is 40 to 2,079 bytes long and differs for each seed.
+/// A frame that is 40 to 2,079 bytes long and differs for each seed.
 fn chunk(seed: u16) -> Chunk {
     let len = 40 + usize::from(seed) * 37 % 2040;
     let mut bytes = vec![0; len];
@@ -19,7 +19,7 @@ fn chunk(seed: u16) -> Chunk {
     Chunk::cut(Bytes::from(bytes))
 }
 
-fn frame(chunk: &Chunk) -> (ChunkId, Sealed) {
+fn frame(chunk: &Chunk) -> (FrameId, Sealed) {
     (chunk.id(), Sealed::new(chunk.bytes().clone(), chunk.bytes().len()))
 }
 
@@ -111,7 +111,7 @@ impl Rig {
     }
 
     /// Applies `op`; whether what was appended before may be gone afterwards.
-    fn apply(&mut self, op: &Op, model: &mut HashMap<ChunkId, Chunk>) -> bool {
+    fn apply(&mut self, op: &Op, model: &mut HashMap<FrameId, Chunk>) -> bool {
         match op {
             Op::Append(seeds) => {
                 let chunks: Vec<Chunk> = seeds.iter().map(|seed| chunk(*seed)).collect();
@@ -166,7 +166,7 @@ proptest! {
                     Some(Err(_)) | None => prop_assert!(!whole, "{} is lost", id),
                 }
             }
-            prop_assert!(rig.disk().read(ChunkId::of(b"never appended")).is_none());
+            prop_assert!(rig.disk().read(FrameId::of(b"never appended")).is_none());
         }
     }
 
@@ -243,7 +243,7 @@ fn a_full_disk_is_counted_and_what_was_written_stays() {
     });
     assert_eq!(wrong.count(), 0);
     assert!(disk.read(chunks[0].id()).is_some());
-    assert!(seen.disk_failures > 0 && seen.written_chunks > 10, "{seen:?}");
+    assert!(seen.disk_failures > 0 && seen.written_frames > 10, "{seen:?}");
     disk.close();
     drop(disk);
     rustix::mount::unmount(root.path(), rustix::mount::UnmountFlags::DETACH).expect("unmounted");

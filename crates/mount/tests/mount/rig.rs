@@ -12,7 +12,7 @@ use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use lamina_cache::{Cache, CacheConfig, Class, Source, SourceError};
-use lamina_chunk::{ChunkId, PackId, PackRecord, Place};
+use lamina_chunk::{ChunkId, ChunkPlace, PackId, PackRecord};
 use lamina_image::{ChunkSink, IngestOptions, LayerInput, Progress, SinkError, Tree, derive_tree, ingest};
 use lamina_mount::{Mount, MountConfig, MountError};
 use parking_lot::Mutex;
@@ -22,7 +22,7 @@ use tokio::sync::Semaphore;
 #[derive(Default)]
 pub(crate) struct Packs {
     packs: Mutex<HashMap<PackId, Bytes>>,
-    index: Mutex<HashMap<ChunkId, Place>>,
+    index: Mutex<HashMap<ChunkId, ChunkPlace>>,
     pub(crate) requests: AtomicU64,
     pub(crate) bytes: AtomicU64,
     /// Answers nothing.
@@ -41,14 +41,13 @@ impl Packs {
 }
 
 impl ChunkSink for Packs {
-    fn known(&self, ids: &[ChunkId]) -> Result<Vec<Option<Place>>, SinkError> {
+    fn known(&self, ids: &[ChunkId]) -> Result<Vec<Option<ChunkPlace>>, SinkError> {
         let index = self.index.lock();
         Ok(ids.iter().map(|id| index.get(id).copied()).collect())
     }
 
     fn put(&self, pack: PackId, bytes: Bytes, records: &[PackRecord]) -> Result<(), SinkError> {
-        let places = records.iter().map(|record| (record.id, Place { pack, frame: record.frame }));
-        self.index.lock().extend(places);
+        self.index.lock().extend(records.iter().flat_map(|record| record.places(pack)));
         self.packs.lock().insert(pack, bytes);
         Ok(())
     }
