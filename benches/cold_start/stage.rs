@@ -1,0 +1,218 @@
+//! What all systems share: the link, the registries at its far end with the image in them, and the workload.
+
+use std::io::Write;
+use std::net::{SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use lamina_testkit::link::{Link, LinkSpec};
+use lamina_testkit::mounts::{self, MountGuard};
+use lamina_testkit::process::{self, Process};
+use rustix::mount::MountFlags;
+
+use crate::args::{Args, System};
+use crate::layout::Layout;
+use crate::sample::Sample;
+
+/// A server that does not listen by then never will.
+const START: Duration = Duration::from_secs(20);
+/// No push, pull or workload takes longer: 100 times the slowest seen.
+pub(crate) const DEADLINE: Duration = Duration::from_secs(3600);
+/// A registry that has done nothing for so long has finished converting what was pushed.
+const QUIET: Duration = Duration::from_millis(500);
+const PORT: u16 = 5000;
+const PEER_PORT: u16 = 5001;
+
+/// The set of one bench.
+pub(crate) struct Stage {
+    pub(crate) dir: PathBuf,
+    pub(crate) spec: LinkSpec,
+    pub(crate) image: Layout,
+    pub(crate) workload: Vec<String>,
+    pub(crate) quick: bool,
+    /// The program under test.
+    lamina: PathBuf,
+    /// What lamina mounts.
+    pub(crate) lazy_ref: String,
+    /// What the others pull.
+    pub(crate) plain_ref: String,
+    /// Before the link: they have to end before their namespace goes.
+    registries: Vec<Process>,
+    pub(crate) link: Link,
+}
+
+impl Stage {
+    /// Makes the link, starts the registries, and pushes the image.
+    ///
+    /// # Errors
+    /// When any of it fails.
+    pub(crate) fn new(args: &Args, state: &Path) -> Result<Self> {
+        // Namespaces, container runtimes and sockets leave their traces in /run: let it be our own.
+        rustix::mount::mount("none", "/run", "tmpfs", MountFlags::empty(), c"mode=755")?;
+        let image = Layout::open(&args.image)?;
+        let delay_one_way = Duration::try_from_secs_f64(args.rtt_ms / 2000.0).context("--rtt-ms")?;
+        let spec = LinkSpec { rate_mbit: args.rate_mbit, delay_one_way };
+        let link = Link::new(spec)?;
+        let host = link.server().address();
+        let plain_port = if args.peer_registry { PEER_PORT } else { PORT };
+        let mut stage = Self {
+            dir: state.to_owned(),
+            spec,
+            workload: args.workload(),
+            quick: args.quick,
+            lamina: args.lamina.clone(),
+            lazy_ref: format!("{host}:{PORT}/bench/lazy:{}", image.tag),
+            plain_ref: format!("{host}:{plain_port}/bench/plain:{}", image.tag),
+            registries: Vec::new(),
+            image,
+            link,
+        };
+        let lazy = args.systems.contains(&System::Lamina);
+        if lazy || (args.has_peers() && !args.peer_registry) {
+            stage.start_lamina()?;
+        }
+        if args.has_peers() {
+            if args.peer_registry {
+                stage.start_peer()?;
+            }
+            let mut skopeo = stage.link.server().command("skopeo");
+            skopeo.args(["copy", "--quiet", "--dest-tls-verify=false", &stage.image.source]);
+            skopeo.arg(format!("docker://{}", stage.plain_ref));
+            stage.prepare("skopeo copy", &mut skopeo)?;
+        }
+        if lazy {
+            let mut push = stage.link.server().command(&stage.lamina);
+            push.args(["push", &stage.image.source, &stage.lazy_ref, "--plain-http"]);
+            stage.prepare("lamina push", &mut push)?;
+        }
+        for registry in &stage.registries {
+            process::wait_idle(registry.pid(), QUIET, DEADLINE)?;
+        }
+        Ok(stage)
+    }
+
+    /// A call of `lamina` on the node.
+    pub(crate) fn lamina(&self) -> Command {
+        self.link.node().command(&self.lamina)
+    }
+
+    /// Runs one step of the preparation and says how long it took.
+    pub(crate) fn prepare(&self, what: &str, command: &mut Command) -> Result<()> {
+        let start = Instant::now();
+        process::run_logged(command, &self.dir.join("prepare.log"), DEADLINE).context(what.to_owned())?;
+        eprintln!("prepare: {what}: {:.2} s", start.elapsed().as_secs_f64());
+        Ok(())
+    }
+
+    /// A new empty directory for one sample.
+    pub(crate) fn fresh(&self, name: &str, round: u32) -> Result<PathBuf> {
+        let dir = self.dir.join(format!("{name}-{round}"));
+        std::fs::create_dir(&dir).with_context(|| dir.display().to_string())?;
+        Ok(dir)
+    }
+
+    /// Empties the kernel's caches of files, names and inodes.
+    pub(crate) fn drop_caches(&self) -> Result<()> {
+        rustix::fs::sync();
+        let mut file = std::fs::File::options().write(true).open("/proc/sys/vm/drop_caches")?;
+        file.write_all(b"3").context("drop the page cache")
+    }
+
+    /// Runs `start`, which gives what it took to prepare, between two looks at clock and link.
+    pub(crate) fn measure(&self, start: impl FnOnce() -> Result<Duration>) -> Result<Sample> {
+        let (received, sent) = (self.link.received(), self.link.sent());
+        let clock = Instant::now();
+        let ready = start()?;
+        Ok(Sample {
+            seconds: clock.elapsed().as_secs_f64(),
+            ready_seconds: ready.as_secs_f64(),
+            received_bytes: self.link.received() - received,
+            sent_bytes: self.link.sent() - sent,
+            ..Sample::default()
+        })
+    }
+
+    /// Runs the workload with `root` as its root directory, on the node, in the image's environment.
+    pub(crate) fn run_in(&self, root: &Path, log: &Path) -> Result<()> {
+        let net = self.link.node().path();
+        let mut command = Command::new("/usr/bin/nsenter");
+        command
+            .arg(format!("--net={}", net.display()))
+            .arg(format!("--root={}", root.display()))
+            .arg(format!("--wd={}", root.display()))
+            .arg("--")
+            .args(&self.workload)
+            .env_clear()
+            .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+            .env("HOME", "/root")
+            .envs(self.image.env.iter().map(|(name, value)| (name, value)));
+        process::run_logged(&mut command, log, DEADLINE)
+    }
+
+    fn start_lamina(&mut self) -> Result<()> {
+        let listen = format!("{}:{PORT}", self.link.server().address());
+        let mut command = self.link.server().command(&self.lamina);
+        command
+            .args(["registry", "--plain-http", "--listen", &listen, "--storage"])
+            .arg(self.dir.join("registry"));
+        let mut registry = Process::spawn("lamina registry", &mut command)?;
+        registry.wait_line("listening on", START)?;
+        self.registries.push(registry);
+        Ok(())
+    }
+
+    fn start_peer(&mut self) -> Result<()> {
+        let address = SocketAddr::from((self.link.server().address(), PEER_PORT));
+        let config = self.dir.join("docker-registry.yml");
+        let storage = self.dir.join("docker-registry");
+        let text = format!(
+            "version: 0.1\nlog: {{level: error}}\nhttp: {{addr: \"{address}\"}}\n\
+             storage: {{filesystem: {{rootdirectory: \"{}\"}}}}\n",
+            storage.display()
+        );
+        std::fs::write(&config, text)?;
+        let mut command = self.link.server().command("docker-registry");
+        command.arg("serve").arg(&config).stderr(std::process::Stdio::null());
+        self.registries.push(Process::spawn("docker-registry", &mut command)?);
+        process::until("docker-registry", START, || {
+            self.link.server().enter(|| TcpStream::connect(address).ok().map(drop))
+        })
+    }
+}
+
+/// A root directory to run in: an overlayfs over `lower`, with /proc and /dev.
+pub(crate) struct Root {
+    pub(crate) path: PathBuf,
+    /// The last is unmounted first.
+    guards: Vec<MountGuard>,
+}
+
+impl Root {
+    /// Mounts it at `dir`/root. `lower` has the topmost layer first.
+    ///
+    /// # Errors
+    /// What mount(2) says.
+    pub(crate) fn new(lower: &[PathBuf], dir: &Path) -> Result<Self> {
+        let path = dir.join("root");
+        std::fs::create_dir_all(&path)?;
+        let mut guards = vec![mounts::overlay(lower, dir, &path).context("overlayfs over the image")?];
+        let (proc, dev) = (path.join("proc"), path.join("dev"));
+        std::fs::create_dir_all(&proc)?;
+        std::fs::create_dir_all(&dev)?;
+        rustix::mount::mount("proc", &proc, "proc", MountFlags::empty(), None::<&std::ffi::CStr>)?;
+        guards.push(MountGuard::new(proc));
+        rustix::mount::mount_bind("/dev", &dev)?;
+        guards.push(MountGuard::new(dev));
+        Ok(Self { path, guards })
+    }
+}
+
+impl Drop for Root {
+    fn drop(&mut self) {
+        while let Some(guard) = self.guards.pop() {
+            drop(guard);
+        }
+    }
+}
