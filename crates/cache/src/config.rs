@@ -23,7 +23,8 @@ pub struct InFlight {
     /// Requests of a start.
     pub boot: usize,
     /// Readahead: enough of [`CacheConfig::range_bytes_max`] to fill a link for a round trip, and not more, since
-    /// they share the link with demand.
+    /// they share the link with demand: three fill 1 Gbit/s up to a round trip of 25 ms, and delay a demand read by
+    /// that at worst.
     pub background: usize,
 }
 
@@ -60,7 +61,7 @@ impl CacheConfig {
             memory_bytes: 48 << 20,
             write_behind_bytes: 16 << 20,
             deadline: Duration::from_secs(30),
-            in_flight: InFlight { demand: 32, boot: 8, background: 6 },
+            in_flight: InFlight { demand: 32, boot: 8, background: 3 },
             gap_bytes_max: 48 << 10,
             range_bytes_max: 1 << 20,
         }

@@ -1,6 +1,7 @@
 //! Real mounts, by a real kernel. They need root and /dev/fuse, and fail without.
 
 mod rig;
+mod unpacked;
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -178,6 +179,20 @@ fn reading_every_file_in_order_takes_few_requests() {
     assert!(requests < 120, "{requests} requests for 12 MB in 600 files; {:?}", rig.mount().snapshot());
     let seen = rig.cache.snapshot();
     assert!(seen.source_bytes < 12_100_000, "{seen:?}");
+}
+
+#[test]
+fn the_kernel_reads_ahead_little_until_reading_is_dense() {
+    let rig = Rig::new(Layer::new().file("large", &noise(1, 12 << 20)));
+    let device = fs::metadata(rig.path("")).expect("there").dev();
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    let window = || {
+        let path = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
+        fs::read_to_string(path).expect("readable").trim().to_owned()
+    };
+    assert_eq!(window(), "16");
+    fs::read(rig.path("large")).expect("read");
+    assert_eq!(window(), "1024");
 }
 
 #[test]

@@ -147,9 +147,14 @@ impl Rig {
     }
 
     pub(crate) fn with(layer: Layer, packs: Packs) -> Self {
-        let tar = layer.finish();
-        let input = LayerInput { name: "layer".to_owned(), bytes: Box::new(&tar[..]), diff_id: None };
-        let recipes = ingest(vec![input], &packs, IngestOptions::default(), &Progress::default());
+        Self::of(&[layer.finish()], packs)
+    }
+
+    /// An image of these tars, the lowest first.
+    pub(crate) fn of(tars: &[Vec<u8>], packs: Packs) -> Self {
+        let input = |tar| LayerInput { name: "layer".to_owned(), bytes: Box::new(tar), diff_id: None };
+        let inputs = tars.iter().map(|tar| input(&tar[..])).collect();
+        let recipes = ingest(inputs, &packs, IngestOptions::default(), &Progress::default());
         let tree = derive_tree(&recipes.expect("taken in")).expect("merged");
         let tree = Arc::new(Tree::open(tree.into()).expect("a tree"));
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
