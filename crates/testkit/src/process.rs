@@ -271,11 +271,13 @@ mod tests {
     }
 
     #[test]
-    fn an_idle_process_is_seen_as_idle_and_a_busy_one_is_not() {
+    fn an_idle_process_is_seen_as_idle_while_the_time_of_a_busy_one_grows() {
         let idle = Process::spawn("idle", &mut shell("exec sleep 1000")).unwrap();
         wait_idle(idle.pid(), Duration::from_millis(100), SOON).unwrap();
         let busy = Process::spawn("busy", &mut shell("while :; do :; done")).unwrap();
-        assert!(wait_idle(busy.pid(), Duration::from_millis(200), Duration::from_millis(500)).is_err());
+        let worked = || Ok((cpu_time(busy.pid())? > Duration::from_millis(50)).then_some(()));
+        until("a busy process to use its core", SOON, worked).unwrap();
+        assert!(cpu_time(idle.pid()).unwrap() < Duration::from_millis(50));
     }
 
     #[test]

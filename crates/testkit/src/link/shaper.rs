@@ -122,7 +122,7 @@ impl Lane {
         if !self.deliver(now, to, delivered) {
             return now + FULL_WAIT;
         }
-        self.take(now, from, scratch);
+        self.take(from, scratch);
         let next = self.waiting.front().map_or(now + IDLE_WAIT, |packet| packet.arrives);
         if self.has_room(now) { next } else { next.min(self.busy.checked_sub(BACKLOG).unwrap_or(now)) }
     }
@@ -145,12 +145,14 @@ impl Lane {
         true
     }
 
-    fn take(&mut self, now: Instant, from: &OwnedFd, scratch: &mut [u8]) {
+    fn take(&mut self, from: &OwnedFd, scratch: &mut [u8]) {
         for _ in 0..BURST {
-            if !self.has_room(now) {
+            if !self.has_room(Instant::now()) {
                 return;
             }
             let Ok(len) = rustix::io::read(from, &mut *scratch) else { return };
+            // Looked at after the read, so that no packet is ever early, however late this thread gets its turn.
+            let now = Instant::now();
             let on_wire = Duration::from_nanos((len as f64 * self.nanos_per_byte) as u64);
             self.busy = self.busy.max(now) + on_wire;
             let mut bytes = self.spare.pop().unwrap_or_default();
