@@ -39,7 +39,12 @@ impl Api {
         }
         let _permit = self.admissions.acquire().await.expect("never closed");
         let now = self.config().now();
-        let config = self.store.small_blob(manifest.config.digest, CONFIG_BYTES_MAX).await?;
+        let config = self.store.small_blob(manifest.config.digest, CONFIG_BYTES_MAX).await.map_err(
+            |error| match error {
+                StoreError::Missing(digest) => ApiError::ManifestBlobUnknown { what: "the config", digest },
+                other => other.into(),
+            },
+        )?;
         let config = parse_config(manifest, &config)?;
         let mut layers = Vec::with_capacity(manifest.layers.len());
         for (layer, diff_id) in manifest.layers.iter().zip(&config.rootfs.diff_ids) {

@@ -186,7 +186,10 @@ impl Converter {
             let converted = self.convert_once(digest, manifest, bytes, &progress).await;
             *self.current.lock() = None;
             match converted {
-                Err(ConvertError::Store(error)) if tries < TRIES && !self.stopped.load(Ordering::Acquire) => {
+                Err(ConvertError::Store(_)) if self.stopped.load(Ordering::Acquire) => {
+                    return Err(ConvertError::Stopped);
+                }
+                Err(ConvertError::Store(error)) if tries < TRIES => {
                     tracing::warn!(image = %digest, %error, tries, "the store failed in a conversion; trying again");
                     tries += 1;
                     let _ = timeout(PAUSE, self.wake.notified()).await;

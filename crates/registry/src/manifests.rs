@@ -49,15 +49,16 @@ impl Api {
         }
         let media_type = media_type_of(head, &bytes)?;
         let document = Document::parse(&media_type, &bytes)?;
-        match &document {
-            Document::Manifest(manifest) => self.check_blobs(manifest).await?,
-            Document::Index(index) => self.check_children(repo, &index.manifests).await?,
-        }
         self.check_tree_claim(digest, &document).await?;
+        // the layers of an image with its tree are here once its recipes are found good
         let image = match &document {
             Document::Manifest(manifest) if manifest.is_image() => self.admit(digest, manifest).await?,
             _ => None,
         };
+        match &document {
+            Document::Manifest(manifest) => self.check_blobs(manifest).await?,
+            Document::Index(index) => self.check_children(repo, &index.manifests).await?,
+        }
         let subject = document.subject().map(|subject| subject.digest);
         let referrer = subject.map(|subject| Referrer {
             subject,

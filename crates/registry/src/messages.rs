@@ -1,13 +1,11 @@
 //! What our own clients ask: which chunks and layers are known, and what became of an image.
 
-use std::collections::HashMap;
-
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use http::{HeaderValue, Response, StatusCode, header};
-use lamina_chunk::{ChunkId, ChunkPlace, Place};
+use lamina_chunk::ChunkId;
 use lamina_image::Digest;
 use lamina_store::Repo;
-use lamina_wire::proto;
+use lamina_wire::{proto, write_places};
 use prost::Message;
 
 use crate::ApiError;
@@ -32,7 +30,7 @@ impl Api {
         }
         let ids = request.ids.chunks_exact(32);
         let ids = ids.map(|id| ChunkId::from_bytes(id.try_into().expect("32 bytes"))).collect();
-        Ok(protobuf(&chunks_response(self.store.find_chunks(ids).await)))
+        Ok(protobuf(&write_places(&self.store.find_chunks(ids).await)))
     }
 
     /// `POST /lamina/v1/layers`.
@@ -69,45 +67,6 @@ impl Api {
         }
         Ok(json(StatusCode::OK, serde_json::to_vec(&image).expect("a record has string keys")))
     }
-}
-
-/// Each pack and each frame once, however many chunks are in them.
-fn chunks_response(places: Vec<Option<ChunkPlace>>) -> proto::ChunksResponse {
-    let mut response = proto::ChunksResponse::default();
-    let (mut packs, mut frames) = (HashMap::new(), HashMap::new());
-    for place in places {
-        let Some(ChunkPlace { frame_id, place, skip, len }) = place else {
-            response.frame.push(0);
-            response.skip.push(0);
-            response.len.push(0);
-            continue;
-        };
-        let Place { pack, frame } = place;
-        let next = small(packs.len());
-        let pack_number = *packs.entry(pack).or_insert_with(|| {
-            response.packs.extend_from_slice(pack.as_bytes());
-            next
-        });
-        let next = small(frames.len() + 1);
-        let number = *frames.entry((pack, frame.offset)).or_insert_with(|| {
-            response.frames.push(proto::Frame {
-                id: frame_id.as_bytes().to_vec(),
-                pack: pack_number,
-                offset: frame.offset,
-                sealed_len: frame.sealed_len,
-                plain_len: frame.plain_len,
-            });
-            next
-        });
-        response.frame.push(number);
-        response.skip.push(skip);
-        response.len.push(len);
-    }
-    response
-}
-
-fn small(count: usize) -> u32 {
-    u32::try_from(count).expect("at most as many as ids were asked for")
 }
 
 fn not_protobuf(error: prost::DecodeError) -> ApiError {

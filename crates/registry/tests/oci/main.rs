@@ -1,7 +1,8 @@
-//! The registry as its clients see it: raw requests, skopeo, podman, and images that come with their tree.
+//! The registry as its clients see it: raw requests, skopeo, podman, images that come with their tree, and crashes.
 
 mod bound;
 mod clients;
 mod conversion;
+mod crash;
 mod protocol;
 mod support;

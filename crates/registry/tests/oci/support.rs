@@ -75,21 +75,7 @@ impl Registry {
         headers: &[(&str, &str)],
         body: impl Into<Bytes>,
     ) -> Reply {
-        let stream = TcpStream::connect(self.address).await.unwrap();
-        let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
-        tokio::spawn(connection);
-        let path = path.strip_prefix(&format!("http://{}", self.address)).unwrap_or(path);
-        let mut request =
-            Request::builder().method(method).uri(path).header("host", self.address.to_string());
-        for (name, value) in headers {
-            request = request.header(*name, *value);
-        }
-        let request = request.body(Full::new(body.into())).unwrap();
-        let response = timeout(DEADLINE, sender.send_request(request)).await.unwrap().unwrap();
-        let (parts, body) = response.into_parts();
-        let body = timeout(DEADLINE, body.collect()).await.unwrap().unwrap().to_bytes();
-        Reply { status: parts.status, headers: parts.headers, body }
+        send(self.address, method, path, headers, body).await
     }
 
     pub(crate) async fn get(&self, path: &str) -> Reply {
@@ -136,6 +122,29 @@ impl Registry {
         }
         panic!("{image} is still converting after {DEADLINE:?}");
     }
+}
+
+/// One request on a connection of its own.
+pub(crate) async fn send(
+    address: SocketAddr,
+    method: Method,
+    path: &str,
+    headers: &[(&str, &str)],
+    body: impl Into<Bytes>,
+) -> Reply {
+    let stream = TcpStream::connect(address).await.unwrap();
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
+    tokio::spawn(connection);
+    let path = path.strip_prefix(&format!("http://{}", address)).unwrap_or(path);
+    let mut request = Request::builder().method(method).uri(path).header("host", address.to_string());
+    for (name, value) in headers {
+        request = request.header(*name, *value);
+    }
+    let request = request.body(Full::new(body.into())).unwrap();
+    let response = timeout(DEADLINE, sender.send_request(request)).await.unwrap().unwrap();
+    let (parts, body) = response.into_parts();
+    let body = timeout(DEADLINE, body.collect()).await.unwrap().unwrap().to_bytes();
+    Reply { status: parts.status, headers: parts.headers, body }
 }
 
 #[derive(Debug)]

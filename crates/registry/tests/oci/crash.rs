@@ -1,0 +1,275 @@
+//! A push, with the object store failing from every write on, one after the other: afterwards nothing is named that is
+//! not there, and the same push again ends well.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures_util::stream::{BoxStream, StreamExt, TryStreamExt};
+use lamina_image::{Digest, Manifest, Recipe, media_type};
+use lamina_registry::{RegistryConfig, serve};
+use lamina_store::{ImageRecord, ImageState, LayerRecord, Store, StoreConfig};
+use object_store::memory::InMemory;
+use object_store::path::Path;
+use object_store::{
+    CopyOptions, Error, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
+    ObjectStoreExt, PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions, Result,
+    UploadPart,
+};
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+use tokio::time::{Instant, timeout};
+
+use crate::support::{self, Image, noise};
+
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// Fails every write after the first `writes_max`.
+#[derive(Debug)]
+struct Failing {
+    inner: Arc<InMemory>,
+    writes: Arc<AtomicUsize>,
+    writes_max: usize,
+}
+
+impl Failing {
+    fn write(&self) -> Result<()> {
+        write(&self.writes, self.writes_max)
+    }
+}
+
+fn write(writes: &AtomicUsize, writes_max: usize) -> Result<()> {
+    if writes.fetch_add(1, Ordering::SeqCst) < writes_max {
+        return Ok(());
+    }
+    Err(Error::Generic { store: "failing", source: "no more writes".into() })
+}
+
+impl fmt::Display for Failing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Failing")
+    }
+}
+
+#[derive(Debug)]
+struct FailingUpload {
+    inner: Box<dyn MultipartUpload>,
+    writes: Arc<AtomicUsize>,
+    writes_max: usize,
+}
+
+#[async_trait]
+impl MultipartUpload for FailingUpload {
+    fn put_part(&mut self, data: PutPayload) -> UploadPart {
+        match write(&self.writes, self.writes_max) {
+            Ok(()) => self.inner.put_part(data),
+            Err(error) => Box::pin(async { Err(error) }),
+        }
+    }
+
+    async fn complete(&mut self) -> Result<PutResult> {
+        write(&self.writes, self.writes_max)?;
+        self.inner.complete().await
+    }
+
+    async fn abort(&mut self) -> Result<()> {
+        self.inner.abort().await
+    }
+}
+
+#[async_trait]
+impl ObjectStore for Failing {
+    async fn put_opts(&self, location: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
+        self.write()?;
+        self.inner.put_opts(location, payload, options).await
+    }
+
+    async fn put_multipart_opts(
+        &self,
+        location: &Path,
+        options: PutMultipartOptions,
+    ) -> Result<Box<dyn MultipartUpload>> {
+        let inner = self.inner.put_multipart_opts(location, options).await?;
+        Ok(Box::new(FailingUpload { inner, writes: Arc::clone(&self.writes), writes_max: self.writes_max }))
+    }
+
+    async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
+        self.inner.get_opts(location, options).await
+    }
+
+    async fn get_ranges(&self, location: &Path, ranges: &[Range<u64>]) -> Result<Vec<Bytes>> {
+        self.inner.get_ranges(location, ranges).await
+    }
+
+    fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
+        let (writes, writes_max) = (Arc::clone(&self.writes), self.writes_max);
+        let counted =
+            locations.map(move |location| location.and_then(|at| write(&writes, writes_max).map(|()| at)));
+        self.inner.delete_stream(counted.boxed())
+    }
+
+    fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
+        self.inner.list(prefix)
+    }
+
+    async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
+        self.inner.list_with_delimiter(prefix).await
+    }
+
+    async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
+        self.write()?;
+        self.inner.copy_opts(from, to, options).await
+    }
+
+    async fn rename_opts(&self, from: &Path, to: &Path, options: RenameOptions) -> Result<()> {
+        self.write()?;
+        self.inner.rename_opts(from, to, options).await
+    }
+}
+
+/// Pushes the image to a registry over `objects`. Waits until it has its tree, or `crashed` says that it never will.
+async fn push(objects: Arc<dyn ObjectStore>, image: &Image, crashed: impl Fn() -> bool) -> bool {
+    let index = tempfile::tempdir().unwrap();
+    let store = Store::open(objects, StoreConfig::new(index.path().join("index"))).await.unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (stop, stopped) = oneshot::channel::<()>();
+    let served = store.clone();
+    let serving =
+        tokio::spawn(serve(listener, served, RegistryConfig::default(), async { drop(stopped.await) }));
+    let pushed = send(address, image).await;
+    let digest = Digest::of(&image.manifest);
+    let begun = Instant::now();
+    let mut done = false;
+    while pushed && !done && !crashed() {
+        assert!(begun.elapsed() < DEADLINE, "neither converted nor crashed");
+        done = store.image(digest).await.unwrap().is_some_and(|image| image.state == ImageState::Done)
+            && store.jobs().await.unwrap().is_empty();
+        tokio::task::yield_now().await;
+    }
+    drop(stop);
+    timeout(DEADLINE, serving).await.unwrap().unwrap().unwrap();
+    done
+}
+
+/// False where any request was refused.
+async fn send(address: std::net::SocketAddr, image: &Image) -> bool {
+    for blob in image.blobs() {
+        let path = format!("/v2/app/blobs/uploads/?digest={}", Digest::of(blob));
+        if !support::send(address, http::Method::POST, &path, &[], blob.clone()).await.status.is_success() {
+            return false;
+        }
+    }
+    let headers = [("content-type", media_type::OCI_MANIFEST)];
+    let path = "/v2/app/manifests/v1";
+    support::send(address, http::Method::PUT, path, &headers, image.manifest.clone())
+        .await
+        .status
+        .is_success()
+}
+
+/// Every object that says something of another one.
+struct Contents {
+    objects: BTreeMap<String, Bytes>,
+}
+
+impl Contents {
+    async fn read(store: &InMemory) -> Self {
+        let all: Vec<ObjectMeta> = store.list(None).try_collect().await.unwrap();
+        let mut objects = BTreeMap::new();
+        for meta in all {
+            let bytes = store.get(&meta.location).await.unwrap().bytes().await.unwrap();
+            objects.insert(meta.location.to_string(), bytes);
+        }
+        Self { objects }
+    }
+
+    fn blob(&self, digest: Digest) -> &Bytes {
+        let key = format!("blobs/sha256/{}", digest.hex());
+        self.objects.get(&key).unwrap_or_else(|| panic!("{key} is named and not there"))
+    }
+
+    fn of<'a, T: serde::de::DeserializeOwned>(
+        &'a self,
+        prefix: &'a str,
+    ) -> impl Iterator<Item = (&'a str, T)> {
+        let below = self.objects.iter().filter(move |(key, _)| key.starts_with(prefix));
+        below.map(|(key, bytes)| (key.rsplit('/').next().unwrap(), serde_json::from_slice(bytes).unwrap()))
+    }
+
+    /// Nothing is named that is not there.
+    fn check(&self) {
+        for (key, bytes) in self.objects.iter().filter(|(key, _)| key.starts_with("blobs/")) {
+            assert!(key.ends_with(&Digest::of(bytes).hex()), "{key} holds other bytes");
+        }
+        for (tag, value) in self.of::<lamina_store::RefValue>("refs/") {
+            let manifest = value.manifest.unwrap();
+            let link = format!("repos/app/manifests/{}", manifest.hex());
+            assert!(
+                self.objects.contains_key(&link),
+                "tag {tag} names a manifest that is not in the repository"
+            );
+        }
+        for (hex, _) in self.of::<lamina_store::ManifestLink>("repos/app/manifests/") {
+            let manifest: Manifest = serde_json::from_slice(self.blob(digest(hex))).unwrap();
+            self.blob(manifest.config.digest);
+            for layer in &manifest.layers {
+                self.blob(layer.digest);
+            }
+        }
+        for (hex, _) in self.of::<serde_json::Value>("repos/app/referrers/") {
+            assert!(self.objects.contains_key(&format!("repos/app/manifests/{hex}")), "referrer {hex}");
+        }
+        for (_, layer) in self.of::<LayerRecord>("layers/") {
+            let recipe = Recipe::parse(self.blob(layer.recipe).clone()).unwrap();
+            for (_, place) in recipe.frames() {
+                let pack = Digest::from(place.pack);
+                assert!(
+                    self.objects.contains_key(&format!("packs/{}", pack.hex())),
+                    "pack {pack} is not proved"
+                );
+            }
+        }
+        for (hex, _) in self.of::<serde_json::Value>("packs/") {
+            lamina_chunk::pack_records(self.blob(digest(hex))).unwrap();
+        }
+        for (_, image) in
+            self.of::<ImageRecord>("images/").filter(|(_, image)| image.state == ImageState::Done)
+        {
+            self.blob(image.tree.unwrap().digest);
+            self.blob(image.artifact.unwrap().digest);
+        }
+    }
+}
+
+fn digest(hex: &str) -> Digest {
+    format!("sha256:{hex}").parse().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_crash_after_any_write_of_a_push_leaves_no_dangling_name() {
+    let big = noise(9_000_000, 1);
+    let image = Image::new(&[&[("lib/big", &big)], &[("etc/motd", b"hi"), ("lib/.wh.none", b"")]]);
+    let failing = |inner: &Arc<InMemory>, writes_max| {
+        let (inner, writes) = (Arc::clone(inner), Arc::new(AtomicUsize::new(0)));
+        (Arc::new(Failing { inner, writes: Arc::clone(&writes), writes_max }), writes)
+    };
+    let inner = Arc::new(InMemory::new());
+    let (objects, writes) = failing(&inner, usize::MAX);
+    assert!(push(objects, &image, || false).await);
+    let whole = writes.load(Ordering::SeqCst);
+    assert!(whole > 20, "a push of only {whole} writes");
+    for writes_max in 0..whole {
+        let inner = Arc::new(InMemory::new());
+        let (objects, writes) = failing(&inner, writes_max);
+        push(objects, &image, || writes.load(Ordering::SeqCst) > writes_max).await;
+        Contents::read(&inner).await.check();
+        assert!(push(Arc::clone(&inner) as _, &image, || false).await, "after {writes_max} writes");
+        Contents::read(&inner).await.check();
+    }
+}
