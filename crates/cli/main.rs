@@ -1,1 +1,80 @@
-fn main() {}
+//! `lamina`: registry, node and command line in one binary.
+
+mod args;
+mod commands;
+mod config;
+mod progress;
+mod source;
+
+use std::process::ExitCode;
+
+use tracing_subscriber::EnvFilter;
+
+use crate::args::{Arguments, Command};
+
+/// Ended by Ctrl-C or SIGTERM, as shells count it.
+const INTERRUPTED: u8 = 130;
+
+fn main() -> ExitCode {
+    // writing to a closed pipe (`lamina inspect … | head`) ends the process as it does every other tool
+    restore_sigpipe();
+    let arguments = match config::parse() {
+        Ok(arguments) => arguments,
+        Err(error) => return complain(&error),
+    };
+    start_logging(&arguments);
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let result = runtime.map_err(anyhow::Error::from).and_then(|runtime| {
+        let result = runtime.block_on(run(arguments));
+        // threads that still read a slow disk or network must not hold the end up
+        runtime.shutdown_background();
+        result
+    });
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if error.is::<commands::Interrupted>() => {
+            eprintln!("lamina: interrupted");
+            ExitCode::from(INTERRUPTED)
+        }
+        Err(error) => complain(&error),
+    }
+}
+
+async fn run(arguments: Arguments) -> anyhow::Result<()> {
+    let common = arguments.common;
+    match arguments.command {
+        Command::Registry(it) => commands::registry::run(it, common).await,
+        Command::Push(it) => commands::push::run(it, common).await,
+        Command::Mount(it) => commands::mount::run(it, common).await,
+        Command::Unmount(it) => commands::mount::unmount(it).await,
+        Command::Node(it) => commands::node::run(it, common).await,
+        Command::Inspect(it) => commands::inspect::run(it, common).await,
+        Command::Stats(it) => commands::stats::run(it).await,
+        Command::Completions(it) => commands::completions(it),
+    }
+}
+
+/// Says what went wrong, once, with its causes unless a message already contains the next.
+fn complain(error: &anyhow::Error) -> ExitCode {
+    let mut message = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if message.is_empty() {
+            message = cause;
+        } else if !message.contains(&cause) {
+            message = format!("{message}: {cause}");
+        }
+    }
+    eprintln!("lamina: {message}");
+    ExitCode::FAILURE
+}
+
+fn start_logging(arguments: &Arguments) {
+    let filter = EnvFilter::try_new(&arguments.common.log).unwrap_or_else(|_| EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+}
+
+#[expect(unsafe_code, reason = "there is no safe call for signal dispositions")]
+fn restore_sigpipe() {
+    // SAFETY: called before any thread is started
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+}

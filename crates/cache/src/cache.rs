@@ -1,7 +1,6 @@
 //! The cache: memory, then disk, then a source.
 
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::Instant;
 
 use lamina_chunk::{Chunk, FrameId};
@@ -22,7 +21,6 @@ use crate::{CacheConfig, CacheError, Class, Source};
 /// Dropping it writes what is queued (at most `write_behind_bytes`) and gives the directory up.
 pub struct Cache {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
 }
 
 /// What tasks of the cache share.
@@ -46,17 +44,16 @@ impl Cache {
     pub fn open(config: CacheConfig, handle: Handle) -> Result<Self, CacheError> {
         let counters = Arc::new(Counters::default());
         let disk = Arc::new(Disk::open(&config.directory, config.bytes_max, counters.clone())?);
-        let (writer, thread) =
-            WriteBehind::start(disk.clone(), config.write_behind_bytes, counters.clone()).map_err(
-                |cause| CacheError::Directory { directory: config.directory.clone(), cause: Arc::new(cause) },
-            )?;
+        let writer = WriteBehind::start(disk.clone(), config.write_behind_bytes, counters.clone()).map_err(
+            |cause| CacheError::Directory { directory: config.directory.clone(), cause: Arc::new(cause) },
+        )?;
         let in_flight = config.in_flight;
         let slots = [in_flight.background, in_flight.boot, in_flight.demand]
             .map(|slots| Arc::new(Semaphore::new(slots.max(1))));
         let memory = Memory::new(config.memory_bytes);
         let shared =
             Shared { config, handle, memory, flights: Flights::default(), writer, counters, disk, slots };
-        Ok(Self { shared: Arc::new(shared), thread: Some(thread) })
+        Ok(Self { shared: Arc::new(shared) })
     }
 
     /// The frame, if it is in memory. Opens a frame that came along (about 60 µs for 64 KiB), never does I/O.
@@ -124,9 +121,10 @@ impl Cache {
         self.shared.counters.snapshot()
     }
 
-    /// Waits until what was fetched so far is on disk. Blocks.
-    pub fn flush(&self) {
-        self.shared.writer.flush();
+    /// Waits until what was fetched so far is on disk, or the disk is found to be stuck; whether it is on disk. Blocks
+    /// for 20 s at most.
+    pub fn flush(&self) -> bool {
+        self.shared.writer.flush()
     }
 
     /// Waits for a frame. If another source's fetch of it failed, tries once with this one.
@@ -151,11 +149,10 @@ impl Cache {
 
 impl Drop for Cache {
     fn drop(&mut self) {
-        self.shared.writer.close();
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
+        // a disk that is stuck holds its locks: the process ends without it
+        if self.shared.writer.close() {
+            self.shared.disk.close();
         }
-        self.shared.disk.close();
     }
 }
 

@@ -6,6 +6,7 @@
 //! records that do not verify, and those are dropped when read.
 
 mod index;
+mod locations;
 mod open;
 mod segment;
 
@@ -21,6 +22,7 @@ use parking_lot::{Mutex, RwLock};
 use tracing::{debug, warn};
 
 use self::index::{BATCH_MAX, Index, Location};
+use self::locations::Locations;
 use self::segment::{RECORD_HEADER_BYTES, RecordHeader, SEGMENT_HEADER_BYTES, Segment};
 use crate::metrics::{Counters, add};
 
@@ -30,6 +32,7 @@ pub(crate) struct Disk {
     bytes_max: u64,
     segment_bytes: u64,
     index: Index,
+    locations: Locations,
     segments: RwLock<HashMap<u32, Arc<Segment>>>,
     writer: Mutex<Writing>,
     clock: AtomicU64,
@@ -48,19 +51,16 @@ struct Writing {
 }
 
 impl Disk {
-    /// Whether the index knows the frame.
+    /// Whether the frame is here. Never does I/O.
     pub(crate) fn contains(&self, id: FrameId) -> bool {
-        self.locate(id).is_some_and(|location| self.segments.read().contains_key(&location.segment))
+        self.locations.find(id).is_some()
     }
 
     /// The frame, unverified.
     pub(crate) fn read(&self, id: FrameId) -> Option<Sealed> {
-        let location = self.locate(id)?;
-        let segment = self.segments.read().get(&location.segment).cloned();
-        let Some(segment) = segment else {
-            self.count(self.index.forget(id, location));
-            return None;
-        };
+        let location = self.locations.find(id)?;
+        // none where it was evicted just now
+        let segment = self.segments.read().get(&location.segment).cloned()?;
         let frame = segment::read(&segment.file, u64::from(location.offset), location.header(id));
         match frame {
             Ok(Some(sealed)) => {
@@ -69,22 +69,22 @@ impl Disk {
             }
             Ok(None) => {
                 add(&self.counters.verify_failures, 1);
-                self.count(self.index.forget(id, location));
+                self.locations.forget(id, location);
                 None
             }
             Err(error) => {
                 debug!(%id, %error, "a cached frame cannot be read");
                 add(&self.counters.disk_failures, 1);
-                self.count(self.index.forget(id, location));
+                self.locations.forget(id, location);
                 None
             }
         }
     }
 
-    /// Forgets a frame that did not verify.
+    /// Forgets a frame that did not verify. After a restart it is tried once more.
     pub(crate) fn forget(&self, id: FrameId) {
-        if let Some(location) = self.locate(id) {
-            self.count(self.index.forget(id, location));
+        if let Some(location) = self.locations.find(id) {
+            self.locations.forget(id, location);
         }
     }
 
@@ -93,7 +93,7 @@ impl Disk {
     pub(crate) fn append(&self, frames: &[(FrameId, Sealed)]) {
         let mut writing = self.writer.lock();
         for (id, sealed) in frames {
-            if self.contains(*id) || writing.unindexed.iter().any(|(other, _)| other == id) {
+            if self.contains(*id) {
                 continue;
             }
             self.append_one(&mut writing, *id, sealed);
@@ -140,6 +140,7 @@ impl Disk {
             sealed_len: small(sealed.bytes().len()),
             plain_len: small(sealed.plain_len()),
         };
+        self.locations.insert(id, location);
         writing.unindexed.push((id, location));
     }
 
@@ -222,13 +223,9 @@ impl Disk {
     fn evict(&self, number: u32) {
         let Some(segment) = self.segments.write().remove(&number) else { return };
         let len = segment.len.load(Ordering::Relaxed);
-        for (offset, record) in segment::scan(&segment.file, SEGMENT_HEADER_BYTES, len).0 {
-            let offset = u32::try_from(offset).expect("segments stay below 4 GiB");
-            let RecordHeader { id, sealed_len, plain_len } = record;
-            let location = Location { segment: number, offset, sealed_len, plain_len };
-            self.count(self.index.forget(id, location));
-        }
-        self.count(self.index.forget_segment(number));
+        let gone =
+            self.locations.forget_segment(segment::scan(&segment.file, SEGMENT_HEADER_BYTES, len).0, number);
+        self.count(self.index.forget(&gone, number));
         if let Err(error) = fs::remove_file(segment_path(&self.segments_directory, number)) {
             // its bytes stay counted, so that the cap still holds
             self.write_failed(&error);
@@ -237,13 +234,6 @@ impl Disk {
         self.counters.disk_used_bytes.fetch_sub(len, Ordering::Relaxed);
         add(&self.counters.evicted_segments, 1);
         self.counters.evicted_bytes.fetch_add(len, Ordering::Relaxed);
-    }
-
-    fn locate(&self, id: FrameId) -> Option<Location> {
-        self.index.find(id).unwrap_or_else(|error| {
-            self.count::<()>(Err(error));
-            None
-        })
     }
 
     fn tick(&self) -> u64 {

@@ -3,7 +3,6 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use lamina_chunk::{FrameId, Sealed};
@@ -17,6 +16,8 @@ use crate::metrics::{Counters, add};
 const BATCH_FRAMES: usize = 64;
 /// Readahead waits this long for room before it gives a frame up: a disk that is stuck must not stop it for good.
 const ROOM_DEADLINE: Duration = Duration::from_secs(1);
+/// A disk that does not take the whole queue (16 MiB) in this time is stuck, and what is queued is given up.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(20);
 
 #[derive(Default)]
 struct Queue {
@@ -24,6 +25,10 @@ struct Queue {
     frames: HashMap<FrameId, Sealed>,
     bytes: usize,
     closed: bool,
+    /// The thread has ended.
+    ended: bool,
+    /// Nothing was written for a whole deadline: nobody waits for room until something is.
+    stuck: bool,
 }
 
 /// The queue, as everybody but the thread sees it.
@@ -41,13 +46,18 @@ impl WriteBehind {
         disk: Arc<Disk>,
         bytes_max: usize,
         counters: Arc<Counters>,
-    ) -> std::io::Result<(Arc<Self>, JoinHandle<()>)> {
+    ) -> std::io::Result<Arc<Self>> {
         let (changed, room) = (Condvar::new(), Notify::new());
         let this = Arc::new(Self { queue: Mutex::default(), changed, room, bytes_max, counters });
         let writer = this.clone();
-        let thread =
-            std::thread::Builder::new().name("lamina-cache".to_owned()).spawn(move || writer.run(&disk))?;
-        Ok((this, thread))
+        std::thread::Builder::new().name("lamina-cache".to_owned()).spawn(move || {
+            writer.run(&disk);
+            // the disk is given back before anybody is told
+            drop(disk);
+            writer.queue.lock().ended = true;
+            writer.changed.notify_all();
+        })?;
+        Ok(this)
     }
 
     /// A frame that is on its way to the disk.
@@ -72,6 +82,9 @@ impl WriteBehind {
 
     /// Queues a frame, waiting a while for room.
     pub(crate) async fn push_when_room(&self, id: FrameId, sealed: Sealed) {
+        if self.queue.lock().stuck {
+            return self.push(id, sealed);
+        }
         let pushed = tokio::time::timeout(ROOM_DEADLINE, async {
             loop {
                 let room = self.room.notified();
@@ -82,22 +95,28 @@ impl WriteBehind {
             }
         });
         if pushed.await.is_err() {
+            self.queue.lock().stuck = true;
             add(&self.counters.write_dropped, 1);
         }
     }
 
-    /// Waits until everything queued so far is on disk. Blocks.
-    pub(crate) fn flush(&self) {
-        let mut queue = self.queue.lock();
-        while !(queue.order.is_empty() && queue.frames.is_empty()) {
-            self.changed.wait(&mut queue);
-        }
+    /// Waits until everything queued so far is on disk, or the disk is found to be stuck; whether it is on disk.
+    /// Blocks.
+    pub(crate) fn flush(&self) -> bool {
+        self.wait(|queue| queue.order.is_empty() && queue.frames.is_empty())
     }
 
-    /// Tells the thread to write what is queued and end.
-    pub(crate) fn close(&self) {
+    /// Tells the thread to write what is queued and end; whether it has. Blocks.
+    pub(crate) fn close(&self) -> bool {
         self.queue.lock().closed = true;
         self.changed.notify_all();
+        self.wait(|queue| queue.ended)
+    }
+
+    fn wait(&self, mut done: impl FnMut(&Queue) -> bool) -> bool {
+        let waited =
+            self.changed.wait_while_for(&mut self.queue.lock(), |queue| !done(queue), DRAIN_DEADLINE);
+        !waited.timed_out()
     }
 
     fn try_push(&self, id: FrameId, sealed: &Sealed) -> bool {
@@ -135,6 +154,7 @@ impl WriteBehind {
             }
             disk.append(&batch);
             let mut queue = self.queue.lock();
+            queue.stuck = false;
             for (id, _) in &batch {
                 if let Some(sealed) = queue.frames.remove(id) {
                     queue.bytes -= sealed.bytes().len();

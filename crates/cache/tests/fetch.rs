@@ -194,7 +194,7 @@ async fn what_was_fetched_is_there_after_a_restart_without_the_source() {
 async fn a_damaged_frame_on_disk_is_dropped_counted_and_fetched_again() {
     let rig = rig_with(OPEN, |config| config.memory_bytes = 0);
     rig.cache.fetch(&rig.source, &rig.wants, &[], Class::Demand).await.expect("fetched");
-    rig.cache.flush();
+    assert!(rig.cache.flush());
     let segments = std::fs::read_dir(rig._directory.path().join("segments")).expect("listed");
     for segment in segments {
         let path = segment.expect("listed").path();

@@ -1,1 +1,19 @@
-//! The daemon: one cache, many mounts, a control socket.
+//! The daemon of a machine: one cache directory, one process that owns it, any number of mounts.
+//!
+//! `lamina mount` asks the daemon of its cache directory over a Unix socket, and starts one where there is none. So
+//! mounts share memory, disk, connections and single flight, and a cache directory never has two writers.
+
+mod client;
+mod daemon;
+mod error;
+mod image;
+mod server;
+mod source;
+mod trees;
+
+pub use client::{ControlError, Controller};
+pub use daemon::{Node, NodeConfig};
+pub use error::NodeError;
+pub use image::{Found, find_image};
+pub use server::serve;
+pub use source::RegistrySource;

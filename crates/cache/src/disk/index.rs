@@ -1,5 +1,8 @@
-//! Where on disk a frame lies: a sled database that only saves a scan. Everything in it is rebuilt from the segments
-//! when it is missing, damaged, or behind.
+//! Where on disk each frame lies, as it was last known: a sled database that only saves a scan at the next open.
+//! Everything in it is rebuilt from the segments when it is missing, damaged, or behind.
+//!
+//! It is read once, at open, and then only written, by one thread: databases of this version are known to hang when
+//! several threads use them at once, and a reader must never hang.
 //!
 //! Two kinds of keys: a frame's id (32 bytes) to its [`Location`], and `segment` with a number (11 bytes) to how far
 //! that segment is indexed. A batch carries both, so that after a crash only the tail is scanned again.
@@ -94,9 +97,19 @@ impl Index {
         Self(RwLock::new(None))
     }
 
-    /// Where `id` lies.
-    pub(crate) fn find(&self, id: FrameId) -> Result<Option<Location>, IndexError> {
-        self.with(|db| Ok(db.get(id.as_bytes())?.and_then(|value| Location::from_bytes(&value))))
+    /// Everything it knows, in no order. Entries of a kind that it does not have are left out.
+    pub(crate) fn entries(&self) -> Result<Vec<(FrameId, Location)>, IndexError> {
+        self.with(|db| {
+            let mut entries = Vec::new();
+            for entry in db.iter() {
+                let (key, value) = entry?;
+                let id: Result<[u8; 32], _> = key.as_ref().try_into();
+                if let (Ok(id), Some(location)) = (id, Location::from_bytes(&value)) {
+                    entries.push((FrameId::from_bytes(id), location));
+                }
+            }
+            Ok(entries)
+        })
     }
 
     /// Adds fewer than [`BATCH_MAX`] records of `segment`, and notes that it is indexed up to `end`.
@@ -125,16 +138,18 @@ impl Index {
         })
     }
 
-    /// Forgets `id`, if it is still said to lie at `location`.
-    pub(crate) fn forget(&self, id: FrameId, location: Location) -> Result<(), IndexError> {
-        let old = location.to_bytes();
-        // somebody else's newer record is left alone
-        self.with(|db| Ok(db.compare_and_swap(id.as_bytes(), Some(&old[..]), None::<&[u8]>).map(|_| ())?))
-    }
-
-    /// Forgets how far `segment` is indexed.
-    pub(crate) fn forget_segment(&self, segment: u32) -> Result<(), IndexError> {
-        self.with(|db| Ok(db.remove(checkpoint_key(segment)).map(|_| ())?))
+    /// Forgets frames, and how far `segment` is indexed.
+    pub(crate) fn forget(&self, frames: &[FrameId], segment: u32) -> Result<(), IndexError> {
+        // the checkpoint goes first: without it the segment is scanned, should it still be there
+        self.with(|db| Ok(db.remove(checkpoint_key(segment)).map(|_| ())?))?;
+        for some in frames.chunks(BATCH_MAX) {
+            self.with(|db| {
+                let mut batch = sled::Batch::default();
+                some.iter().for_each(|id| batch.remove(&id.as_bytes()[..]));
+                Ok(db.apply_batch(batch)?)
+            })?;
+        }
+        Ok(())
     }
 
     /// Closes the database; afterwards nothing is found.
@@ -209,14 +224,13 @@ mod tests {
         }
         let index = Index::open(&path).expect("opened");
         let id = FrameId::of(b"x");
-        assert_eq!(index.find(id).expect("found"), None);
+        assert_eq!(index.entries().expect("read"), []);
         let location = Location { segment: 1, offset: 16, sealed_len: 3, plain_len: 4 };
         index.add(&[(id, location)], 1, 83).expect("added");
-        assert_eq!(index.find(id).expect("found"), Some(location));
+        assert_eq!(index.entries().expect("read"), [(id, location)]);
         assert_eq!(index.indexed(1).expect("found"), Some(83));
-        index.forget(id, Location { segment: 2, ..location }).expect("forgotten");
-        assert_eq!(index.find(id).expect("found"), Some(location), "another record");
-        index.forget(id, location).expect("forgotten");
-        assert_eq!(index.find(id).expect("found"), None);
+        index.forget(&[id], 1).expect("forgotten");
+        assert_eq!(index.entries().expect("read"), []);
+        assert_eq!(index.indexed(1).expect("found"), None);
     }
 }

@@ -12,6 +12,7 @@ use rustix::fs::FlockOperation;
 use tracing::{info, warn};
 
 use super::index::{BATCH_MAX, Index, Location};
+use super::locations::Locations;
 use super::segment::{self, RecordHeader, SEGMENT_HEADER_BYTES, Segment};
 use super::{Disk, Writing, segment_path};
 use crate::CacheError;
@@ -49,15 +50,18 @@ impl Disk {
             bytes_max,
             segment_bytes: (bytes_max / SEGMENTS_PER_CAP).clamp(SEGMENT_BYTES_MIN, SEGMENT_BYTES_MAX),
             index,
+            locations: Locations::default(),
             segments: RwLock::default(),
             writer: Mutex::new(Writing { active: None, next: 1, unindexed: Vec::new() }),
             clock: AtomicU64::new(1),
             counters,
             lock,
         };
+        let mut scanned = Vec::new();
         for number in disk.numbers().map_err(failed)? {
-            disk.adopt(number).map_err(failed)?;
+            scanned.extend(disk.adopt(number).map_err(failed)?);
         }
+        disk.load(scanned);
         while disk.counters.disk_used_bytes.load(Ordering::Relaxed) > bytes_max {
             let Some(number) = disk.coldest(None) else { break };
             disk.evict(number);
@@ -78,15 +82,16 @@ impl Disk {
         Ok(numbers)
     }
 
-    /// Takes one segment in. One that is none is removed.
-    fn adopt(&self, number: u32) -> io::Result<()> {
+    /// Takes one segment in, and gives what the index does not know of it yet. A file that is no segment is removed.
+    fn adopt(&self, number: u32) -> io::Result<Vec<(FrameId, Location)>> {
         let path = segment_path(&self.segments_directory, number);
         let file = File::options().read(true).write(true).open(&path)?;
         let len = file.metadata()?.len();
         self.writer.lock().next = number.saturating_add(1);
         if !segment::begins(&file) || len > u64::from(u32::MAX) {
             info!(path = %path.display(), "removing a file that is no segment");
-            return fs::remove_file(&path);
+            fs::remove_file(&path)?;
+            return Ok(Vec::new());
         }
         let indexed = self.index.indexed(number).unwrap_or_default();
         let from = indexed.filter(|indexed| (SEGMENT_HEADER_BYTES..=len).contains(indexed));
@@ -103,7 +108,23 @@ impl Disk {
         let segment = Segment { file, len: AtomicU64::new(end), used_at: AtomicU64::new(self.tick()) };
         self.segments.write().insert(number, Arc::new(segment));
         self.counters.disk_used_bytes.fetch_add(end, Ordering::Relaxed);
-        Ok(())
+        Ok(records)
+    }
+
+    /// Takes over what the index knows of segments that are here, and what was scanned. The index is not asked again.
+    fn load(&self, scanned: Vec<(FrameId, Location)>) {
+        let known = self.index.entries().unwrap_or_else(|error| {
+            self.count::<()>(Err(error));
+            Vec::new()
+        });
+        let segments = self.segments.read();
+        for (id, location) in known.into_iter().chain(scanned) {
+            let end = u64::from(location.offset) + location.header(id).record_len();
+            let segment = segments.get(&location.segment);
+            if segment.is_some_and(|segment| end <= segment.len.load(Ordering::Relaxed)) {
+                self.locations.insert(id, location);
+            }
+        }
     }
 
     /// Goes on with the newest segment while it is not full.

@@ -1,0 +1,191 @@
+//! What can be said on the command line. Nothing here is acted on.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use lamina_wire::Reference;
+
+use crate::source::SourceName;
+
+/// Container images as deduplicated chunks, started before they have arrived.
+#[derive(Parser, Debug)]
+#[command(version, name = "lamina", max_term_width = 100, after_help = EXAMPLES)]
+pub(crate) struct Arguments {
+    #[command(flatten)]
+    pub(crate) common: Common,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+const EXAMPLES: &str = "Examples:
+  lamina registry --storage /var/lib/lamina
+  lamina push oci:layout:v1 localhost:5000/team/torch:v1
+  lamina mount localhost:5000/team/torch:v1 /mnt/torch
+  lamina unmount /mnt/torch
+
+Every option can also be set as LAMINA_<OPTION> or, under its own name, in a TOML file (--config).";
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Common {
+    /// Speak plain HTTP to registries that are not on loopback, or serve it there
+    #[arg(long, global = true, env = "LAMINA_PLAIN_HTTP", value_parser = clap::builder::BoolishValueParser::new(),
+        action = clap::ArgAction::SetTrue)]
+    pub(crate) plain_http: bool,
+    /// What to log to stderr: error, warn, info, debug, trace, or a filter as tracing has them
+    #[arg(long, global = true, env = "LAMINA_LOG", default_value = "warn", value_name = "FILTER")]
+    pub(crate) log: String,
+    /// A TOML file with options under their own names [default: /etc/lamina/config.toml, where it exists]
+    #[arg(long, global = true, env = "LAMINA_CONFIG", value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+}
+
+#[derive(Subcommand, Debug)]
+pub(crate) enum Command {
+    /// Serve a registry: any OCI client pushes to it and pulls from it
+    Registry(RegistryArguments),
+    /// Cut an image into chunks, send those that the registry lacks, and tag it
+    Push(PushArguments),
+    /// Mount an image read-only, without waiting for its contents
+    Mount(MountArguments),
+    /// Unmount an image
+    Unmount(UnmountArguments),
+    /// Run the daemon that owns a cache directory (`lamina mount` starts one by itself)
+    Node(NodeArguments),
+    /// Show an image's layers, its tree, and how far its conversion is
+    Inspect(InspectArguments),
+    /// Show what mounts have read, from where, and how long it took
+    Stats(StatsArguments),
+    /// Print a completion script for a shell
+    Completions(CompletionsArguments),
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct RegistryArguments {
+    /// The address to listen on
+    #[arg(long, env = "LAMINA_LISTEN", default_value = "127.0.0.1:5000", value_name = "ADDRESS:PORT")]
+    pub(crate) listen: SocketAddr,
+    /// The directory that holds everything
+    #[arg(long, env = "LAMINA_STORAGE", default_value = "/var/lib/lamina/registry", value_name = "DIR")]
+    pub(crate) storage: PathBuf,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct PushArguments {
+    /// oci:DIR[:tag], oci-archive:FILE[:tag], docker-archive:FILE[:name:tag], docker://REF or dir:ROOTFS
+    #[arg(value_parser = |text: &str| text.parse::<SourceName>().map_err(|error| error.to_string()))]
+    pub(crate) source: SourceName,
+    /// Where to push it: [host[:port]/]repository[:tag]
+    pub(crate) reference: Reference,
+    /// Also upload the compressed layers, and keep the manifest and its digest as they are
+    #[arg(long, env = "LAMINA_KEEP_LAYERS", value_parser = clap::builder::BoolishValueParser::new(),
+        action = clap::ArgAction::SetTrue)]
+    pub(crate) keep_layers: bool,
+    /// Which image of an index: os/architecture[/variant] [default: this machine's]
+    #[arg(long, env = "LAMINA_PLATFORM", value_name = "PLATFORM")]
+    pub(crate) platform: Option<String>,
+    /// zstd level to seal with
+    #[arg(long, env = "LAMINA_LEVEL", default_value_t = 3, value_parser = clap::value_parser!(i32).range(1..=19))]
+    pub(crate) level: i32,
+    /// Print the summary as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct CacheArguments {
+    /// The cache directory; all mounts that name the same one share it
+    #[arg(
+        id = "cache",
+        long = "cache",
+        env = "LAMINA_CACHE",
+        default_value = "/var/cache/lamina",
+        value_name = "DIR"
+    )]
+    pub(crate) directory: PathBuf,
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct NodeSettings {
+    /// The most that cached frames take on disk, in MiB
+    #[arg(long, env = "LAMINA_CACHE_MIB", default_value_t = 20 << 10, value_name = "MIB",
+        value_parser = clap::value_parser!(u64).range(16..))]
+    pub(crate) cache_mib: u64,
+    /// How long a reader waits for bytes before it gets an error, in seconds
+    #[arg(long, env = "LAMINA_DEADLINE", default_value_t = 30, value_name = "SECONDS",
+        value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub(crate) deadline: u64,
+    /// The kernel's readahead while a start runs, in KiB [default: what measured best]
+    #[arg(long, env = "LAMINA_READ_AHEAD_KB", value_name = "KIB", value_parser = clap::value_parser!(u32).range(4..=1024))]
+    pub(crate) read_ahead_kb: Option<u32>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct MountArguments {
+    /// The image: [host[:port]/]repository[:tag|@digest]
+    pub(crate) reference: Reference,
+    /// An empty directory
+    pub(crate) directory: PathBuf,
+    /// Stay in the foreground, and unmount at Ctrl-C
+    #[arg(short, long)]
+    pub(crate) foreground: bool,
+    /// Refuse an image whose manifest does not name its tree
+    #[arg(long, env = "LAMINA_REQUIRE_BOUND", value_parser = clap::builder::BoolishValueParser::new(),
+        action = clap::ArgAction::SetTrue)]
+    pub(crate) require_bound: bool,
+    #[command(flatten)]
+    pub(crate) cache: CacheArguments,
+    #[command(flatten)]
+    pub(crate) settings: NodeSettings,
+    /// Print what was mounted as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct UnmountArguments {
+    /// Where the image is mounted
+    pub(crate) directory: PathBuf,
+    /// Take it away even if programs have files open in it: they keep them
+    #[arg(long)]
+    pub(crate) lazy: bool,
+    #[command(flatten)]
+    pub(crate) cache: CacheArguments,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct NodeArguments {
+    #[command(flatten)]
+    pub(crate) cache: CacheArguments,
+    #[command(flatten)]
+    pub(crate) settings: NodeSettings,
+    /// End some seconds after the last mount has gone
+    #[arg(long, hide = true)]
+    pub(crate) exit_when_idle: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct InspectArguments {
+    /// The image: [host[:port]/]repository[:tag|@digest]
+    pub(crate) reference: Reference,
+    /// Print it as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct StatsArguments {
+    /// Where an image is mounted [default: all mounts of the cache]
+    pub(crate) directory: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) cache: CacheArguments,
+    /// Print them as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct CompletionsArguments {
+    /// bash, elvish, fish, powershell or zsh
+    pub(crate) shell: clap_complete::Shell,
+}

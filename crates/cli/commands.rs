@@ -1,0 +1,46 @@
+//! One file a command.
+
+pub(crate) mod inspect;
+pub(crate) mod mount;
+pub(crate) mod node;
+pub(crate) mod push;
+pub(crate) mod registry;
+pub(crate) mod stats;
+
+use anyhow::Result;
+use clap::CommandFactory;
+use lamina_wire::{ClientConfig, Scheme};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::args::{Arguments, Common, CompletionsArguments};
+
+/// Somebody pressed Ctrl-C, and everything was cleaned up.
+#[derive(Debug, thiserror::Error)]
+#[error("interrupted")]
+pub(crate) struct Interrupted;
+
+/// Ready at Ctrl-C or SIGTERM.
+pub(crate) async fn interrupted() {
+    let mut terminate = signal(SignalKind::terminate()).expect("signals can be watched");
+    tokio::select! {
+        _ = tokio::signal::ctrl_c() => {}
+        _ = terminate.recv() => {}
+    }
+}
+
+/// How to speak to registries.
+pub(crate) fn client_config(common: &Common) -> ClientConfig {
+    let scheme = if common.plain_http { Scheme::PlainHttp } else { Scheme::Automatic };
+    ClientConfig { scheme, ..ClientConfig::default() }
+}
+
+pub(crate) fn completions(arguments: CompletionsArguments) -> Result<()> {
+    clap_complete::generate(arguments.shell, &mut Arguments::command(), "lamina", &mut std::io::stdout());
+    Ok(())
+}
+
+/// Bytes for a person, in MiB.
+pub(crate) fn mib(bytes: u64) -> String {
+    let tenths = bytes * 10 / (1 << 20);
+    format!("{}.{} MiB", tenths / 10, tenths % 10)
+}

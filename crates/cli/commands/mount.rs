@@ -1,0 +1,196 @@
+//! `lamina mount` and `lamina unmount`.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Seek};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use lamina_node::{ControlError, Controller};
+use lamina_wire::proto::{MountRequest, MountResponse, UnmountRequest};
+
+use super::interrupted;
+use super::node::open;
+use crate::args::{Common, MountArguments, UnmountArguments};
+
+/// How long a daemon may take to come up: it may have a large cache to look through, or wait for one that is ending.
+const START: Duration = Duration::from_secs(60);
+/// What a daemon that did not come up is quoted with, in bytes.
+const COMPLAINT_BYTES: u64 = 2 << 10;
+
+/// Mounts an image, by the daemon of the cache directory; starts one where there is none.
+pub(crate) async fn run(arguments: MountArguments, common: Common) -> Result<()> {
+    let directory = std::path::absolute(&arguments.directory)?;
+    let directory = directory.canonicalize().with_context(|| {
+        format!("mount point {} does not exist; create it first", arguments.directory.display())
+    })?;
+    std::fs::create_dir_all(&arguments.cache.directory).with_context(|| {
+        format!("the cache directory {} cannot be made", arguments.cache.directory.display())
+    })?;
+    let request = MountRequest {
+        reference: arguments.reference.to_string(),
+        directory: directory.to_str().context("the mount point's name must be UTF-8")?.to_owned(),
+        plain_http: common.plain_http,
+        require_bound: arguments.require_bound,
+    };
+    let cache = arguments.cache.directory.clone();
+    let controller = Controller::new(&cache);
+    if arguments.foreground && controller.stats().await.is_err_and(|error| is_absent(&error)) {
+        return alone(&arguments, &common, request, &directory).await;
+    }
+    let begun = Instant::now();
+    let mounted = loop {
+        match controller.mount(&request).await {
+            Ok(mounted) => break mounted,
+            Err(error) if is_absent(&error) && begun.elapsed() < START => {
+                start_daemon(&arguments, &common).await?
+            }
+            Err(error) => return Err(error.into()),
+        }
+        check_namespaces(&controller).await?;
+    };
+    report(&arguments, &mounted);
+    if arguments.foreground {
+        interrupted().await;
+        controller.unmount(&UnmountRequest { directory: request.directory, lazy: false }).await?;
+    }
+    Ok(())
+}
+
+fn is_absent(error: &ControlError) -> bool {
+    matches!(error, ControlError::NoDaemon(_))
+}
+
+/// `-f` with no daemon around: this process is the daemon.
+async fn alone(
+    arguments: &MountArguments,
+    common: &Common,
+    request: MountRequest,
+    directory: &Path,
+) -> Result<()> {
+    let node = open(&arguments.cache, &arguments.settings, common).await?;
+    let socket = Controller::socket(&arguments.cache.directory);
+    let mounted = node.mount(request).await?;
+    report(arguments, &mounted);
+    let ended = async {
+        let mut count = node.count();
+        tokio::select! {
+            () = interrupted() => {}
+            // somebody else unmounted it
+            _ = count.wait_for(|count| *count == 0) => {}
+        }
+    };
+    tracing::info!(directory = %directory.display(), "mounted in the foreground");
+    lamina_node::serve(Arc::clone(&node), &socket, false, || (), ended).await?;
+    Ok(())
+}
+
+fn report(arguments: &MountArguments, mounted: &MountResponse) {
+    if arguments.json {
+        let report = serde_json::json!({
+            "reference": arguments.reference.to_string(),
+            "manifest": mounted.manifest,
+            "tree": mounted.tree,
+            "elapsed_us": mounted.elapsed_us,
+            "requests": mounted.requests,
+        });
+        println!("{report}");
+    }
+}
+
+/// Starts a daemon that stays when this process has gone, and waits until it answers.
+async fn start_daemon(arguments: &MountArguments, common: &Common) -> Result<()> {
+    let cache = arguments.cache.directory.clone();
+    let log_path = cache.join("node.log");
+    let log = File::options()
+        .create(true)
+        .append(true)
+        .read(true)
+        .open(&log_path)
+        .with_context(|| log_path.display().to_string())?;
+    let before = log.metadata()?.len();
+    let mut command = std::process::Command::new(std::env::current_exe()?);
+    command
+        .arg("node")
+        .arg("--exit-when-idle")
+        .args(["--log", &common.log])
+        .arg("--cache")
+        .arg(std::path::absolute(&cache)?)
+        .args(["--cache-mib", &arguments.settings.cache_mib.to_string()])
+        .args(["--deadline", &arguments.settings.deadline.to_string()])
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(log.try_clone()?)
+        // Ctrl-C at the terminal is for this process, not for the daemon
+        .process_group(0);
+    if let Some(kib) = arguments.settings.read_ahead_kb {
+        command.args(["--read-ahead-kb", &kib.to_string()]);
+    }
+    let mut child = command.spawn().context("the node cannot be started")?;
+    let mut stdout = BufReader::new(child.stdout.take().expect("it is piped"));
+    let line = tokio::task::spawn_blocking(move || {
+        let mut line = String::new();
+        stdout.read_line(&mut line).map(|_| line)
+    });
+    let line = tokio::time::timeout(START, line).await.context("the node does not come up")???;
+    if line.trim() == "ready" {
+        return Ok(());
+    }
+    let complaint = complaint(log, before)?;
+    // another `lamina mount` may have been faster: then its daemon serves this one too
+    if Controller::new(&cache).stats().await.is_ok() {
+        return Ok(());
+    }
+    if complaint.contains("is in use by process") {
+        // one that has just lost its last mount is on its way out
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        return Ok(());
+    }
+    bail!("the node did not start: {complaint}")
+}
+
+/// The last words of a daemon.
+fn complaint(mut log: File, from: u64) -> Result<String> {
+    log.seek(std::io::SeekFrom::Start(from))?;
+    let mut text = String::new();
+    log.take(COMPLAINT_BYTES).read_to_string(&mut text)?;
+    let last = text.trim().lines().last().unwrap_or("it said nothing");
+    Ok(last.trim_start_matches("lamina: ").to_owned())
+}
+
+/// A daemon mounts where it lives: one of another mount or network namespace is of no use here.
+async fn check_namespaces(controller: &Controller) -> Result<()> {
+    let Ok(stats) = controller.stats().await else { return Ok(()) };
+    for namespace in ["mnt", "net"] {
+        let link = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/{namespace}"));
+        if let (Ok(own), Ok(other)) = (link("self"), link(&stats.pid.to_string())) {
+            ensure!(
+                own == other,
+                "the node of this cache (process {}) lives in another {namespace} namespace; use another --cache",
+                stats.pid
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Unmounts a directory.
+pub(crate) async fn unmount(arguments: UnmountArguments) -> Result<()> {
+    // a hung mount must not hang this: resolve the parent, not the mount itself
+    let directory = std::path::absolute(&arguments.directory)?;
+    let resolved = match (directory.parent().map(Path::canonicalize), directory.file_name()) {
+        (Some(Ok(parent)), Some(name)) => parent.join(name),
+        _ => directory.clone(),
+    };
+    let controller = Controller::new(&arguments.cache.directory);
+    let request = |directory: &PathBuf| UnmountRequest {
+        directory: directory.display().to_string(),
+        lazy: arguments.lazy,
+    };
+    controller.unmount(&request(&resolved)).await?;
+    Ok(())
+}

@@ -1,0 +1,48 @@
+//! `lamina stats`.
+
+use anyhow::{Result, ensure};
+use lamina_node::Controller;
+
+use super::mib;
+use crate::args::StatsArguments;
+
+/// Prints the counters of a daemon and of its mounts.
+pub(crate) async fn run(arguments: StatsArguments) -> Result<()> {
+    let mut stats = Controller::new(&arguments.cache.directory).stats().await?;
+    if let Some(directory) = &arguments.directory {
+        let wanted = std::path::absolute(directory)?.display().to_string();
+        stats.mounts.retain(|mount| mount.directory == wanted.trim_end_matches('/'));
+        ensure!(!stats.mounts.is_empty(), "{wanted}: nothing of this cache's node is mounted there");
+    }
+    if arguments.json {
+        let mounts = stats.mounts.iter().map(|mount| {
+            serde_json::json!({
+                "directory": mount.directory,
+                "reference": mount.reference,
+                "manifest": mount.manifest,
+                "counters": mount.counters,
+            })
+        });
+        let mounts: Vec<_> = mounts.collect();
+        println!("{}", serde_json::json!({ "pid": stats.pid, "cache": stats.cache, "mounts": mounts }));
+        return Ok(());
+    }
+    println!("node {}", stats.pid);
+    print_counters(&stats.cache);
+    for mount in &stats.mounts {
+        println!("\n{} at {}", mount.reference, mount.directory);
+        print_counters(&mount.counters);
+    }
+    Ok(())
+}
+
+fn print_counters(counters: &std::collections::HashMap<String, u64>) {
+    let mut sorted: Vec<_> = counters.iter().filter(|(_, value)| **value > 0).collect();
+    sorted.sort();
+    for (name, value) in sorted {
+        match name.ends_with("_bytes") {
+            true => println!("  {name:28} {}", mib(*value)),
+            false => println!("  {name:28} {value}"),
+        }
+    }
+}

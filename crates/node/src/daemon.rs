@@ -1,0 +1,193 @@
+//! The daemon's state: its cache, its trees, its mounts.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use lamina_cache::{Cache, CacheConfig};
+use lamina_image::{Digest, Platform, Tree};
+use lamina_mount::{Mount, MountConfig};
+use lamina_wire::proto::{MountRequest, MountResponse, MountStats, StatsResponse};
+use lamina_wire::{Client, ClientConfig, Reference, Scheme};
+use parking_lot::Mutex;
+use tokio::runtime::Handle;
+use tokio::sync::watch;
+
+use crate::trees::Trees;
+use crate::{Found, NodeError, RegistrySource, find_image};
+
+/// One daemon takes no more mounts.
+const MOUNTS_MAX: usize = 4096;
+/// A tree's blob over 1 GiB is refused: some ten million files.
+const TREE_BLOB_BYTES_MAX: u64 = 1 << 30;
+
+/// How a daemon is set up.
+#[derive(Clone, Debug)]
+pub struct NodeConfig {
+    /// The cache, and beside it the trees and the socket.
+    pub cache: CacheConfig,
+    /// How registries are spoken to.
+    pub client: ClientConfig,
+    /// Which image of an index is taken.
+    pub platform: Platform,
+    /// The kernel's readahead while a start runs, in KiB; `None` for what was measured to be best.
+    pub read_ahead_kb: Option<u32>,
+}
+
+/// The daemon.
+pub struct Node {
+    config: NodeConfig,
+    cache: Arc<Cache>,
+    trees: Trees,
+    mounts: Mutex<BTreeMap<PathBuf, Mounted>>,
+    /// Trees that are mounted: two mounts of an image share one.
+    loaded: Mutex<BTreeMap<Digest, std::sync::Weak<Tree>>>,
+    count: watch::Sender<usize>,
+}
+
+struct Mounted {
+    mount: Arc<Mount>,
+    reference: String,
+    manifest: Digest,
+}
+
+impl Node {
+    /// Opens the cache and the trees beside it. Blocks.
+    pub fn open(config: NodeConfig, handle: Handle) -> Result<Self, NodeError> {
+        let trees = Trees::open(config.cache.directory.join("trees"))?;
+        let cache = Arc::new(Cache::open(config.cache.clone(), handle)?);
+        let (count, _) = watch::channel(0);
+        Ok(Self { config, cache, trees, mounts: Mutex::default(), loaded: Mutex::default(), count })
+    }
+
+    /// How many mounts there are, now and whenever that changes.
+    pub fn count(&self) -> watch::Receiver<usize> {
+        self.count.subscribe()
+    }
+
+    /// Mounts an image. When it returns, the mount answers.
+    pub async fn mount(self: &Arc<Self>, request: MountRequest) -> Result<MountResponse, NodeError> {
+        let begun = Instant::now();
+        if self.mounts.lock().len() >= MOUNTS_MAX {
+            return Err(NodeError::TooManyMounts(MOUNTS_MAX));
+        }
+        let reference: Reference = request.reference.parse()?;
+        let scheme = if request.plain_http { Scheme::PlainHttp } else { self.config.client.scheme };
+        let client = Client::new(&reference.host, ClientConfig { scheme, ..self.config.client })?;
+        let found = find_image(&client, &reference, &self.config.platform, request.require_bound).await?;
+        let mut requests = found.requests;
+        let tree = self.tree(&client, &reference, &found, &mut requests).await?;
+        let source = Arc::new(RegistrySource::new(client, reference.repository.clone()));
+        let mut config = MountConfig::new(PathBuf::from(&request.directory));
+        config.name = reference.to_string();
+        config.read_ahead_kb = self.config.read_ahead_kb.unwrap_or(config.read_ahead_kb);
+        let (cache, handle) = (Arc::clone(&self.cache), Handle::current());
+        let mount = blocking(move || Mount::start(tree, cache, source, config, handle)).await?;
+        self.keep(Arc::new(mount), &reference, found.manifest);
+        let elapsed_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let (manifest, tree) = (found.manifest.to_string(), found.tree.to_string());
+        Ok(MountResponse { manifest, tree, elapsed_us, requests })
+    }
+
+    /// Remembers a mount, and forgets it when it is gone, whoever unmounted it.
+    fn keep(self: &Arc<Self>, mount: Arc<Mount>, reference: &Reference, manifest: Digest) {
+        let path = mount.mountpoint().to_owned();
+        let mounted = Mounted { mount: Arc::clone(&mount), reference: reference.to_string(), manifest };
+        self.mounts.lock().insert(path.clone(), mounted);
+        self.count.send_modify(|count| *count += 1);
+        let node = Arc::clone(self);
+        tokio::spawn(async move {
+            mount.wait().await;
+            let mut mounts = node.mounts.lock();
+            // the same directory may have been mounted again meanwhile
+            if mounts.get(&path).is_some_and(|mounted| Arc::ptr_eq(&mounted.mount, &mount)) {
+                mounts.remove(&path);
+            }
+            drop(mounts);
+            node.count.send_modify(|count| *count -= 1);
+        });
+    }
+
+    async fn tree(
+        &self,
+        client: &Client,
+        reference: &Reference,
+        found: &Found,
+        requests: &mut u32,
+    ) -> Result<Arc<Tree>, NodeError> {
+        let digest = found.tree;
+        if let Some(tree) = self.loaded.lock().get(&digest).and_then(std::sync::Weak::upgrade) {
+            return Ok(tree);
+        }
+        let trees = self.trees.clone();
+        let local = blocking(move || Ok::<_, NodeError>(trees.load(digest))).await?;
+        let tree = match local {
+            Some(tree) => tree,
+            None => {
+                *requests += 1;
+                let blob = client.blob(&reference.repository, digest, TREE_BLOB_BYTES_MAX).await?;
+                let (trees, name) = (self.trees.clone(), reference.to_string());
+                blocking(move || trees.store(&name, digest, &blob)).await?
+            }
+        };
+        let tree = Arc::new(tree);
+        let mut loaded = self.loaded.lock();
+        loaded.retain(|_, tree| tree.strong_count() > 0);
+        loaded.insert(digest, Arc::downgrade(&tree));
+        Ok(tree)
+    }
+
+    /// Unmounts a directory.
+    pub async fn unmount(&self, directory: &Path, lazy: bool) -> Result<(), NodeError> {
+        let mount = self.mounts.lock().get(directory).map(|mounted| Arc::clone(&mounted.mount));
+        let mount = mount.ok_or_else(|| NodeError::NotMounted(directory.to_owned()))?;
+        let waiting = Arc::clone(&mount);
+        blocking(move || mount.unmount(lazy)).await?;
+        if !lazy {
+            waiting.wait().await;
+        }
+        let mut mounts = self.mounts.lock();
+        if mounts.get(directory).is_some_and(|mounted| Arc::ptr_eq(&mounted.mount, &waiting)) {
+            mounts.remove(directory);
+        }
+        Ok(())
+    }
+
+    /// Unmounts everything, lazily where something is in use. Used at the end.
+    pub async fn unmount_all(&self) {
+        let mounts: Vec<PathBuf> = self.mounts.lock().keys().cloned().collect();
+        for directory in mounts {
+            if let Err(error) = self.unmount(&directory, false).await {
+                tracing::warn!(directory = %directory.display(), %error, "in use at the end, unmounted lazily");
+                let _ = self.unmount(&directory, true).await;
+            }
+        }
+    }
+
+    /// All counters.
+    pub fn stats(&self) -> StatsResponse {
+        let named = |counters: Vec<(&'static str, u64)>| {
+            counters.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+        };
+        let mounts = self.mounts.lock();
+        let mounts = mounts.iter().map(|(directory, mounted)| MountStats {
+            directory: directory.display().to_string(),
+            reference: mounted.reference.clone(),
+            manifest: mounted.manifest.to_string(),
+            counters: named(mounted.mount.snapshot().named()),
+        });
+        let mounts = mounts.collect();
+        StatsResponse { pid: std::process::id(), cache: named(self.cache.snapshot().named()), mounts }
+    }
+}
+
+/// Runs what blocks where blocking is allowed.
+async fn blocking<T, E, F>(work: F) -> Result<T, NodeError>
+where
+    T: Send + 'static,
+    E: Into<NodeError> + Send + 'static,
+    F: FnOnce() -> Result<T, E> + Send + 'static,
+{
+    tokio::task::spawn_blocking(work).await.expect("the work does not panic").map_err(Into::into)
+}

@@ -1,0 +1,79 @@
+//! From a reference to a manifest and its tree's digest.
+
+use lamina_image::{Digest, Document, Manifest, Platform, TREE_ANNOTATION, media_type};
+use lamina_wire::{Client, Reference, Version};
+
+use crate::NodeError;
+
+/// An image that can be mounted.
+#[derive(Clone, Debug)]
+pub struct Found {
+    /// Its manifest's digest.
+    pub manifest: Digest,
+    /// Its tree's digest.
+    pub tree: Digest,
+    /// Whether the manifest itself names the tree. Otherwise the registry said so.
+    pub bound: bool,
+    /// How many requests it took.
+    pub requests: u32,
+}
+
+/// Finds an image and its tree. One request where the manifest names the tree, two where it is a referrer, and one
+/// more where the reference is an index of several platforms.
+pub async fn find_image(
+    client: &Client,
+    reference: &Reference,
+    platform: &Platform,
+    require_bound: bool,
+) -> Result<Found, NodeError> {
+    let repository = &reference.repository;
+    let wrong = |error| NodeError::Document { reference: reference.to_string(), error };
+    let mut fetched = client.manifest(repository, &reference.version).await?;
+    let mut requests = 1;
+    let mut document = Document::parse(&fetched.media_type, &fetched.bytes).map_err(wrong)?;
+    if let Document::Index(index) = &document {
+        let one = index.for_platform(platform).ok_or_else(|| NodeError::Platform {
+            reference: reference.to_string(),
+            platform: format!("{}/{}", platform.os, platform.architecture),
+        })?;
+        fetched = client.manifest(repository, &Version::Digest(one.digest)).await?;
+        requests += 1;
+        document = Document::parse(&fetched.media_type, &fetched.bytes).map_err(wrong)?;
+    }
+    let Document::Manifest(manifest) = document else {
+        return Err(NodeError::NoTree {
+            reference: reference.to_string(),
+            why: ": it is an index in an index".into(),
+        });
+    };
+    if let Some(tree) = manifest.bound_tree().map_err(wrong)? {
+        return Ok(Found { manifest: fetched.digest, tree, bound: true, requests });
+    }
+    if require_bound {
+        return Err(NodeError::NotBound(reference.to_string()));
+    }
+    let tree = referred_tree(client, reference, fetched.digest, &manifest).await?;
+    Ok(Found { manifest: fetched.digest, tree, bound: false, requests: requests + 1 })
+}
+
+async fn referred_tree(
+    client: &Client,
+    reference: &Reference,
+    digest: Digest,
+    manifest: &Manifest,
+) -> Result<Digest, NodeError> {
+    let referrers = client.referrers(&reference.repository, digest, media_type::TREE).await?;
+    let named = referrers.iter().find_map(|one| one.annotations.get(TREE_ANNOTATION)?.parse().ok());
+    if let Some(tree) = named {
+        return Ok(tree);
+    }
+    let why = match manifest.is_image() {
+        false => format!(": it is an artifact of type {}", manifest.config.media_type),
+        true => match client.image_status(&reference.repository, digest).await {
+            Ok(status) => format!(": {}", String::from_utf8_lossy(&status)),
+            Err(error) if error.is_not_found() => ", and its registry does not make any".into(),
+            Err(_) => String::new(),
+        },
+    };
+    Err(NodeError::NoTree { reference: reference.to_string(), why })
+}
