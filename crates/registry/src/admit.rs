@@ -8,7 +8,7 @@ use lamina_image::{
     Descriptor, Digest, Manifest, RECIPE_ANNOTATION, Recipe, TREE_BYTES_MAX, derive_tree, media_type,
     parse_config, unpack_tree,
 };
-use lamina_store::{Blob, ImageRecord, ImageState, LayerRecord, StoreError};
+use lamina_store::{Blob, ImageRecord, ImageState, LayerRecord, Proof, StoreError};
 
 use crate::ApiError;
 use crate::api::Api;
@@ -46,12 +46,15 @@ impl Api {
             },
         )?;
         let config = parse_config(manifest, &config)?;
+        let proof = Arc::new(Proof::default());
         let mut layers = Vec::with_capacity(manifest.layers.len());
         for (layer, diff_id) in manifest.layers.iter().zip(&config.rootfs.diff_ids) {
-            layers.push(self.admit_layer(layer, *diff_id).await?);
+            layers.push(self.admit_layer(layer, *diff_id, &proof).await?);
         }
         let recipes = layers.iter().map(|layer| Arc::clone(&layer.recipe)).collect();
         let size = self.check_tree(tree, recipes).await?;
+        let invalid = |text| ApiError::ManifestInvalid(text);
+        self.store.conclude(&proof).await.map_err(|error| refusal(error, invalid))?;
         for layer in &layers {
             self.store.know_layer(&layer.record, None).await?;
         }
@@ -60,7 +63,12 @@ impl Api {
         Ok(Some(ImageRecord { state, tree: Some(tree), finished_at, ..ImageRecord::queued(now) }))
     }
 
-    async fn admit_layer(&self, layer: &Descriptor, diff_id: Digest) -> Result<Admitted, ApiError> {
+    async fn admit_layer(
+        &self,
+        layer: &Descriptor,
+        diff_id: Digest,
+        proof: &Arc<Proof>,
+    ) -> Result<Admitted, ApiError> {
         let invalid = |text: String| ApiError::ManifestInvalid(format!("layer {}: {text}", layer.digest));
         let Some(recipe) = layer.annotations.get(RECIPE_ANNOTATION) else {
             return Err(invalid(format!(
@@ -84,8 +92,8 @@ impl Api {
         }
         let record = LayerRecord { recipe: digest, diff_id, tar_bytes: recipe.tar_bytes() };
         if self.store.layer(diff_id).await? != Some(record) {
-            self.store.check_places(&recipe).await.map_err(|error| refusal(error, invalid))?;
-            self.store.check_rebuilds(&recipe).await.map_err(|error| refusal(error, invalid))?;
+            self.store.check_places(&recipe, proof).await.map_err(|error| refusal(error, invalid))?;
+            self.store.check_rebuilds(&recipe, proof).await.map_err(|error| refusal(error, invalid))?;
         }
         Ok(Admitted { recipe, record })
     }

@@ -29,8 +29,8 @@ impl Api {
             return Err(ApiError::Invalid(text));
         }
         let ids = request.ids.chunks_exact(32);
-        let ids = ids.map(|id| ChunkId::from_bytes(id.try_into().expect("32 bytes"))).collect();
-        Ok(protobuf(&write_places(&self.store.find_chunks(ids).await)))
+        let ids: Vec<_> = ids.map(|id| ChunkId::from_bytes(id.try_into().expect("32 bytes"))).collect();
+        Ok(protobuf(&write_places(&self.store.find_chunks(&ids).await)))
     }
 
     /// `POST /lamina/v1/layers`.

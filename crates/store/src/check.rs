@@ -1,55 +1,102 @@
 //! Recipes that somebody else made, checked before anyone relies on them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
-use lamina_chunk::{Frame, FrameId, PackId};
+use lamina_chunk::{Chunk, ChunkError, ChunkId, Frame, FrameId, PackId, PackRecord, Place};
 use lamina_image::{Digest, Hasher, Recipe};
+use parking_lot::Mutex;
 
 use crate::{Store, StoreError};
 
 /// Packs whose indexes are read at the same time.
 const PACKS: usize = 4;
 
+/// What the check of one image's recipes has shown of the packs that they name.
+#[derive(Debug, Default)]
+pub struct Proof(Mutex<Shown>);
+
+#[derive(Debug, Default)]
+struct Shown {
+    packs: HashMap<PackId, Arc<Vec<PackRecord>>>,
+    /// Frames that were opened, by pack and offset.
+    opened: HashSet<(PackId, u32)>,
+}
+
+impl Proof {
+    fn records(&self, pack: PackId) -> Option<Arc<Vec<PackRecord>>> {
+        self.0.lock().packs.get(&pack).cloned()
+    }
+
+    /// A frame was opened under its name: now its chunks are checked against the pack's index, once.
+    pub(crate) fn opened(&self, place: Place, frame: &Chunk) -> Result<(), StoreError> {
+        let Place { pack, frame: Frame { offset, .. } } = place;
+        if self.0.lock().opened.contains(&(pack, offset)) {
+            return Ok(());
+        }
+        let wrong = StoreError::Place { frame: frame.id(), pack };
+        let Some(records) = self.records(pack) else { return Err(wrong) };
+        let Some(record) = at(&records, frame.id(), place.frame) else { return Err(wrong) };
+        let mut start = 0;
+        for chunk in &record.chunks {
+            let end = start + chunk.len as usize;
+            let bytes = frame.bytes().get(start..end);
+            // a frame of one chunk was just opened under the same name
+            let same = chunk.id == record.id || bytes.is_some_and(|bytes| ChunkId::of(bytes) == chunk.id);
+            if !same {
+                return Err(StoreError::Frame { pack, error: ChunkError::WrongBytes(chunk.id) });
+            }
+            start = end;
+        }
+        self.0.lock().opened.insert((pack, offset));
+        Ok(())
+    }
+}
+
+/// The record of a frame in its pack's index.
+fn at(records: &[PackRecord], id: FrameId, frame: Frame) -> Option<&PackRecord> {
+    let found = records.binary_search_by_key(&frame.offset, |record| record.frame.offset).ok()?;
+    records.get(found).filter(|record| record.id == id && record.frame == frame)
+}
+
 impl Store {
-    /// Checks that each frame of a recipe lies where the recipe says, in a pack of which every frame was opened.
-    /// Packs that were never opened are opened now.
+    /// Checks that each frame of a recipe lies where the recipe says, by the indexes of the packs.
     ///
-    /// Cost: the indexes of the packs that it names; no frames of packs that were opened before.
+    /// Cost: the indexes of the packs that the proof has not seen; no frames.
     ///
     /// # Errors
-    /// [`StoreError::Place`], [`StoreError::Missing`], [`StoreError::Pack`] and [`StoreError::Frame`] where it does
-    /// not hold.
-    pub async fn check_places(&self, recipe: &Recipe) -> Result<(), StoreError> {
+    /// [`StoreError::Place`], [`StoreError::Missing`] and [`StoreError::Pack`] where it does not hold.
+    pub async fn check_places(&self, recipe: &Recipe, proof: &Proof) -> Result<(), StoreError> {
         let mut packs = BTreeMap::<PackId, Vec<(FrameId, Frame)>>::new();
         for (id, place) in recipe.frames() {
             packs.entry(place.pack).or_default().push((*id, place.frame));
         }
         let check = |(pack, claims): (PackId, Vec<(FrameId, Frame)>)| async move {
-            self.admit_pack(pack).await?;
-            let records = self.pack_records(pack).await?;
-            let lies = |(id, frame): &(FrameId, Frame)| {
-                let found = records.binary_search_by_key(&frame.offset, |record| record.frame.offset);
-                found.is_ok_and(|at| records[at].id == *id && records[at].frame == *frame)
+            let records = match proof.records(pack).or_else(|| self.arrivals.records(pack)) {
+                Some(records) => records,
+                None => Arc::new(self.pack_records(pack).await?),
             };
-            match claims.iter().find(|claim| !lies(claim)) {
-                Some((frame, _)) => Err(StoreError::Place { frame: *frame, pack }),
-                None => Ok(()),
+            if let Some((frame, _)) = claims.iter().find(|(id, frame)| at(&records, *id, *frame).is_none()) {
+                return Err(StoreError::Place { frame: *frame, pack });
             }
+            proof.0.lock().packs.insert(pack, records);
+            Ok(())
         };
         stream::iter(packs.into_iter().map(check)).buffer_unordered(PACKS).try_collect().await
     }
 
-    /// Rebuilds the whole tar of a recipe once, to see that it hashes to what the recipe says.
+    /// Rebuilds the whole tar of a recipe once, to see that it hashes to what the recipe says. Its places must have
+    /// been checked under the same proof.
     ///
-    /// Cost: every chunk read and opened, and the tar hashed: a second for each GiB on two cores.
+    /// Cost: every frame read and opened, and the tar hashed: a second for each GiB on two cores.
     ///
     /// # Errors
-    /// [`StoreError::Digest`] where it hashes to something else.
-    pub async fn check_rebuilds(&self, recipe: &Arc<Recipe>) -> Result<(), StoreError> {
+    /// [`StoreError::Digest`] where it hashes to something else, [`StoreError::Frame`] where a pack is damaged.
+    pub async fn check_rebuilds(&self, recipe: &Arc<Recipe>, proof: &Arc<Proof>) -> Result<(), StoreError> {
         let expected: Digest = recipe.diff_id();
-        let mut tar = self.rebuild(Arc::clone(recipe), 0..recipe.tar_bytes()).await?;
+        let range = 0..recipe.tar_bytes();
+        let mut tar = self.rebuild_proving(Arc::clone(recipe), range, Some(Arc::clone(proof))).await?;
         let mut hasher = Hasher::default();
         while let Some(frame) = tar.try_next().await? {
             let hashed = tokio::task::spawn_blocking(move || {
@@ -60,5 +107,29 @@ impl Store {
         }
         let found = hasher.finish();
         if found == expected { Ok(()) } else { Err(StoreError::Digest { expected, found }) }
+    }
+
+    /// Makes the chunks of all packs under the proof known. Of packs that the recipes did not use up, the remaining
+    /// frames are opened now.
+    ///
+    /// # Errors
+    /// [`StoreError::Frame`] where one of those is damaged.
+    pub async fn conclude(&self, proof: &Proof) -> Result<(), StoreError> {
+        let packs: Vec<_> = {
+            let shown = proof.0.lock();
+            let whole = |pack: PackId, records: &[PackRecord]| {
+                records.iter().all(|record| shown.opened.contains(&(pack, record.frame.offset)))
+            };
+            let packs =
+                shown.packs.iter().map(|(pack, records)| (*pack, Arc::clone(records), whole(*pack, records)));
+            packs.collect()
+        };
+        let conclude = |(pack, records, whole): (PackId, Arc<Vec<PackRecord>>, bool)| async move {
+            if whole && !self.is_pack(pack.into()).await? {
+                return self.prove_pack(pack, records).await;
+            }
+            self.admit_pack(pack).await
+        };
+        stream::iter(packs.into_iter().map(conclude)).buffer_unordered(PACKS).try_collect().await
     }
 }

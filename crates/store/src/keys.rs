@@ -4,6 +4,7 @@
 //! blobs/sha256/<hex>                       bytes that hash to it
 //! uploads/<uuid>                           bytes on their way; worthless once their upload has ended
 //! packs/<hex>                              the blob is a pack, and every frame in it was opened
+//! arrived/<hex>                            the blob ends like a pack, and was not opened yet
 //! layers/<hex>                             how to rebuild a layer, by compressed digest and by diff ID
 //! images/<hex>                             what became of an image's tree
 //! jobs/<hex>/<repo>                        an image that waits for its tree, and the repository that wants it
@@ -52,6 +53,14 @@ pub(crate) fn packs() -> Path {
 
 pub(crate) fn pack(pack: PackId) -> Path {
     key(["packs", &Digest::from(pack).hex()])
+}
+
+pub(crate) fn arrivals() -> Path {
+    key(["arrived"])
+}
+
+pub(crate) fn arrival(pack: PackId) -> Path {
+    key(["arrived", &Digest::from(pack).hex()])
 }
 
 pub(crate) fn layer(digest: Digest) -> Path {

@@ -7,6 +7,7 @@
 //!
 //! Nothing here knows HTTP, reads a clock that matters to what is stored, or asks which object store it is on.
 
+mod arrivals;
 mod blobs;
 mod check;
 mod error;
@@ -27,6 +28,7 @@ mod store;
 mod upload;
 
 pub use blobs::Blob;
+pub use check::Proof;
 pub use error::StoreError;
 
 pub use manifests::{ManifestPut, Referrer};

@@ -10,17 +10,44 @@ use lamina_chunk::{
 use lamina_image::{ChunkSink, Digest, SinkError};
 use tokio::runtime::Handle;
 
+use crate::arrivals::ARRIVALS_MAX;
 use crate::{Store, StoreError, keys};
 
 /// Packs whose indexes are read at the same time when the store opens.
 const FOOTERS: usize = 8;
 
 impl Store {
-    /// Where each chunk lies, in the order of `ids`; `None` where no pack that was opened has it.
-    pub async fn find_chunks(&self, ids: Vec<ChunkId>) -> Vec<Option<ChunkPlace>> {
-        let index = Arc::clone(&self.index);
+    /// Where each chunk lies, in the order of `ids`; `None` where no pack that was opened has it. Packs that wait to be
+    /// opened, and claim to have one of them, are opened now.
+    pub async fn find_chunks(&self, ids: &[ChunkId]) -> Vec<Option<ChunkPlace>> {
+        let found = self.look_up(ids).await;
+        let unknown = ids.iter().zip(&found).filter(|(_, place)| place.is_none()).map(|(id, _)| *id);
+        let claiming = self.arrivals.claiming(unknown);
+        if claiming.is_empty() {
+            return found;
+        }
+        for pack in claiming {
+            if let Err(error) = self.admit_pack(pack).await {
+                tracing::warn!(%pack, %error, "a pack that had come was not opened");
+            }
+        }
+        self.look_up(ids).await
+    }
+
+    async fn look_up(&self, ids: &[ChunkId]) -> Vec<Option<ChunkPlace>> {
+        let (index, ids) = (Arc::clone(&self.index), ids.to_vec());
         let found = tokio::task::spawn_blocking(move || index.find(&ids)).await;
         found.expect("a lookup does not panic")
+    }
+
+    /// Takes note of a blob that ends like a pack, if its index is good. Its frames are opened later.
+    pub(crate) async fn arrive(&self, pack: PackId) -> Result<(), StoreError> {
+        if self.is_pack(pack.into()).await? {
+            return self.admit_pack(pack).await;
+        }
+        let records = Arc::new(self.pack_records(pack).await?);
+        self.objects.put(&keys::arrival(pack), "{}".into()).await?;
+        if self.arrivals.add(pack, records) { Ok(()) } else { self.admit_pack(pack).await }
     }
 
     /// Opens every frame of a pack that is stored as a blob, unless that was done before, and makes its chunks known.
@@ -29,17 +56,54 @@ impl Store {
     /// [`StoreError::Pack`] and [`StoreError::Frame`] where it is no good, [`StoreError::Missing`] where it is not
     /// there.
     pub async fn admit_pack(&self, pack: PackId) -> Result<(), StoreError> {
-        let admitted = self.objects.exists(&keys::pack(pack)).await?;
+        let admitted = self.is_pack(pack.into()).await?;
         if admitted && self.index.has(pack) {
             return Ok(());
         }
         let records = Arc::new(self.pack_records(pack).await?);
-        if !admitted {
-            self.open_frames(pack, &records).await?;
-            self.objects.put(&keys::pack(pack), "{}".into()).await?;
+        if admitted {
+            self.index_pack(pack, records).await;
+            return Ok(());
         }
+        let opened = self.open_frames(pack, &records).await;
+        if matches!(opened, Err(StoreError::Frame { .. })) {
+            self.forget_arrival(pack).await?;
+        }
+        opened?;
+        self.prove_pack(pack, records).await
+    }
+
+    /// Every frame was opened: says so for good, and makes the chunks known.
+    pub(crate) async fn prove_pack(
+        &self,
+        pack: PackId,
+        records: Arc<Vec<PackRecord>>,
+    ) -> Result<(), StoreError> {
+        self.objects.put(&keys::pack(pack), "{}".into()).await?;
         self.index_pack(pack, records).await;
-        Ok(())
+        self.forget_arrival(pack).await
+    }
+
+    async fn forget_arrival(&self, pack: PackId) -> Result<(), StoreError> {
+        self.arrivals.remove(pack);
+        self.objects.delete(&keys::arrival(pack)).await
+    }
+
+    /// Finds the packs again that had come before a restart.
+    pub(crate) async fn recall_arrivals(&self) -> Result<(), StoreError> {
+        let listing = self.objects.list(&keys::arrivals()).take(ARRIVALS_MAX);
+        let packs = listing.try_filter_map(|object| async move { Ok(keys::parse_digest(&object.location)) });
+        let packs: Vec<Digest> = packs.try_collect().await?;
+        let recall = |pack: Digest| async move {
+            let pack = PackId::from(pack);
+            match self.pack_records(pack).await {
+                Ok(records) => drop(self.arrivals.add(pack, Arc::new(records))),
+                Err(StoreError::Pack { .. } | StoreError::Missing(_)) => self.forget_arrival(pack).await?,
+                Err(error) => return Err(error),
+            }
+            Ok(())
+        };
+        stream::iter(packs.into_iter().map(recall)).buffer_unordered(FOOTERS).try_collect().await
     }
 
     /// The index of a pack, read from its end.
@@ -129,7 +193,7 @@ impl StoreSink {
 
 impl ChunkSink for StoreSink {
     fn known(&self, ids: &[ChunkId]) -> Result<Vec<Option<ChunkPlace>>, SinkError> {
-        Ok(self.store.index.find(ids))
+        Ok(self.runtime.block_on(self.store.find_chunks(ids)))
     }
 
     fn put(&self, pack: PackId, bytes: Bytes, records: &[PackRecord]) -> Result<(), SinkError> {

@@ -14,7 +14,7 @@ use lamina_image::{Recipe, RecipeError, RecipePiece};
 use tokio::sync::mpsc::{Sender, channel};
 
 use crate::objects::Objects;
-use crate::{ByteStream, Store, StoreError, keys};
+use crate::{ByteStream, Proof, Store, StoreError, keys};
 
 /// Plain bytes in a group: long against what it costs to start a read.
 const GROUP_BYTES: u64 = 4 << 20;
@@ -37,6 +37,16 @@ impl Store {
     /// A part of the plain tar that the recipe describes. The range must lie inside. Waits where eight tars are being
     /// rebuilt already.
     pub async fn rebuild(&self, recipe: Arc<Recipe>, range: Range<u64>) -> Result<ByteStream, StoreError> {
+        self.rebuild_proving(recipe, range, None).await
+    }
+
+    /// The same, and what is opened on the way is shown to `proof`.
+    pub(crate) async fn rebuild_proving(
+        &self,
+        recipe: Arc<Recipe>,
+        range: Range<u64>,
+        proof: Option<Arc<Proof>>,
+    ) -> Result<ByteStream, StoreError> {
         assert!(
             range.start <= range.end && range.end <= recipe.tar_bytes(),
             "{range:?} of {}",
@@ -50,7 +60,7 @@ impl Store {
             planned.recv().await.map(|group| (group, (planned, permit)))
         });
         // each group is a task, so that it goes on while the one before it is taken
-        let loading = planned.map(move |group| tokio::spawn(load(objects.clone(), group)));
+        let loading = planned.map(move |group| tokio::spawn(load(objects.clone(), group, proof.clone())));
         Ok(loading.buffered(GROUPS).map(|loaded| loaded.expect("loading does not panic")).boxed())
     }
 }
@@ -94,10 +104,14 @@ impl Group {
     }
 }
 
-async fn load(objects: Objects, group: Result<Group, RecipeError>) -> Result<Bytes, StoreError> {
+async fn load(
+    objects: Objects,
+    group: Result<Group, RecipeError>,
+    proof: Option<Arc<Proof>>,
+) -> Result<Bytes, StoreError> {
     let group = group?;
     let frames = read_frames(&objects, &group).await?;
-    let opened = tokio::task::spawn_blocking(move || open(&group, &frames));
+    let opened = tokio::task::spawn_blocking(move || open(&group, &frames, proof.as_deref()));
     opened.await.expect("opening does not panic")
 }
 
@@ -120,7 +134,11 @@ async fn read_frames(objects: &Objects, group: &Group) -> Result<BTreeMap<(PackI
     Ok(frames)
 }
 
-fn open(group: &Group, frames: &BTreeMap<(PackId, u32), Bytes>) -> Result<Bytes, StoreError> {
+fn open(
+    group: &Group,
+    frames: &BTreeMap<(PackId, u32), Bytes>,
+    proof: Option<&Proof>,
+) -> Result<Bytes, StoreError> {
     let len = usize::try_from(group.len).expect("groups are short");
     let mut plain = Vec::with_capacity(len + lamina_chunk::CHUNK_BYTES_MAX);
     // neighbours are often taken from one frame
@@ -135,7 +153,11 @@ fn open(group: &Group, frames: &BTreeMap<(PackId, u32), Bytes>) -> Result<Bytes,
         };
         let opened = match last.take() {
             Some((same, opened)) if same == place && opened.id() == id => opened,
-            _ => open_frame(id, place, frames)?,
+            _ => {
+                let opened = open_frame(id, place, frames)?;
+                proof.map_or(Ok(()), |proof| proof.opened(place, &opened))?;
+                opened
+            }
         };
         let bytes = opened.bytes().get(skip..skip + len);
         plain.extend_from_slice(bytes.ok_or(StoreError::Place { frame: id, pack: place.pack })?);

@@ -8,6 +8,7 @@ use object_store::ObjectStore;
 use tokio::sync::Semaphore;
 
 use crate::StoreError;
+use crate::arrivals::Arrivals;
 use crate::index::Index;
 use crate::objects::Objects;
 use crate::upload::Uploads;
@@ -48,6 +49,7 @@ impl StoreConfig {
 pub struct Store {
     pub(crate) objects: Objects,
     pub(crate) index: Arc<Index>,
+    pub(crate) arrivals: Arrivals,
     pub(crate) uploads: Uploads,
     /// Packs that are opened at the same time.
     pub(crate) verifying: Arc<Semaphore>,
@@ -72,11 +74,13 @@ impl Store {
         let store = Self {
             objects: Objects::new(objects),
             index: Arc::new(index),
+            arrivals: Arrivals::default(),
             uploads: Uploads::new(&config),
             verifying: Arc::new(Semaphore::new(cores)),
             rebuilding: Arc::new(Semaphore::new(REBUILDS_MAX)),
         };
         store.index_packs().await?;
+        store.recall_arrivals().await?;
         Ok(store)
     }
 }

@@ -142,8 +142,8 @@ impl Session {
         upload.write(&self.store.objects, bytes).await
     }
 
-    /// Ends the upload: once it returns, the blob is durable under `expected`, and where it is a pack it was opened
-    /// and its chunks are known. Gives the blob's length in bytes.
+    /// Ends the upload: once it returns, the blob is durable under `expected`, and where it is a pack, whoever asks
+    /// for one of its chunks is told of it. Gives the blob's length in bytes.
     ///
     /// # Errors
     /// [`StoreError::Digest`] where other bytes came; the upload is gone then too.
@@ -153,7 +153,7 @@ impl Session {
         upload.finish(&self.store.objects, expected).await?;
         if size <= PACK_BYTES_MAX as u64 && PackFooter::read(&tail, size).is_ok() {
             let pack = PackId::from(expected);
-            match self.store.admit_pack(pack).await {
+            match self.store.arrive(pack).await {
                 Ok(()) => {}
                 // as a blob it is what was asked for; as a pack nobody will rely on it
                 Err(error @ (StoreError::Pack { .. } | StoreError::Frame { .. })) => {

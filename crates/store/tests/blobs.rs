@@ -41,12 +41,25 @@ async fn chunks_of_an_uploaded_pack_are_found_also_when_the_index_is_deleted() {
     let (id, bytes, chunk) = pack(1);
     let store = open(directory.path()).await;
     upload(&store, bytes).await.unwrap();
-    let place = store.find_chunks(vec![chunk]).await[0].unwrap();
+    let place = store.find_chunks(&[chunk]).await[0].unwrap();
     assert_eq!(place.place.pack, id);
     drop(store);
     std::fs::remove_dir_all(directory.path().join("index")).unwrap();
     let store = open(directory.path()).await;
-    assert_eq!(store.find_chunks(vec![chunk]).await, [Some(place)]);
+    assert_eq!(store.find_chunks(&[chunk]).await, [Some(place)]);
+}
+
+#[tokio::test]
+async fn a_pack_that_came_before_a_restart_is_still_found_by_its_chunks() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = open(directory.path()).await;
+    let (id, bytes, chunk) = pack(3);
+    upload(&store, bytes).await.unwrap();
+    assert!(!store.is_pack(id.into()).await.unwrap(), "nobody has asked for it yet");
+    drop(store);
+    let store = open(directory.path()).await;
+    assert_eq!(store.find_chunks(&[chunk]).await[0].unwrap().place.pack, id);
+    assert!(store.is_pack(id.into()).await.unwrap());
 }
 
 #[tokio::test]
@@ -60,7 +73,7 @@ async fn a_damaged_pack_is_a_blob_and_nothing_more() {
     upload(&store, damaged.into()).await.unwrap();
     assert!(store.blob(digest).await.unwrap().is_some());
     assert!(!store.is_pack(digest).await.unwrap());
-    assert_eq!(store.find_chunks(vec![chunk]).await, [None]);
+    assert_eq!(store.find_chunks(&[chunk]).await, [None]);
     let refused = store.admit_pack(digest.into()).await;
     assert!(matches!(refused, Err(StoreError::Frame { .. })), "{refused:?}");
 }

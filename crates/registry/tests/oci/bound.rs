@@ -1,10 +1,11 @@
 //! Images that come with their tree: what `lamina push` sends.
 
+use std::collections::HashMap;
 use std::sync::Mutex;
 
 use bytes::Bytes;
 use http::{Method, StatusCode};
-use lamina_chunk::{ChunkId, ChunkPlace, PackId, PackRecord};
+use lamina_chunk::{ChunkId, ChunkPlace, PackBuilder, PackId, PackRecord, Sealed};
 use lamina_image::{
     ChunkSink, Descriptor, Digest, IngestOptions, LayerInput, Progress, RECIPE_ANNOTATION, Recipe, SinkError,
     TREE_ANNOTATION, TREE_BYTES_ANNOTATION, derive_tree, ingest, media_type, pack_tree,
@@ -37,7 +38,7 @@ impl ChunkSink for Sink {
     }
 }
 
-fn cut(tars: &[Bytes], sink: &Sink) -> Vec<Recipe> {
+fn cut(tars: &[Bytes], sink: &dyn ChunkSink) -> Vec<Recipe> {
     let layers = tars.iter().map(|tar| LayerInput {
         name: "a layer".to_owned(),
         bytes: Box::new(&tar[..]),
@@ -230,7 +231,7 @@ async fn packs_that_are_missing_or_damaged_are_refused_and_never_offered() {
     assert!(!registry.store.is_pack(damaged).await.unwrap());
     let ids: Vec<ChunkId> =
         records.iter().flat_map(|record| record.chunks.iter().map(|chunk| chunk.id)).collect();
-    assert!(registry.store.find_chunks(ids).await.iter().all(Option::is_none));
+    assert!(registry.store.find_chunks(&ids).await.iter().all(Option::is_none));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -251,4 +252,59 @@ async fn a_layer_that_is_not_the_plain_tar_of_the_config_is_refused() {
     assert!(message.contains("the config says"), "{message}");
     bound.layers = honest;
     bound.push(&registry, "v1").await.1.expect(StatusCode::CREATED);
+}
+
+/// The same frames under an index that gives a chunk of one of them another name.
+fn with_a_lying_index(pack: &Bytes) -> Bytes {
+    let mut builder = PackBuilder::default();
+    let mut lied = false;
+    for mut record in lamina_chunk::pack_records(pack).unwrap() {
+        let start = record.frame.offset as usize;
+        let bytes = pack.slice(start..start + record.frame.sealed_len as usize);
+        let sealed = Sealed::new(bytes, record.frame.plain_len as usize);
+        if let (false, [_, _, ..]) = (lied, &record.chunks[..]) {
+            record.chunks[1].id = ChunkId::of(b"wanted by somebody else");
+            lied = true;
+        }
+        builder.push(record.id, &sealed, record.chunks);
+    }
+    assert!(lied, "no frame of the pack has two chunks");
+    builder.finish().0
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pack_whose_index_gives_a_chunk_another_name_is_refused() {
+    let registry = Registry::start().await;
+    let tars = tars();
+    let honest = Bound::new(&tars);
+    let pack = with_a_lying_index(&honest.packs[0]);
+    // by the honest index, which the frames still fit
+    let records = lamina_chunk::pack_records(&honest.packs[0]).unwrap();
+    let recipes = cut(&tars, &Moved { records, pack: PackId::from(Digest::of(&pack)) });
+    let mut bound = Bound::new(&tars);
+    bound.packs = vec![pack];
+    bound.tree = pack_tree(&derive_tree(&recipes).unwrap()).into();
+    bound.recipes = recipes.iter().map(|recipe| recipe.blob().clone()).collect();
+    let message = bound.refused(&registry).await;
+    assert!(message.contains("damaged"), "{message}");
+    let wanted = ChunkId::of(b"wanted by somebody else");
+    assert_eq!(registry.store.find_chunks(&[wanted]).await, [None]);
+}
+
+/// Says of every chunk that it lies where these records have it, but in this pack.
+struct Moved {
+    records: Vec<PackRecord>,
+    pack: PackId,
+}
+
+impl ChunkSink for Moved {
+    fn known(&self, ids: &[ChunkId]) -> Result<Vec<Option<ChunkPlace>>, SinkError> {
+        let places: HashMap<ChunkId, ChunkPlace> =
+            self.records.iter().flat_map(|record| record.places(self.pack)).collect();
+        Ok(ids.iter().map(|id| places.get(id).copied()).collect())
+    }
+
+    fn put(&self, pack: PackId, _: Bytes, _: &[PackRecord]) -> Result<(), SinkError> {
+        panic!("every chunk is known, and yet {pack} was made")
+    }
 }
