@@ -124,13 +124,16 @@ pub(crate) fn host_platform() -> Platform {
     Platform { architecture: architecture.into(), os: "linux".into(), variant: None }
 }
 
+/// A document's media type and bytes.
+type MediaTypeAndBytes = (String, Vec<u8>);
+
 /// Finds the image in what a tag names: itself, or the one of an index that fits the platform.
 fn resolve(
     what: &str,
     media_type: &str,
     bytes: Vec<u8>,
     platform: &Platform,
-    fetch: &mut dyn FnMut(&Descriptor) -> Result<(String, Vec<u8>)>,
+    fetch: &mut dyn FnMut(&Descriptor) -> Result<MediaTypeAndBytes>,
 ) -> Result<(String, Vec<u8>, Manifest)> {
     match Document::parse(media_type, &bytes).with_context(|| format!("{what}: its manifest"))? {
         Document::Manifest(manifest) => Ok((media_type.to_owned(), bytes, manifest)),
