@@ -4,10 +4,13 @@
 //! of one pack; it takes its frames on only once it has a slot, so a frame that somebody waits for leaves a job that
 //! still queues and goes ahead with the demand class.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
+use futures_util::StreamExt;
 use lamina_chunk::{Chunk, Frame, FrameId, PackId, Place, Sealed};
 use tokio::time::timeout;
 
@@ -55,6 +58,13 @@ struct Job {
 struct Claimed {
     shared: Arc<Shared>,
     legs: Vec<Leg>,
+}
+
+impl Claimed {
+    /// A leg is no longer ours to land.
+    fn landed(&mut self, landed: &Leg) {
+        self.legs.retain(|leg| leg.want.id != landed.want.id);
+    }
 }
 
 impl Drop for Claimed {
@@ -115,49 +125,87 @@ async fn fly(shared: Arc<Shared>, job: Job, class: Class) {
         return;
     }
     let mut claimed = Claimed { shared: shared.clone(), legs };
-    let frames: Vec<Frame> = claimed.legs.iter().map(Leg::frame).collect();
-    let range = span(&frames);
-    let body = match shared.request(&claimed.legs[0], job.pack, range.clone(), class).await {
-        Ok(body) => body,
-        Err(error) => {
-            for leg in claimed.legs.drain(..) {
-                shared.flights.land(&leg.flight, Err(error.of(leg.want.id)));
-            }
-            return;
-        }
-    };
-    let wanted: usize = frames.iter().map(|frame| frame.sealed_len as usize).sum();
-    add(&shared.counters.source_gap_bytes, body.len().saturating_sub(wanted));
-    let mut damaged = deliver(&mut claimed, &body, range.start, class).await;
-    drop(body);
-    for leg in damaged.drain(..) {
+    let damaged = receive(&mut claimed, job.pack, class).await;
+    for leg in damaged {
         again(&shared, &leg, class).await;
-        claimed.legs.retain(|other| other.want.id != leg.want.id);
+        claimed.landed(&leg);
     }
     drop(slot);
 }
 
-/// Opens and lands what arrived, the needed first, and gives it to the disk. Returns what did not verify, which stays
-/// claimed.
-async fn deliver(claimed: &mut Claimed, body: &Bytes, start: u64, class: Class) -> Vec<Leg> {
+/// One request: each frame is opened and landed as soon as its last byte has come. Returns what did not verify or did
+/// not come, which stays claimed.
+async fn receive(claimed: &mut Claimed, pack: PackId, class: Class) -> Vec<Leg> {
+    let shared = claimed.shared.clone();
+    let mut waiting: VecDeque<Leg> = claimed.legs.iter().cloned().collect();
+    let frames: Vec<Frame> = waiting.iter().map(Leg::frame).collect();
+    let range = span(&frames);
+    let begun = Instant::now();
+    let mut damaged = Vec::new();
+    let mut body = BytesMut::with_capacity(usize::try_from(range.end - range.start).unwrap_or(0));
+    add(&shared.counters.source_requests, 1);
+    let mut answer =
+        match shared.within(begun, waiting[0].flight.source.stream(pack, range.clone(), class)).await {
+            Ok(answer) => answer,
+            Err(error) => {
+                fail(claimed, &error);
+                return damaged;
+            }
+        };
+    loop {
+        let next = async { Ok(answer.next().await.transpose()) };
+        let piece = match shared.within(begun, async { next.await.and_then(|piece| piece) }).await {
+            Ok(Some(piece)) => piece,
+            Ok(None) => break,
+            Err(error) => {
+                claimed.legs.retain(|leg| damaged.iter().all(|other: &Leg| other.want.id != leg.want.id));
+                fail(claimed, &error);
+                claimed.legs.extend(damaged.iter().cloned());
+                return damaged;
+            }
+        };
+        add(&shared.counters.source_bytes, piece.len());
+        body.extend_from_slice(&piece);
+        let here = range.start + body.len() as u64;
+        let mut ready = Vec::new();
+        while let Some(leg) = waiting.pop_front_if(|leg| leg.frame().end() <= here) {
+            ready.push(leg);
+        }
+        if !ready.is_empty() {
+            damaged.extend(deliver(claimed, ready, &body, range.start, class).await);
+        }
+    }
+    let wanted: usize = frames.iter().map(|frame| frame.sealed_len as usize).sum();
+    add(&shared.counters.source_gap_bytes, body.len().saturating_sub(wanted));
+    damaged.extend(waiting);
+    damaged
+}
+
+/// Tells everybody who still waits that the request failed.
+fn fail(claimed: &mut Claimed, error: &RequestError) {
+    for leg in claimed.legs.drain(..) {
+        claimed.shared.flights.land(&leg.flight, Err(error.of(leg.want.id)));
+    }
+}
+
+/// Opens and lands what arrived, and gives it to the disk. Returns what did not verify, which stays claimed.
+async fn deliver(claimed: &mut Claimed, ready: Vec<Leg>, body: &[u8], start: u64, class: Class) -> Vec<Leg> {
     let shared = claimed.shared.clone();
     let mut opening = Vec::new();
     let mut keep = Vec::new();
-    for leg in std::mem::take(&mut claimed.legs) {
+    for leg in ready {
         let sealed = cut_out(body, start, leg.frame());
-        let ahead = !leg.needed;
-        if ahead {
-            let sealed_too = sealed.clone();
-            let id = leg.want.id;
-            if shared.flights.land_unwatched(&leg.flight, || shared.memory.insert_sealed(id, sealed_too)) {
-                shared.count_fetched(&sealed, true);
-                keep.push((id, sealed));
-                continue;
-            }
+        let (id, sealed_too) = (leg.want.id, sealed.clone());
+        let keep_sealed = || shared.memory.insert_sealed(id, sealed_too);
+        if !leg.needed && shared.flights.land_unwatched(&leg.flight, keep_sealed) {
+            shared.count_fetched(&sealed, true);
+            claimed.landed(&leg);
+            keep.push((id, sealed));
+            continue;
         }
         opening.push((leg, sealed));
     }
-    claimed.legs = opening.iter().map(|(leg, _)| leg.clone()).collect();
+    let ids: Vec<FrameId> = opening.iter().map(|(leg, _)| leg.want.id).collect();
     let plain: usize = opening.iter().map(|(leg, _)| leg.frame().plain_len as usize).sum();
     let opened = if plain <= OPEN_INLINE_BYTES {
         open_all(&shared, opening, class)
@@ -168,7 +216,8 @@ async fn deliver(claimed: &mut Claimed, body: &Bytes, start: u64, class: Class) 
         let Ok(opened) = opened else { return Vec::new() };
         opened
     };
-    claimed.legs.retain(|leg| opened.damaged.iter().any(|other| other.want.id == leg.want.id));
+    let is_damaged = |id| opened.damaged.iter().any(|leg| leg.want.id == id);
+    claimed.legs.retain(|leg| !ids.contains(&leg.want.id) || is_damaged(leg.want.id));
     keep.extend(opened.good);
     for (id, sealed) in keep {
         match class {
@@ -230,7 +279,7 @@ async fn again(shared: &Arc<Shared>, leg: &Leg, class: Class) {
 
 /// The frame's bytes, copied so that they do not keep the whole answer in memory. An answer that is too short gives an
 /// empty frame, which does not open.
-fn cut_out(body: &Bytes, start: u64, frame: Frame) -> Sealed {
+fn cut_out(body: &[u8], start: u64, frame: Frame) -> Sealed {
     let from = usize::try_from(u64::from(frame.offset) - start).unwrap_or(usize::MAX);
     let to = from.saturating_add(frame.sealed_len as usize);
     let bytes = body.get(from..to).map(Bytes::copy_from_slice).unwrap_or_default();
@@ -253,7 +302,7 @@ impl RequestError {
 }
 
 impl Shared {
-    /// One request, with the deadline.
+    /// One request for a whole range.
     async fn request(
         &self,
         leg: &Leg,
@@ -262,13 +311,20 @@ impl Shared {
         class: Class,
     ) -> Result<Bytes, RequestError> {
         add(&self.counters.source_requests, 1);
+        let body = self.within(Instant::now(), leg.flight.source.fetch(pack, range, class)).await?;
+        add(&self.counters.source_bytes, body.len());
+        Ok(body)
+    }
+
+    /// What a source does, as far as it is done before the deadline of a request that began then.
+    async fn within<T>(
+        &self,
+        begun: Instant,
+        work: impl Future<Output = Result<T, crate::SourceError>>,
+    ) -> Result<T, RequestError> {
         let deadline = self.config.deadline;
-        let answer = timeout(deadline, leg.flight.source.fetch(pack, range, class)).await;
-        let result = match answer {
-            Ok(Ok(body)) => {
-                add(&self.counters.source_bytes, body.len());
-                return Ok(body);
-            }
+        let result = match timeout(deadline.saturating_sub(begun.elapsed()), work).await {
+            Ok(Ok(done)) => return Ok(done),
             Ok(Err(cause)) => RequestError::Source(cause),
             Err(_) => RequestError::Deadline(deadline),
         };

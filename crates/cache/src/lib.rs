@@ -24,4 +24,4 @@ pub use config::{CacheConfig, Class, InFlight};
 pub use error::CacheError;
 pub use fetch::Want;
 pub use metrics::Snapshot;
-pub use source::{Source, SourceError};
+pub use source::{Pieces, Source, SourceError};

@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
+use futures_util::stream::{self, BoxStream};
+use futures_util::{FutureExt, StreamExt};
 use lamina_chunk::PackId;
 
 use crate::Class;
@@ -19,7 +21,22 @@ pub trait Source: Send + Sync {
         range: Range<u64>,
         class: Class,
     ) -> BoxFuture<'_, Result<Bytes, SourceError>>;
+
+    /// The same bytes as they come, so that the first frame of a long answer need not wait for the last. A source that
+    /// cannot do better gives them in one piece.
+    fn stream(
+        &self,
+        pack: PackId,
+        range: Range<u64>,
+        class: Class,
+    ) -> BoxFuture<'_, Result<Pieces, SourceError>> {
+        let whole = self.fetch(pack, range, class);
+        async move { Ok(stream::iter([Ok(whole.await?)]).boxed()) }.boxed()
+    }
 }
+
+/// An answer on its way.
+pub type Pieces = BoxStream<'static, Result<Bytes, SourceError>>;
 
 /// What went wrong at the other end.
 type Cause = Arc<dyn std::error::Error + Send + Sync>;

@@ -11,6 +11,7 @@ use parking_lot::Mutex;
 use tokio::runtime::Handle;
 
 use crate::MountConfig;
+use crate::backward::Backward;
 use crate::metrics::{Counters, one};
 use crate::order::{PackOrder, Touch, want};
 use crate::streams::Streams;
@@ -18,6 +19,13 @@ use crate::window::Window;
 
 /// Files followed at once, some 300 bytes each.
 const FILES_MAX: NonZeroUsize = NonZeroUsize::new(1024).expect("not zero");
+
+/// Who reads a file, forward and backward.
+#[derive(Default)]
+struct File {
+    streams: Streams,
+    backward: Backward,
+}
 
 /// The readahead of one mount.
 pub(crate) struct Ahead {
@@ -29,7 +37,7 @@ pub(crate) struct Ahead {
     handle: Handle,
     /// Known some milliseconds after the mount; until then nothing is read ahead across files.
     order: Arc<OnceLock<PackOrder>>,
-    files: Mutex<LruCache<Ino, Streams>>,
+    files: Mutex<LruCache<Ino, File>>,
     packs: Mutex<Streams>,
     window: OnceLock<Window>,
 }
@@ -79,12 +87,13 @@ impl Ahead {
     /// Takes note of a read of `range` in `ino`, which touched parts of frames, and fetches ahead.
     pub(crate) fn note(&self, ino: Ino, range: Range<u64>, touched: &[Touch]) {
         let Ok(inode) = self.tree.inode(ino) else { return };
-        let advice = {
+        let (advice, back) = {
             let mut files = self.files.lock();
-            let streams = files.get_or_insert_mut(ino, Streams::default);
-            streams.note(range, inode.size, self.config.file_ramp)
+            let file = files.get_or_insert_mut(ino, File::default);
+            let back = file.backward.note(range.start);
+            (file.streams.note(range, inode.size, self.config.file_ramp), back)
         };
-        if let Some(range) = advice.fetch {
+        for range in advice.fetch.into_iter().chain(back) {
             let extents = self.tree.extents(ino, range.start, range.end).into_iter().flatten();
             self.fetch(extents.filter_map(|extent| extent.ok()?.frame).collect());
         }

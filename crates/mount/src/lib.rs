@@ -9,6 +9,7 @@
 //! depends on what was asked before: inode numbers are the tree's, file handles are all alike.
 
 mod ahead;
+mod backward;
 mod config;
 mod error;
 mod fs;

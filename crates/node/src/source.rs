@@ -4,9 +4,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use lamina_cache::{Class, Source, SourceError};
+use futures_util::{FutureExt, StreamExt, TryStreamExt};
+use lamina_cache::{Class, Pieces, Source, SourceError};
 use lamina_chunk::PackId;
 use lamina_wire::{Client, WireError};
 
@@ -33,12 +33,31 @@ impl Source for RegistrySource {
     ) -> BoxFuture<'_, Result<Bytes, SourceError>> {
         async move {
             let fetched = self.client.blob_range(&self.repository, pack.into(), range).await;
-            fetched.map_err(|error| match error {
-                WireError::NotFound { .. } => SourceError::Missing(pack),
-                error if error.is_passing() => SourceError::Unreachable { pack, cause: Arc::new(error) },
-                error => SourceError::Refused { pack, cause: Arc::new(error) },
-            })
+            fetched.map_err(|error| translated(pack, error))
         }
         .boxed()
+    }
+
+    fn stream(
+        &self,
+        pack: PackId,
+        range: Range<u64>,
+        _class: Class,
+    ) -> BoxFuture<'_, Result<Pieces, SourceError>> {
+        async move {
+            let pieces = self.client.blob_range_stream(&self.repository, pack.into(), range).await;
+            let pieces = pieces.map_err(|error| translated(pack, error))?;
+            Ok(pieces.map_err(move |error| translated(pack, error)).boxed())
+        }
+        .boxed()
+    }
+}
+
+/// A registry's answer as a cache understands it.
+fn translated(pack: PackId, error: WireError) -> SourceError {
+    match error {
+        WireError::NotFound { .. } => SourceError::Missing(pack),
+        error if error.is_passing() => SourceError::Unreachable { pack, cause: Arc::new(error) },
+        error => SourceError::Refused { pack, cause: Arc::new(error) },
     }
 }

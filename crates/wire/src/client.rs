@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use backon::{ExponentialBuilder, Retryable};
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use futures_util::stream::BoxStream;
 use futures_util::{StreamExt, TryStreamExt};
 use http::{Method, Request, StatusCode, Uri, header};
@@ -18,6 +18,8 @@ use crate::{Version, WireError};
 const REDIRECTS_MAX: usize = 5;
 /// How long an upload, or the registry's check of an image, may take: 20 GB at 100 Mbit/s.
 const UPLOAD: Duration = Duration::from_secs(1800);
+/// A range's buffer is reserved at once up to 1 MiB; beyond it grows with what comes.
+const RANGE_RESERVED: usize = 1 << 20;
 /// Pages of referrers that are read.
 const REFERRER_PAGES_MAX: usize = 16;
 
@@ -233,40 +235,41 @@ impl Client {
         digest: Digest,
         range: Range<u64>,
     ) -> Result<Bytes, WireError> {
-        let url = self.blob_url(repository, digest);
-        let expected = range.end - range.start;
+        let len = usize::try_from(range.end - range.start).unwrap_or(usize::MAX);
         self.retrying(|| async {
-            let answer = self.following(&url, Some(&range)).await?;
-            let answer = answer.expect(&[StatusCode::PARTIAL_CONTENT, StatusCode::OK]).await?;
-            let bytes = match answer.status() {
-                StatusCode::PARTIAL_CONTENT => answer.bytes(expected).await?,
-                // the registry ignores ranges: take what is needed and drop the rest
-                _ => self.cut_out(answer, &range).await?,
-            };
-            match bytes.len() as u64 {
-                found if found == expected => Ok(bytes),
-                found => Err(WireError::Length { url: url.clone(), expected, found }),
+            let mut stream = self.range_once(repository, digest, range.clone()).await?;
+            let mut bytes = BytesMut::with_capacity(len.min(RANGE_RESERVED));
+            while let Some(piece) = stream.try_next().await? {
+                bytes.extend_from_slice(&piece);
             }
+            Ok(bytes.freeze())
         })
         .await
     }
 
-    async fn cut_out(&self, answer: Answer, range: &Range<u64>) -> Result<Bytes, WireError> {
-        let mut position = 0u64;
-        let mut wanted = Vec::new();
-        let mut stream = answer.stream();
-        while let Some(piece) = stream.try_next().await? {
-            let (from, to) = (range.start.max(position), range.end.min(position + piece.len() as u64));
-            if from < to {
-                let inside = |at: u64| usize::try_from(at - position).expect("inside the piece");
-                wanted.extend_from_slice(&piece[inside(from)..inside(to)]);
-            }
-            position += piece.len() as u64;
-            if position >= range.end {
-                break;
-            }
-        }
-        Ok(Bytes::from(wanted))
+    /// The bytes of `range` as they come. Asked for again only while nothing has come; ends in an error where more or
+    /// fewer come.
+    pub async fn blob_range_stream(
+        &self,
+        repository: &str,
+        digest: Digest,
+        range: Range<u64>,
+    ) -> Result<BoxStream<'static, Result<Bytes, WireError>>, WireError> {
+        self.retrying(|| self.range_once(repository, digest, range.clone())).await
+    }
+
+    async fn range_once(
+        &self,
+        repository: &str,
+        digest: Digest,
+        range: Range<u64>,
+    ) -> Result<BoxStream<'static, Result<Bytes, WireError>>, WireError> {
+        let url = self.blob_url(repository, digest);
+        let answer = self.following(&url, Some(&range)).await?;
+        let answer = answer.expect(&[StatusCode::PARTIAL_CONTENT, StatusCode::OK]).await?;
+        // a registry that ignores ranges sends everything: what is not wanted is dropped
+        let from = if answer.status() == StatusCode::OK { range.start } else { 0 };
+        Ok(exactly(answer, from, range.end - range.start).boxed())
     }
 
     pub(crate) fn blob_url(&self, repository: &str, digest: Digest) -> String {
@@ -338,6 +341,38 @@ impl Client {
             .notify(|error, pause| tracing::debug!(%error, ?pause, "asking again"))
             .await
     }
+}
+
+/// `len` bytes of an answer after the first `skip`; an error where it ends before. What follows is dropped, and nobody is
+/// misled by it: the bytes are verified by whoever asked.
+fn exactly(
+    answer: Answer,
+    skip: u64,
+    len: u64,
+) -> impl futures_util::Stream<Item = Result<Bytes, WireError>> {
+    let url = answer.url.clone();
+    let state = (answer.stream(), skip, len);
+    futures_util::stream::try_unfold(state, move |(mut stream, mut skip, left)| {
+        let url = url.clone();
+        async move {
+            if left == 0 {
+                return Ok(None);
+            }
+            loop {
+                let Some(mut piece) = stream.try_next().await? else {
+                    return Err(WireError::Length { url, expected: len, found: len - left });
+                };
+                let dropped = usize::try_from(skip).unwrap_or(usize::MAX).min(piece.len());
+                skip -= dropped as u64;
+                bytes::Buf::advance(&mut piece, dropped);
+                piece.truncate(usize::try_from(left).unwrap_or(usize::MAX));
+                if !piece.is_empty() {
+                    let left = left - piece.len() as u64;
+                    return Ok(Some((piece, (stream, skip, left))));
+                }
+            }
+        }
+    })
 }
 
 /// Whether a host is this machine itself, by address or by the one name that always is.

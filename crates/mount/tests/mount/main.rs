@@ -190,7 +190,7 @@ fn the_kernel_reads_ahead_little_until_reading_is_dense() {
         let path = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
         fs::read_to_string(path).expect("readable").trim().to_owned()
     };
-    assert_eq!(window(), "16");
+    assert_eq!(window(), "32");
     fs::read(rig.path("large")).expect("read");
     assert_eq!(window(), "1024");
 }
