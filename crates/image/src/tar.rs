@@ -14,7 +14,7 @@ mod sparse;
 use std::io;
 
 pub use fields::path_parts;
-use fields::{BLOCK, checked_header, number};
+use fields::{BLOCK, checked_header, number, or_blank};
 use pax::Extensions;
 pub use sparse::Segment;
 
@@ -230,8 +230,9 @@ fn entry<S: TarSource>(
         b'6' => EntryKind::Special(FileKind::Fifo, 0),
         other => return Err(TarError::Kind { name: lossy(&path), kind: char::from(other) }),
     };
-    let id = |from_pax: Option<u64>, field: io::Result<u64>, name| -> Result<u32, TarError> {
-        let id = from_pax.map_or_else(|| number(field, name, at), Ok)?;
+    let old = header.as_old();
+    let id = |from_pax: Option<u64>, raw: &[u8], field: io::Result<u64>, name| -> Result<u32, TarError> {
+        let id = from_pax.map_or_else(|| or_blank(raw, field, name, at), Ok)?;
         u32::try_from(id).map_err(|_| TarError::Header { at, field: name })
     };
     let (mtime_s, mtime_ns) = match extensions.mtime {
@@ -241,9 +242,10 @@ fn entry<S: TarSource>(
     Ok(TarEntry {
         path,
         kind,
-        mode: number(header.mode().map(u64::from), "mode", at).map(|mode| (mode & 0o7777) as u32)?,
-        uid: id(extensions.uid, header.uid(), "uid")?,
-        gid: id(extensions.gid, header.gid(), "gid")?,
+        mode: or_blank(&old.mode, header.mode().map(u64::from), "mode", at)
+            .map(|mode| (mode & 0o7777) as u32)?,
+        uid: id(extensions.uid, &old.uid, header.uid(), "uid")?,
+        gid: id(extensions.gid, &old.gid, header.gid(), "gid")?,
         mtime_s,
         mtime_ns,
         xattrs: extensions.xattrs.into_iter().collect(),

@@ -297,6 +297,20 @@ fn names_that_climb_out_are_refused_by_name() {
 }
 
 #[test]
+fn numbers_that_are_left_blank_are_zero() {
+    let mut header = tar::Header::new_ustar();
+    header.set_entry_type(tar::EntryType::Regular);
+    header.as_old_mut().name[..1].copy_from_slice(b"f");
+    header.set_size(0);
+    let old = header.as_old_mut();
+    (old.mode, old.uid, old.gid, old.mtime) = ([0; 8], [0; 8], [b' '; 8], [0; 12]);
+    header.set_cksum();
+    let (_, tree) = image(vec![[&header.as_bytes()[..], &[0; 1024]].concat()]);
+    let inode = tree.inode(find(&tree, "f").unwrap()).unwrap();
+    assert_eq!((inode.mode & 0o7777, inode.uid, inode.gid, inode.mtime_s), (0, 0, 0, 0));
+}
+
+#[test]
 fn truncated_and_damaged_layers_are_refused() {
     let tar = Tar::new().file("f", &noise(100_000, 4)).file("g", b"x").done();
     let (gzip, zstd) = (gzip(&tar), zstd::encode_all(&tar[..], 1).unwrap());

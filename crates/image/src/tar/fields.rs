@@ -35,6 +35,19 @@ pub(super) fn number(decoded: io::Result<u64>, field: &'static str, at: u64) -> 
     decoded.map_err(|_| TarError::Header { at, field })
 }
 
+/// The same for a field that writers may leave blank, which means 0: GNU tar and Go read it so.
+pub(super) fn or_blank(
+    raw: &[u8],
+    decoded: io::Result<u64>,
+    field: &'static str,
+    at: u64,
+) -> Result<u64, TarError> {
+    match raw.iter().all(|byte| [0, b' '].contains(byte)) {
+        true => Ok(0),
+        false => number(decoded, field, at),
+    }
+}
+
 /// A number that may be negative: octal, or base 256 with the sign in its second bit.
 pub(super) fn signed(field: &[u8; 12], name: &'static str, at: u64) -> Result<i64, TarError> {
     let wrong = TarError::Header { at, field: name };
