@@ -33,7 +33,13 @@ pub(crate) struct Common {
         action = clap::ArgAction::SetTrue)]
     pub(crate) plain_http: bool,
     /// What to log to stderr: error, warn, info, debug, trace, or a filter as tracing has them
-    #[arg(long, global = true, env = "LAMINA_LOG", default_value = "warn", value_name = "FILTER")]
+    #[arg(
+        long,
+        global = true,
+        env = "LAMINA_LOG",
+        default_value = "warn,fuser=error",
+        value_name = "FILTER"
+    )]
     pub(crate) log: String,
     /// A TOML file with options under their own names [default: /etc/lamina/config.toml, where it exists]
     #[arg(long, global = true, env = "LAMINA_CONFIG", value_name = "FILE")]

@@ -6,6 +6,7 @@ mod config;
 mod progress;
 mod source;
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use tracing_subscriber::EnvFilter;
@@ -70,7 +71,9 @@ fn complain(error: &anyhow::Error) -> ExitCode {
 
 fn start_logging(arguments: &Arguments) {
     let filter = EnvFilter::try_new(&arguments.common.log).unwrap_or_else(|_| EnvFilter::new("warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    // a log on a full disk must not take the daemon with it: what cannot be written is dropped
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    log.log_internal_errors(false).with_ansi(std::io::stderr().is_terminal()).init();
 }
 
 #[expect(unsafe_code, reason = "there is no safe call for signal dispositions")]

@@ -43,7 +43,17 @@ pub struct Node {
     mounts: Mutex<BTreeMap<PathBuf, Mounted>>,
     /// Trees that are mounted: two mounts of an image share one.
     loaded: Mutex<BTreeMap<Digest, std::sync::Weak<Tree>>>,
+    /// Mounts, and requests that are being answered: what keeps the daemon from ending.
     count: watch::Sender<usize>,
+}
+
+/// Something that the daemon is busy with, until it is dropped.
+pub(crate) struct Busy(Arc<Node>);
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.count.send_modify(|count| *count -= 1);
+    }
 }
 
 struct Mounted {
@@ -61,9 +71,14 @@ impl Node {
         Ok(Self { config, cache, trees, mounts: Mutex::default(), loaded: Mutex::default(), count })
     }
 
-    /// How many mounts there are, now and whenever that changes.
+    /// How many mounts there are and requests being answered, now and whenever that changes.
     pub fn count(&self) -> watch::Receiver<usize> {
         self.count.subscribe()
+    }
+
+    pub(crate) fn busy(self: &Arc<Self>) -> Busy {
+        self.count.send_modify(|count| *count += 1);
+        Busy(Arc::clone(self))
     }
 
     /// Mounts an image. When it returns, the mount answers.
@@ -95,7 +110,7 @@ impl Node {
         let path = mount.mountpoint().to_owned();
         let mounted = Mounted { mount: Arc::clone(&mount), reference: reference.to_string(), manifest };
         self.mounts.lock().insert(path.clone(), mounted);
-        self.count.send_modify(|count| *count += 1);
+        let busy = self.busy();
         let node = Arc::clone(self);
         tokio::spawn(async move {
             mount.wait().await;
@@ -105,7 +120,7 @@ impl Node {
                 mounts.remove(&path);
             }
             drop(mounts);
-            node.count.send_modify(|count| *count -= 1);
+            drop(busy);
         });
     }
 

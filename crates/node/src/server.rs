@@ -59,7 +59,7 @@ pub async fn serve(
     Ok(())
 }
 
-/// Ready when there was no mount for a while.
+/// Ready when there was no mount and no request for a while.
 async fn idle(node: &Node) {
     let mut count = node.count();
     loop {
@@ -106,6 +106,7 @@ async fn answer(node: &Arc<Node>, request: Request<Incoming>) -> Result<Response
         Ok(Ok(body)) => body.to_bytes(),
         _ => return Ok(plain(StatusCode::BAD_REQUEST, "the request did not come whole".into())),
     };
+    let _busy = node.busy();
     Ok(match dispatch(node, &path, body).await {
         Ok(message) => Response::new(Full::new(Bytes::from(message))),
         Err(Refused::Unknown) => plain(StatusCode::NOT_FOUND, format!("{path} is nothing that a node does")),
