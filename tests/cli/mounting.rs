@@ -1,0 +1,127 @@
+//! Mounts as their users meet them.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::process::Command;
+
+use anyhow::{Result, ensure};
+use lamina_testkit::image::Image;
+use lamina_testkit::mounts::mounted_on;
+use lamina_testkit::process::{Process, run, until};
+use rustix::process::Signal;
+
+use crate::rig::{DEADLINE, Rig, noise, real_image, text};
+
+fn pushed() -> Result<Rig> {
+    let rig = Rig::new()?;
+    let image = Image::new().layer(|layer| layer.file("big", noise(4_000_000, 5)).file("small", "s").gzip());
+    let source = rig.layout("layout", &image)?;
+    rig.ok(&["push", &source, &rig.name("a:t")])?;
+    Ok(rig)
+}
+
+#[test]
+fn a_program_starts_from_an_image_that_has_not_arrived() -> Result<()> {
+    let rig = Rig::new()?;
+    rig.ok(&["push", &real_image()?, &rig.name("real:t")])?;
+    let mounted = rig.mount("real:t")?;
+    let output = run(Command::new("chroot").arg(&mounted).args([
+        "python3",
+        "-c",
+        "import numpy; print(numpy.ones(3).sum())",
+    ]))?;
+    ensure!(output.stdout == b"3.0\n");
+    let received = rig.counter("source_bytes")?;
+    ensure!((1..60 << 20).contains(&received), "{received} bytes came");
+    rig.unmount()
+}
+
+#[test]
+fn what_was_read_once_is_not_fetched_again_after_a_remount() -> Result<()> {
+    let rig = pushed()?;
+    let mounted = rig.mount("a:t")?;
+    ensure!(fs::read(mounted.join("big"))? == noise(4_000_000, 5));
+    rig.unmount()?;
+    // the first node goes with its last mount
+    rig.node_ended()?;
+    let mounted = rig.mount("a:t")?;
+    ensure!(fs::read(mounted.join("big"))? == noise(4_000_000, 5));
+    let fetched = rig.counter("source_bytes")?;
+    ensure!(fetched == 0, "{fetched} bytes were fetched again");
+    rig.unmount()
+}
+
+#[test]
+fn two_mounts_share_a_node_and_a_busy_one_is_not_unmounted() -> Result<()> {
+    let rig = pushed()?;
+    let mounted = rig.mount("a:t")?;
+    let second = rig.path("scratch");
+    rig.ok(&["mount", &rig.name("a:t"), &text(&second)])?;
+    ensure!(rig.json(&["stats"])?["mounts"].as_array().map(Vec::len) == Some(2));
+    let mut open = File::open(mounted.join("big"))?;
+    let busy = rig.fails(&["unmount", &text(&mounted)])?;
+    ensure!(busy.contains("in use") && busy.contains(&text(&mounted)), "{busy}");
+    rig.ok(&["unmount", "--lazy", &text(&mounted)])?;
+    ensure!(mounted_on(&mounted)?.is_none());
+    let mut bytes = Vec::new();
+    open.read_to_end(&mut bytes)?;
+    ensure!(bytes == noise(4_000_000, 5), "a file that was open is still whole");
+    rig.ok(&["unmount", &text(&second)]).map(drop)
+}
+
+#[test]
+fn mount_points_that_will_not_do_are_named() -> Result<()> {
+    let rig = pushed()?;
+    let missing = text(&rig.path("nowhere"));
+    let said = rig.fails(&["mount", &rig.name("a:t"), &missing])?;
+    ensure!(said.contains(&missing) && said.contains("does not exist"), "{said}");
+    let full = rig.path("scratch");
+    fs::write(full.join("x"), "x")?;
+    let said = rig.fails(&["mount", &rig.name("a:t"), &text(&full)])?;
+    ensure!(said.contains("not empty") && said.contains(&text(&full)), "{said}");
+    let said = rig.fails(&["mount", &rig.name("a:t"), &text(&full.join("x"))])?;
+    ensure!(said.contains("not a directory"), "{said}");
+    let mounted = rig.mount("a:t")?;
+    let said = rig.fails(&["mount", &rig.name("a:t"), &text(&mounted)])?;
+    ensure!(said.contains("already"), "{said}");
+    let said = rig.fails(&["unmount", &text(&full)])?;
+    ensure!(said.contains("nothing"), "{said}");
+    rig.unmount()
+}
+
+#[test]
+fn in_the_foreground_it_stays_until_ctrl_c() -> Result<()> {
+    let rig = pushed()?;
+    let mounted = rig.path("mount");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_lamina"));
+    command.args([
+        "mount",
+        "-f",
+        "--json",
+        "--cache",
+        &text(&rig.path("cache")),
+        &rig.name("a:t"),
+        &text(&mounted),
+    ]);
+    let mut process = Process::spawn("mount", &mut command)?;
+    process.wait_line("{", DEADLINE)?;
+    ensure!(fs::read(mounted.join("small"))? == b"s");
+    process.signal(Signal::INT)?;
+    ensure!(process.wait(DEADLINE)?.success());
+    ensure!(mounted_on(&mounted)?.is_none(), "the mount is left behind");
+    Ok(())
+}
+
+#[test]
+fn a_node_that_is_killed_leaves_nothing_that_the_next_mount_trips_over() -> Result<()> {
+    let rig = pushed()?;
+    let mounted = rig.mount("a:t")?;
+    ensure!(fs::read(mounted.join("big"))?.len() == 4_000_000);
+    let pid = rig.json(&["stats"])?["pid"].to_string();
+    run(Command::new("kill").args(["-9", &pid]))?;
+    until("the mount to be dead", DEADLINE, || Ok(fs::read(mounted.join("small")).is_err().then_some(())))?;
+    run(Command::new("umount").arg("-l").arg(&mounted))?;
+    let mounted = rig.mount("a:t")?;
+    ensure!(fs::read(mounted.join("big"))? == noise(4_000_000, 5));
+    rig.unmount()
+}
