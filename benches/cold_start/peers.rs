@@ -29,9 +29,11 @@ pub(crate) fn ctr(stage: &Stage, round: u32) -> Sample {
 
 fn try_podman(stage: &Stage, round: u32) -> Result<Sample> {
     let dir = Scratch(stage.fresh("podman", round)?);
+    // podman takes no more than 50 characters here; /run is this bench's own
+    let runroot = format!("/run/podman-{round}");
     let podman = || {
         let mut command = stage.link.node().command("podman");
-        command.arg("--root").arg(dir.0.join("root")).arg("--runroot").arg(dir.0.join("run"));
+        command.arg("--root").arg(dir.0.join("root")).arg("--runroot").arg(&runroot);
         command.args(["--storage-driver", "overlay", "--cgroup-manager", "cgroupfs"]);
         command
     };

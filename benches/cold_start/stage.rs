@@ -73,6 +73,12 @@ impl Stage {
         if lazy || (args.has_peers() && !args.peer_registry) {
             stage.start_lamina()?;
         }
+        // into an empty registry, as its numbers are quoted: beside a conversion it would share the new chunks with that
+        if lazy {
+            let mut push = stage.link.server().command(&stage.lamina);
+            push.args(["push", &stage.image.source, &stage.lazy_ref, "--plain-http"]);
+            stage.prepare("lamina push", &mut push)?;
+        }
         if args.has_peers() {
             if args.peer_registry {
                 stage.start_peer()?;
@@ -81,11 +87,6 @@ impl Stage {
             skopeo.args(["copy", "--quiet", "--dest-tls-verify=false", &stage.image.source]);
             skopeo.arg(format!("docker://{}", stage.plain_ref));
             stage.prepare("skopeo copy", &mut skopeo)?;
-        }
-        if lazy {
-            let mut push = stage.link.server().command(&stage.lamina);
-            push.args(["push", &stage.image.source, &stage.lazy_ref, "--plain-http"]);
-            stage.prepare("lamina push", &mut push)?;
         }
         for registry in &stage.registries {
             process::wait_idle(registry.pid(), QUIET, DEADLINE)?;
