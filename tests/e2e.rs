@@ -1,0 +1,15 @@
+//! The real binary where the network, the registry or the source does not do its part, and at the moments in between.
+//!
+//! Needs root and `/dev/fuse`. Without them every test here fails; none is skipped.
+
+#[path = "e2e/commit.rs"]
+mod commit;
+#[path = "e2e/faulty.rs"]
+mod faulty;
+#[path = "e2e/layouts.rs"]
+mod layouts;
+#[path = "e2e/proxy.rs"]
+mod proxy;
+#[expect(dead_code, reason = "the tests of the command line use the rest")]
+#[path = "cli/rig.rs"]
+mod rig;

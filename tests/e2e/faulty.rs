@@ -1,0 +1,171 @@
+//! A mount whose registry misbehaves: the right bytes or an error, in time, and never anything else.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use lamina_testkit::image::Image;
+use lamina_testkit::mounts::mounted_on;
+use lamina_testkit::process::{Process, until};
+use rustix::process::Signal;
+
+use crate::proxy::{Fault, Proxy};
+use crate::rig::{DEADLINE, Rig, noise, text};
+
+const BIG_BYTES: usize = 3_000_000;
+/// How long readers wait here, in seconds.
+const WAIT: &str = "2";
+
+fn pushed() -> Result<Rig> {
+    let rig = Rig::new()?;
+    let image = Image::new().layer(|layer| layer.file("big", noise(BIG_BYTES, 5)).file("small", "s"));
+    let source = rig.layout("layout", &image)?;
+    rig.ok(&["push", &source, &rig.name("a:t")])?;
+    Ok(rig)
+}
+
+/// Mounts what the proxy serves; readers give up soon.
+fn mount(rig: &Rig, proxy: &Proxy) -> Result<std::path::PathBuf> {
+    let point = rig.path("mount");
+    rig.ok(&["mount", "--deadline", WAIT, &proxy.name("a:t"), &text(&point)])?;
+    Ok(point)
+}
+
+/// The reader gets EIO, within a time that has to do with its deadline.
+fn is_error(path: &Path) -> Result<()> {
+    let begun = Instant::now();
+    let error = fs::read(path).err();
+    let number = error.as_ref().and_then(std::io::Error::raw_os_error);
+    ensure!(number == Some(libc::EIO), "{}: {error:?}", path.display());
+    ensure!(begun.elapsed() < Duration::from_secs(20), "it took {:?}", begun.elapsed());
+    Ok(())
+}
+
+#[test]
+fn documents_other_than_those_asked_for_mount_nothing() -> Result<()> {
+    let rig = pushed()?;
+    let manifest = rig.json(&["inspect", &rig.name("a:t")])?["manifest"].clone();
+    let pinned = format!("a@{}", manifest.as_str().unwrap_or_default());
+    let cases = [("a:t", "/blobs/", "other bytes than"), (&pinned, "/manifests/", "other bytes than")];
+    for (name, part, expected) in cases {
+        let proxy = Proxy::start(&rig.address, move |request| match request.line.contains(part) {
+            true => Fault::Flip,
+            false => Fault::None,
+        })?;
+        let said = rig.fails(&["mount", &proxy.name(name), &text(&rig.path("mount"))])?;
+        ensure!(said.contains(expected) && said.contains(&proxy.address), "{name}: {said}");
+        ensure!(proxy.faults() > 0, "nothing was changed");
+        ensure!(mounted_on(&rig.path("mount"))?.is_none(), "{name} is mounted");
+    }
+    Ok(())
+}
+
+#[test]
+fn packs_that_stay_wrong_are_an_error_to_the_reader_and_the_mount_stays() -> Result<()> {
+    let rig = pushed()?;
+    let faults = [Fault::Flip, Fault::Cut, Fault::Status(401), Fault::Status(404), Fault::Status(500)];
+    for fault in faults {
+        let broken = Arc::new(AtomicBool::new(true));
+        let policy = Arc::clone(&broken);
+        let proxy = Proxy::start(&rig.address, move |request| {
+            match request.ranged && policy.load(Ordering::SeqCst) {
+                true => fault,
+                false => Fault::None,
+            }
+        })?;
+        let mounted = mount(&rig, &proxy)?;
+        is_error(&mounted.join("big")).map_err(|error| error.context(format!("{fault:?}")))?;
+        ensure!(proxy.faults() > 0 && fs::read_dir(&mounted)?.count() == 2);
+        // once the registry is well again, so is the file
+        broken.store(false, Ordering::SeqCst);
+        ensure!(fs::read(mounted.join("big"))? == noise(BIG_BYTES, 5), "after {fault:?}");
+        rig.unmount()?;
+        rig.node_ended()?;
+        fs::remove_dir_all(rig.path("cache"))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_registry_that_hangs_costs_a_reader_its_deadline_and_no_more() -> Result<()> {
+    let rig = pushed()?;
+    let hanging = Arc::new(AtomicBool::new(true));
+    let policy = Arc::clone(&hanging);
+    let proxy =
+        Proxy::start(&rig.address, move |request| match request.ranged && policy.load(Ordering::SeqCst) {
+            true => Fault::Hang,
+            false => Fault::None,
+        })?;
+    let mounted = mount(&rig, &proxy)?;
+    is_error(&mounted.join("big"))?;
+    ensure!(proxy.faults() > 0);
+    hanging.store(false, Ordering::SeqCst);
+    ensure!(fs::read(mounted.join("big"))? == noise(BIG_BYTES, 5));
+    rig.unmount()
+}
+
+#[test]
+fn answers_that_fail_now_and_then_are_asked_for_again_and_readers_do_not_notice() -> Result<()> {
+    let rig = pushed()?;
+    for fault in [Fault::Cut, Fault::Status(429), Fault::Status(503)] {
+        let asked = AtomicUsize::new(0);
+        let proxy = Proxy::start(&rig.address, move |_| {
+            match asked.fetch_add(1, Ordering::SeqCst).is_multiple_of(2) {
+                true => fault,
+                false => Fault::None,
+            }
+        })?;
+        let point = rig.path("mount");
+        rig.ok(&["mount", &proxy.name("a:t"), &text(&point)])?;
+        let read = fs::read(point.join("big")).map_err(|error| anyhow::anyhow!("{fault:?}: {error}"))?;
+        ensure!(read == noise(BIG_BYTES, 5), "{fault:?}");
+        ensure!(proxy.faults() > 1);
+        rig.unmount()?;
+        rig.node_ended()?;
+        fs::remove_dir_all(rig.path("cache"))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn ctrl_c_while_the_registry_hangs_mounts_nothing_then_or_later() -> Result<()> {
+    let rig = pushed()?;
+    for more in [&[][..], &["-f"]] {
+        let proxy = Proxy::start(&rig.address, |_| Fault::Hang)?;
+        let mut command = Command::new(env!("CARGO_BIN_EXE_lamina"));
+        command.arg("mount").args(more).args(["--cache", &text(&rig.path("cache"))]);
+        command.args([&proxy.name("a:t"), &text(&rig.path("mount"))]);
+        let mut process = Process::spawn("mount", &mut command)?;
+        proxy.faulted()?;
+        process.signal(Signal::INT)?;
+        ensure!(!process.wait(DEADLINE)?.success());
+        rig.node_ended()?;
+        ensure!(mounted_on(&rig.path("mount"))?.is_none());
+    }
+    Ok(())
+}
+
+#[test]
+fn a_killed_node_takes_neither_the_mount_point_nor_its_cache_along() -> Result<()> {
+    let rig = pushed()?;
+    let mounted = rig.mount("a:t")?;
+    ensure!(fs::read(mounted.join("big"))? == noise(BIG_BYTES, 5));
+    until("the cache to be written", DEADLINE, || {
+        Ok((rig.counter("written_frames")? >= rig.counter("source_frames")?).then_some(()))
+    })?;
+    let pid = rig.json(&["stats"])?["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok());
+    let pid = pid.and_then(rustix::process::Pid::from_raw).ok_or_else(|| anyhow::anyhow!("a process id"))?;
+    rustix::process::kill_process(pid, Signal::KILL)?;
+    until("the mount to be dead", DEADLINE, || Ok(fs::read(mounted.join("small")).is_err().then_some(())))?;
+    let said = rig.fails(&["mount", &rig.name("a:t"), &text(&mounted)])?;
+    ensure!(said.contains("mounted") && said.contains(&text(&mounted)), "{said}");
+    rustix::mount::unmount(&mounted, rustix::mount::UnmountFlags::DETACH)?;
+    let mounted = rig.mount("a:t")?;
+    ensure!(fs::read(mounted.join("big"))? == noise(BIG_BYTES, 5));
+    ensure!(rig.counter("source_bytes")? == 0, "{} bytes came again", rig.counter("source_bytes")?);
+    rig.unmount()
+}
