@@ -27,8 +27,9 @@ fn main() -> ExitCode {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let result = runtime.map_err(anyhow::Error::from).and_then(|runtime| {
         let result = runtime.block_on(run(arguments));
-        // threads that still read a slow disk or network must not hold the end up
-        runtime.shutdown_background();
+        // threads that still read a slow disk or network must not hold the end up; nor is the runtime taken away from
+        // under them, which would make them panic: they end with the process
+        std::mem::forget(runtime);
         result
     });
     match result {

@@ -45,6 +45,29 @@ fn a_push_that_ends_before_its_manifest_names_nothing_and_the_next_sends_no_chun
 }
 
 #[test]
+fn a_push_that_is_interrupted_while_packs_go_out_says_only_that() -> Result<()> {
+    let rig = Rig::new()?;
+    let image = Image::new().layer(|layer| layer.file("big", noise(BIG_BYTES, 7)));
+    let source = rig.layout("layout", &image)?;
+    for _ in 0..10 {
+        let proxy = Proxy::start(&rig.address, |request| match request.line.contains("/blobs/uploads/") {
+            true => Fault::Hang,
+            false => Fault::None,
+        })?;
+        let log = rig.path("log");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_lamina"));
+        command.args(["push", &source, &proxy.name("a:t")]).stderr(std::fs::File::create(&log)?);
+        let mut push = Process::spawn("push", &mut command)?;
+        proxy.faulted()?;
+        push.signal(Signal::INT)?;
+        ensure!(push.wait(DEADLINE)?.code() == Some(130));
+        let said = std::fs::read_to_string(&log)?;
+        ensure!(said == "lamina: interrupted\n", "{said}");
+    }
+    Ok(())
+}
+
+#[test]
 fn a_registry_that_refuses_the_push_is_quoted() -> Result<()> {
     let rig = Rig::new()?;
     let image = Image::new().layer(|layer| layer.file("f", noise(100_000, 6)));

@@ -41,6 +41,19 @@ fn change_config(layout: &Path, change: impl FnOnce(&mut Value)) -> Result<()> {
     Ok(fs::write(layout.join("index.json"), serde_json::to_vec(&index)?)?)
 }
 
+/// Puts other bytes in place of the only layer, as a plain tar; all digests are right.
+fn replace_layer(layout: &Path, bytes: &[u8]) -> Result<()> {
+    let mut index = document(&layout.join("index.json"))?;
+    let mut manifest = document(&blob(layout, &index["manifests"][0])?)?;
+    let layer = &mut manifest["layers"][0];
+    layer["digest"] = Digest::of(bytes).to_string().into();
+    layer["size"] = bytes.len().into();
+    fs::write(blob(layout, layer)?, bytes)?;
+    store(layout, &manifest, &mut index["manifests"][0])?;
+    fs::write(layout.join("index.json"), serde_json::to_vec(&index)?)?;
+    change_config(layout, |config| config["rootfs"]["diff_ids"][0] = Digest::of(bytes).to_string().into())
+}
+
 fn small() -> Image {
     Image::new().layer(|layer| layer.file("f", noise(50_000, 1)))
 }
@@ -63,6 +76,42 @@ fn a_layer_that_is_not_the_one_of_its_diff_id_is_refused_and_its_conversion_fail
     ensure!(conversion["state"] == "failed" && conversion["reason"].to_string().contains(&lie), "{status}");
     let said = rig.fails(&["mount", &rig.name("b:t"), &text(&rig.path("mount"))])?;
     ensure!(said.contains("cannot be mounted lazily") && said.contains(&lie), "{said}");
+    Ok(())
+}
+
+#[test]
+fn a_layer_that_is_no_tar_is_refused_though_all_digests_are_right() -> Result<()> {
+    let rig = Rig::new()?;
+    let image = Image::new().layer(|layer| layer.file("f", noise(50_000, 1)).plain());
+    let source = rig.layout("layout", &image)?;
+    let tar = image.layers()[0].tar();
+    let mut wrong_sum = tar.clone();
+    wrong_sum[0] ^= 1;
+    let mut long = tar.clone();
+    // a size of 2^33 bytes less one, and the sum of the header put right
+    long[124..136].copy_from_slice(b"77777777777\0");
+    long[148..156].fill(b' ');
+    let sum: u32 = long[..512].iter().map(|byte| u32::from(*byte)).sum();
+    long[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    let cases = [
+        ("cut in a file", &tar[..20_000]),
+        ("cut in a header", &tar[..300]),
+        ("noise", &noise(20_000, 2)),
+        ("a wrong sum", &wrong_sum),
+        ("a size beyond the end", &long),
+    ];
+    for (number, (how, bytes)) in cases.into_iter().enumerate() {
+        replace_layer(&rig.path("layout"), bytes)?;
+        let said = rig.fails(&["push", &source, &rig.name("a:t")])?;
+        ensure!(said.contains(&Digest::of(bytes).to_string()), "{how}: {said}");
+        ensure!(rig.fails(&["inspect", &rig.name("a:t")])?.contains("not found"), "{how}");
+        let name = format!("b{number}:t");
+        let target = format!("docker://{}", rig.name(&name));
+        skopeo(&["copy", "-q", "--preserve-digests", "--dest-tls-verify=false", &source, &target])?;
+        let status = rig.converted(&name)?;
+        ensure!(status["conversion"]["state"] == "failed", "{how}: {status}");
+        ensure!(status["conversion"]["reason"].is_string() && status["tree"].is_null(), "{how}: {status}");
+    }
     Ok(())
 }
 

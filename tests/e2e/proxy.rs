@@ -31,7 +31,8 @@ pub(crate) struct Request {
     pub(crate) line: String,
     /// Whether it asks for a range: of a pack, since nothing else is asked for so.
     pub(crate) ranged: bool,
-    head: Vec<u8>,
+    /// All of it, the same whenever the same is asked.
+    pub(crate) head: Vec<u8>,
     body: Vec<u8>,
 }
 
