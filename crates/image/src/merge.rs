@@ -7,7 +7,7 @@
 
 mod resolve;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use lamina_chunk::{FrameId, Place};
 
@@ -53,6 +53,7 @@ pub fn derive_tree(recipes: &[Recipe]) -> Result<Vec<u8>, MergeError> {
     let mut merge = Merge::new();
     for (layer, recipe) in recipes.iter().enumerate() {
         merge.layer = layer;
+        merge.cleared.clear();
         let wrong = |error| MergeError::Tar { layer, error };
         let mut source = RecipeSource::new(recipe).map_err(wrong)?;
         let mut refused = None;
@@ -113,12 +114,21 @@ struct Merge {
     nodes: Vec<Node>,
     layer: usize,
     frames: Vec<(FrameId, Place)>,
-    numbers: std::collections::HashMap<FrameId, u32>,
+    numbers: HashMap<FrameId, u32>,
+    /// Directories in which, at any depth, this layer has hidden what is below. What comes into them later is its own, so
+    /// that hiding again would change nothing: a layer full of whiteouts costs one walk through the tree, not one each.
+    cleared: HashSet<NodeId>,
 }
 
 impl Merge {
     fn new() -> Self {
-        Self { nodes: vec![Node::implied()], layer: 0, frames: Vec::new(), numbers: Default::default() }
+        Self {
+            nodes: vec![Node::implied()],
+            layer: 0,
+            frames: Vec::new(),
+            numbers: HashMap::new(),
+            cleared: HashSet::new(),
+        }
     }
 
     fn wrong(&self, path: &[u8], reason: &'static str) -> MergeError {
@@ -265,6 +275,9 @@ impl Merge {
 
     /// Removes what lower layers put into a directory, at any depth.
     fn hide_lower(&mut self, directory: NodeId) {
+        if !self.cleared.insert(directory) {
+            return;
+        }
         // an explicit stack: a hostile layer may nest directories deeper than this thread's stack
         let mut order = vec![directory];
         let mut next = 0;
@@ -272,7 +285,10 @@ impl Merge {
             let here = order[next];
             next += 1;
             let children: Vec<NodeId> = self.children(here).map(|(_, link)| link.node).collect();
-            order.extend(children.into_iter().filter(|node| self.is_directory(*node)));
+            let below = children.into_iter().filter(|node| self.is_directory(*node));
+            let below: Vec<NodeId> = below.filter(|node| !self.cleared.contains(node)).collect();
+            self.cleared.extend(&below);
+            order.extend(below);
         }
         for here in order.into_iter().rev() {
             let layer = self.layer;

@@ -151,7 +151,10 @@ pub fn read_tar<S: TarSource>(
     while let Some(header) = next_header(source)? {
         let at = source.position() - BLOCK as u64;
         match header.entry_type().as_byte() {
-            b'g' => global.add(&extension(source, &header, at)?, at)?,
+            b'g' => {
+                global.add(&extension(source, &header, at)?, at)?;
+                global.check_global()?;
+            }
             b'x' => local.add(&extension(source, &header, at)?, at)?,
             b'L' => local.long_name = Some(until_nul(extension(source, &header, at)?)),
             b'K' => local.long_link = Some(until_nul(extension(source, &header, at)?)),
@@ -262,7 +265,7 @@ fn file<S: TarSource>(
 ) -> Result<EntryKind, TarError> {
     let stored = match extensions.size {
         Some(size) => size,
-        None => number(header.entry_size(), "size", at)?,
+        None => or_blank(&header.as_old().size, header.entry_size(), "size", at)?,
     };
     if stored > i64::MAX as u64 {
         return Err(TarError::Header { at, field: "size" });

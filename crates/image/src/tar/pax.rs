@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use super::TarError;
 
+/// Before the name of an extended attribute.
+const XATTR: &[u8] = b"SCHILY.xattr.";
 /// More extended attributes on one entry are refused.
 const XATTRS_MAX: usize = 1_000;
 
@@ -21,6 +23,10 @@ pub(super) struct Extensions {
     pub(super) xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
     pub(super) sparse: PaxSparse,
 }
+
+/// What a global header says is said again of every entry, so 512 bytes of tar could become any number in memory. A
+/// path and a link's target of 4096 bytes each fit.
+const GLOBAL_BYTES_MAX: usize = 8192;
 
 /// The `GNU.sparse` keys.
 #[derive(Clone, Debug, Default)]
@@ -42,6 +48,17 @@ impl Extensions {
     /// The link's target, where an extension gave one.
     pub(super) fn link(&self) -> Option<Vec<u8>> {
         self.link.clone().or_else(|| self.long_link.clone())
+    }
+
+    /// That what is said of every entry is short.
+    pub(super) fn check_global(&self) -> Result<(), TarError> {
+        let texts = [&self.path, &self.link].into_iter().flatten().map(Vec::len);
+        let xattrs = self.xattrs.iter().map(|(name, value)| name.len() + value.len());
+        if texts.chain(xattrs).sum::<usize>() <= GLOBAL_BYTES_MAX {
+            return Ok(());
+        }
+        let name = String::from_utf8_lossy(&self.path().unwrap_or_default()).chars().take(200).collect();
+        Err(TarError::TooLarge { name, what: "a global header", limit: GLOBAL_BYTES_MAX as u64 })
     }
 
     /// These, and where they say nothing what a global header said.
@@ -69,7 +86,11 @@ impl Extensions {
             let record = data.get(space + 1..len).ok_or_else(wrong)?;
             let record = record.strip_suffix(b"\n").ok_or_else(wrong)?;
             let equals = record.iter().position(|byte| *byte == b'=').ok_or_else(wrong)?;
-            self.set(&record[..equals], &record[equals + 1..], at)?;
+            let (key, value) = (&record[..equals], &record[equals + 1..]);
+            // an empty value is no value, as in Go; only an attribute may really be empty
+            if !value.is_empty() || key.starts_with(XATTR) {
+                self.set(key, value, at)?;
+            }
             data = &data[len..];
         }
         Ok(())
@@ -102,7 +123,7 @@ impl Extensions {
     }
 
     fn set_xattr(&mut self, key: &[u8], value: &[u8], at: u64) -> Result<(), TarError> {
-        let Some(name) = key.strip_prefix(b"SCHILY.xattr.") else { return Ok(()) };
+        let Some(name) = key.strip_prefix(XATTR) else { return Ok(()) };
         // Linux: XATTR_NAME_MAX and XATTR_SIZE_MAX
         let possible = (1..=255).contains(&name.len()) && !name.contains(&0) && value.len() <= 65_536;
         if !possible || self.xattrs.len() >= XATTRS_MAX {
@@ -156,6 +177,14 @@ mod tests {
         found.add(b"29 SCHILY.xattr.user.x=a\n=\0b\n13 path=a/bc\n", 0).unwrap();
         assert_eq!(found.xattrs[&b"user.x"[..]], b"a\n=\0b");
         assert_eq!(found.path().unwrap(), b"a/bc");
+    }
+
+    #[test]
+    fn an_empty_value_says_nothing_but_of_an_attribute() {
+        let mut found = Extensions::default();
+        found.add(b"8 path=\n8 size=\n9 mtime=\n24 SCHILY.xattr.user.x=\n", 0).unwrap();
+        assert_eq!((found.path(), found.size, found.mtime), (None, None, None));
+        assert_eq!(found.xattrs[&b"user.x"[..]], b"");
     }
 
     #[test]
