@@ -157,6 +157,8 @@ async fn receive(claimed: &mut Claimed, pack: PackId, class: Class) -> Vec<Leg> 
         let piece = match shared.within(begun, async { next.await.and_then(|piece| piece) }).await {
             Ok(Some(piece)) => piece,
             Ok(None) => break,
+            // a connection that breaks off may hold the next time: what has not come is asked for once more, alone
+            Err(RequestError::Source(crate::SourceError::Unreachable { .. })) => break,
             Err(error) => {
                 claimed.legs.retain(|leg| damaged.iter().all(|other: &Leg| other.want.id != leg.want.id));
                 fail(claimed, &error);
