@@ -31,6 +31,22 @@ fn library_like(len: usize) -> Vec<u8> {
     bytes
 }
 
+/// Bytes that compress as source code does: words of a small vocabulary.
+fn text_like(len: usize) -> Vec<u8> {
+    const WORDS: [&[u8]; 8] =
+        [b"self", b"return ", b"tensor", b"(", b"):\n    ", b"import ", b".shape", b" = "];
+    let mut state = 0x2545_f491_4f6c_dd1d_u64;
+    let mut bytes = Vec::with_capacity(len + 16);
+    while bytes.len() < len {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend_from_slice(WORDS[usize::from(state.to_le_bytes()[3] & 7)]);
+    }
+    bytes.truncate(len);
+    bytes
+}
+
 fn chunks(criterion: &mut Criterion) {
     let file = library_like(64 << 20);
     let mut group = criterion.benchmark_group("chunk");
@@ -45,20 +61,22 @@ fn chunks(criterion: &mut Criterion) {
             at
         });
     });
-    for kib in [64, 256] {
-        let chunk = Chunk::cut(Bytes::copy_from_slice(&file[..kib << 10]));
-        let mut sealer = Sealer::new(Level::default());
-        let sealed = sealer.seal(&chunk);
+    for kib in [64usize, 256] {
         group.throughput(Throughput::Bytes(kib as u64 * 1024));
         group.bench_function(BenchmarkId::new("name", format!("{kib} KiB")), |bencher| {
-            bencher.iter(|| ChunkId::of(black_box(chunk.bytes())));
+            bencher.iter(|| ChunkId::of(black_box(&file[..kib << 10])));
         });
-        group.bench_function(BenchmarkId::new("seal", format!("{kib} KiB")), |bencher| {
-            bencher.iter(|| sealer.seal(&chunk));
-        });
-        group.bench_function(BenchmarkId::new("open", format!("{kib} KiB")), |bencher| {
-            bencher.iter(|| sealed.open(chunk.id()).expect("sound"));
-        });
+        for (like, bytes) in [("library", library_like(kib << 10)), ("text", text_like(kib << 10))] {
+            let chunk = Chunk::cut(Bytes::from(bytes));
+            let mut sealer = Sealer::new(Level::default());
+            let sealed = sealer.seal(&chunk);
+            group.bench_function(BenchmarkId::new(format!("seal {like}"), format!("{kib} KiB")), |bencher| {
+                bencher.iter(|| sealer.seal(&chunk));
+            });
+            group.bench_function(BenchmarkId::new(format!("open {like}"), format!("{kib} KiB")), |bencher| {
+                bencher.iter(|| sealed.open(chunk.id()).expect("sound"));
+            });
+        }
     }
 }
 
@@ -131,16 +149,18 @@ impl ChunkSink for Nowhere {
     }
 }
 
-/// The flat tree of an image of this many small files, 1,000 in each directory.
+/// The flat tree of an image of this many empty files, 10,000 in each directory, and one of 8 MiB, `large`.
 fn flat_tree(files: usize) -> Vec<u8> {
     let mut tar = tar::Builder::new(Vec::new());
-    for number in 0..files {
+    let mut add = |name: &str, contents: &[u8]| {
         let mut header = tar::Header::new_gnu();
-        header.set_size(8);
+        header.set_size(contents.len() as u64);
         header.set_mode(0o644);
-        let name = format!("{:04}/{number:07}", number / 1000);
-        let contents = (number as u64).to_le_bytes();
-        tar.append_data(&mut header, name, &contents[..]).expect("a Vec takes every byte");
+        tar.append_data(&mut header, name, contents).expect("a Vec takes every byte");
+    };
+    add("large", &library_like(8 << 20));
+    for number in 0..files {
+        add(&format!("{:04}/{number:07}", number / 10_000), b"");
     }
     let bytes: Box<dyn std::io::Read + Send> = Box::new(Cursor::new(tar.into_inner().expect("written")));
     let input = LayerInput { name: "layer".into(), bytes, diff_id: None };
@@ -150,8 +170,8 @@ fn flat_tree(files: usize) -> Vec<u8> {
 
 fn trees(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("tree");
-    group.sample_size(20).measurement_time(Duration::from_secs(1)).warm_up_time(Duration::from_millis(300));
-    for files in [1_000, 200_000] {
+    group.sample_size(10).measurement_time(Duration::from_secs(1)).warm_up_time(Duration::from_millis(300));
+    for files in [1_000, 1_000_000] {
         let flat = Bytes::from(flat_tree(files));
         group.bench_function(BenchmarkId::new("open", files), |bencher| {
             bencher.iter(|| Tree::open(flat.clone()).expect("sound"));
@@ -164,18 +184,28 @@ fn trees(criterion: &mut Criterion) {
         group.bench_function(BenchmarkId::new("absent lookup", files), |bencher| {
             bencher.iter(|| tree.lookup(directory, black_box(b"0000777x")).expect("read"));
         });
-        group.bench_function(BenchmarkId::new("readdir 1000", files), |bencher| {
-            bencher.iter(|| tree.entries(directory).expect("read").iter().filter(Result::is_ok).count());
+        let names = tree.entries(directory).expect("read");
+        group.throughput(Throughput::Elements(u64::from(names.len())));
+        group.bench_function(BenchmarkId::new(format!("readdir {}", names.len()), files), |bencher| {
+            bencher.iter(|| names.iter().filter(Result::is_ok).count());
         });
-        let file = tree.lookup(directory, b"0000777").expect("read").expect("there");
-        group.bench_function(BenchmarkId::new("extents", files), |bencher| {
-            bencher.iter(|| tree.extents(file, 0, 8).expect("read").count());
+        let large = tree.lookup(Ino::ROOT, b"large").expect("read").expect("there");
+        let extents = || tree.extents(large, 0, u64::MAX).expect("read").count();
+        group.throughput(Throughput::Elements(extents() as u64));
+        group.bench_function(BenchmarkId::new(format!("all {} extents", extents()), files), |bencher| {
+            bencher.iter(extents);
         });
+        group.throughput(Throughput::Elements(1));
+        group.bench_function(BenchmarkId::new("extents of 4 KiB", files), |bencher| {
+            bencher.iter(|| tree.extents(large, black_box(5 << 20), (5 << 20) + 4096).expect("read").count());
+        });
+        let blob = pack_tree(&flat);
+        group.throughput(Throughput::Bytes(flat.len() as u64));
+        group.bench_function(BenchmarkId::new("unpack", files), |bencher| {
+            bencher.iter(|| unpack_tree(&blob).expect("sound"));
+        });
+        group.throughput(Throughput::Elements(1));
     }
-    let flat = flat_tree(200_000);
-    let blob = pack_tree(&flat);
-    group.throughput(Throughput::Bytes(flat.len() as u64));
-    group.bench_function("unpack 200000", |bencher| bencher.iter(|| unpack_tree(&blob).expect("sound")));
 }
 
 criterion_group!(benches, chunks, packs, ranges, trees);
