@@ -8,9 +8,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{
-    Errno, FileAttr, FileHandle, FileType, Filesystem, Generation, INodeNo, InitFlags, KernelConfig,
-    LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEntry, ReplyOpen,
-    ReplyStatfs, ReplyXattr, Request,
+    Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
+    KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEntry,
+    ReplyOpen, ReplyStatfs, ReplyXattr, Request,
 };
 use lamina_image::{FileKind, Ino, Inode, Tree, TreeError};
 use tokio::runtime::Handle;
@@ -24,12 +24,11 @@ const TTL: Duration = Duration::from_secs(10 * 365 * 86_400);
 /// Requests that the kernel has under way by itself (readahead); its default of 12 throttles parallel readers.
 const BACKGROUND_MAX: u16 = 128;
 /// What is negotiated, each where the kernel has it.
-const CAPABILITIES: [InitFlags; 6] = [
+const CAPABILITIES: [InitFlags; 5] = [
     InitFlags::FUSE_DO_READDIRPLUS,
     InitFlags::FUSE_PARALLEL_DIROPS,
     InitFlags::FUSE_CACHE_SYMLINKS,
     InitFlags::FUSE_NO_OPENDIR_SUPPORT,
-    InitFlags::FUSE_NO_OPEN_SUPPORT,
     InitFlags::FUSE_ALLOW_IDMAP,
 ];
 const BLOCK_BYTES: u32 = 4096;
@@ -229,8 +228,8 @@ impl Filesystem for Fuse {
 
     fn open(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         one(&self.files.ahead.counters.opens);
-        // files need no opening either: the kernel stops asking, and keeps what it has cached
-        reply.error(Errno::ENOSYS);
+        // not ENOSYS: without opens `import torch` received 225 MiB instead of 198, and took a second longer
+        reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE);
     }
 
     fn read(
