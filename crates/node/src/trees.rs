@@ -55,8 +55,8 @@ impl Trees {
     /// moment. Blocks.
     pub(crate) fn store(&self, reference: &str, digest: Digest, blob: &[u8]) -> Result<Tree, NodeError> {
         let wrong = |error| NodeError::Tree { reference: reference.to_owned(), error };
-        let flat = unpack_tree(blob).map_err(wrong)?;
-        Tree::open(Bytes::copy_from_slice(&flat)).map_err(wrong)?;
+        let flat = Bytes::from(unpack_tree(blob).map_err(wrong)?);
+        let in_memory = Tree::open(flat.clone()).map_err(wrong)?;
         let path = self.path(digest);
         let kept = self.keep(&path, &flat).and_then(|()| map(&path));
         match kept {
@@ -65,7 +65,7 @@ impl Trees {
             Ok(None) => Err(wrong(TreeError::Header)),
             Err(error) => {
                 tracing::warn!(path = %path.display(), %error, "the tree cannot be kept on disk");
-                Tree::open(Bytes::from(flat)).map_err(wrong)
+                Ok(in_memory)
             }
         }
     }

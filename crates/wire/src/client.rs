@@ -134,11 +134,6 @@ impl Client {
         .await
     }
 
-    /// Whether the registry has this manifest or tag.
-    pub async fn has_manifest(&self, repository: &str, version: &Version) -> Result<bool, WireError> {
-        self.has(format!("{}/v2/{repository}/manifests/{version}", self.base)).await
-    }
-
     /// Whether the registry has this blob.
     pub async fn has_blob(&self, repository: &str, digest: Digest) -> Result<bool, WireError> {
         self.has(self.blob_url(repository, digest)).await
