@@ -160,8 +160,9 @@ impl Fuse {
                 reply.data(&bytes);
             }
             Err(error) => {
-                reply.error(errno(&error));
+                // before the answer: who has it may look at once
                 let before = counters.reads_failed.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                reply.error(errno(&error));
                 // the first, the second, the fourth and so on: enough to see it, not enough to fill a disk
                 if (before + 1).is_power_of_two() {
                     warn!(inode = ino.0, failed = before + 1, %error, "a read fails");
