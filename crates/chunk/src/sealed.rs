@@ -1,5 +1,7 @@
 //! Sealing and opening: the bytes of a chunk as stored and sent.
 
+use std::cell::RefCell;
+
 use bytes::Bytes;
 
 use crate::{CHUNK_BYTES_MAX, ChunkId};
@@ -104,6 +106,11 @@ pub struct Sealed {
     plain_len: usize,
 }
 
+thread_local! {
+    /// Its tables take longer to set up than a small chunk to open.
+    static OPENER: RefCell<Option<zstd::bulk::Decompressor<'static>>> = const { RefCell::new(None) };
+}
+
 impl Sealed {
     /// `bytes` from a disk or a network, said to hold `plain_len` bytes of plaintext.
     pub fn new(bytes: Bytes, plain_len: usize) -> Self {
@@ -132,8 +139,11 @@ impl Sealed {
         let plain = if sealed_len == plain_len {
             self.bytes.clone()
         } else {
-            let plain =
-                zstd::bulk::decompress(&self.bytes, plain_len).map_err(|_| ChunkError::Damaged(id))?;
+            let opened = OPENER.with_borrow_mut(|opener| match opener {
+                Some(opener) => opener.decompress(&self.bytes, plain_len),
+                none => none.insert(zstd::bulk::Decompressor::new()?).decompress(&self.bytes, plain_len),
+            });
+            let plain = opened.map_err(|_| ChunkError::Damaged(id))?;
             if plain.len() != plain_len {
                 return Err(ChunkError::Damaged(id));
             }
