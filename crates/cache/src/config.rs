@@ -58,7 +58,7 @@ impl CacheConfig {
         Self {
             directory,
             bytes_max,
-            memory_bytes: 48 << 20,
+            memory_bytes: 40 << 20,
             write_behind_bytes: 16 << 20,
             deadline: Duration::from_secs(30),
             in_flight: InFlight { demand: 32, boot: 8, background: 3 },

@@ -11,20 +11,20 @@ use parking_lot::Mutex;
 use tokio::runtime::Handle;
 
 use crate::MountConfig;
-use crate::backward::Backward;
 use crate::metrics::{Counters, one};
 use crate::order::{PackOrder, Touch, want};
 use crate::streams::Streams;
+use crate::walks::Walks;
 use crate::window::Window;
 
 /// Files followed at once, some 300 bytes each.
 const FILES_MAX: NonZeroUsize = NonZeroUsize::new(1024).expect("not zero");
 
-/// Who reads a file, forward and backward.
+/// Who reads a file, in streams and in strides.
 #[derive(Default)]
 struct File {
     streams: Streams,
-    backward: Backward,
+    walks: Walks,
 }
 
 /// The readahead of one mount.
@@ -65,8 +65,12 @@ impl Ahead {
     }
 
     /// The frames that follow `last` in its pack, to be fetched along with `wants`, as far as the whole request stays
-    /// short.
-    pub(crate) fn neighbours(&self, wants: &[Want], last: u32) -> Vec<Want> {
+    /// short. None for a read at `start` that is a step of a walk through `ino`: there they were fetched already, or are
+    /// passed over.
+    pub(crate) fn neighbours(&self, ino: Ino, start: u64, wants: &[Want], last: u32) -> Vec<Want> {
+        if self.files.lock().peek(&ino).is_some_and(|file| file.walks.is_walking(start)) {
+            return Vec::new();
+        }
         let asked: u64 = wants.iter().map(|want| u64::from(want.place.frame.sealed_len)).sum();
         let left = self.config.neighbour_bytes.saturating_sub(asked);
         let span = self.order.get().and_then(|order| Some((order, order.span(last)?)));
@@ -87,13 +91,15 @@ impl Ahead {
     /// Takes note of a read of `range` in `ino`, which touched parts of frames, and fetches ahead.
     pub(crate) fn note(&self, ino: Ino, range: Range<u64>, touched: &[Touch]) {
         let Ok(inode) = self.tree.inode(ino) else { return };
-        let (advice, back) = {
+        let (advice, strides) = {
             let mut files = self.files.lock();
             let file = files.get_or_insert_mut(ino, File::default);
-            let back = file.backward.note(range.start);
-            (file.streams.note(range, inode.size, self.config.file_ramp), back)
+            let strides = file.walks.note(range.start);
+            (file.streams.note(range, inode.size, self.config.file_ramp), strides)
         };
-        for range in advice.fetch.into_iter().chain(back) {
+        // a stream has readahead of its own
+        let strides = strides.filter(|_| advice.run < self.config.file_ramp.run_min);
+        for range in advice.fetch.into_iter().chain(strides) {
             let extents = self.tree.extents(ino, range.start, range.end).into_iter().flatten();
             self.fetch(extents.filter_map(|extent| extent.ok()?.frame).collect());
         }

@@ -21,7 +21,8 @@ pub struct MountConfig {
     /// A stream that has read this many bytes is dense.
     pub dense_run_bytes: u64,
     /// A miss asks for frames that follow in the pack until the request is this long, in bytes of frames. The wanted ones
-    /// come first and do not wait for them; 192 KiB is what a 1 Gbit/s link carries in one and a half round trips of 1 ms.
+    /// come first and do not wait for them; 168 KiB is what a 1 Gbit/s link carries in one and
+    /// a half round trips of 1 ms.
     pub neighbour_bytes: u64,
     /// Readahead within a file, in bytes of the file.
     pub file_ramp: Ramp,
@@ -36,10 +37,10 @@ impl MountConfig {
             mountpoint,
             name: "lamina".to_owned(),
             threads: 2,
-            read_ahead_kb: 32,
+            read_ahead_kb: 16,
             read_ahead_dense_kb: 1024,
             dense_run_bytes: 8 << 20,
-            neighbour_bytes: 192 << 10,
+            neighbour_bytes: 168 << 10,
             file_ramp: Ramp { run_min: 256 << 10, ahead_max: 16 << 20, slack: 128 << 10 },
             pack_ramp: Ramp { run_min: 512 << 10, ahead_max: 8 << 20, slack: 256 << 10 },
         }

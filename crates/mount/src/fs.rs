@@ -10,7 +10,8 @@ use lamina_image::{Ino, TreeError};
 
 use crate::ahead::Ahead;
 use crate::metrics::one;
-use crate::order::Touch;
+use crate::order::{Touch, want};
+use crate::pages::Pages;
 
 /// Why there is no answer. `fuse.rs` has the errno for each.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -33,7 +34,11 @@ pub(crate) enum FsError {
 #[derive(Clone)]
 pub(crate) struct Files {
     pub(crate) ahead: Arc<Ahead>,
+    pub(crate) pages: Arc<Pages>,
 }
+
+/// A longer read is the kernel's own readahead, which asks for the rest by itself, in few requests.
+const STORE_READ_MAX: u32 = 64 << 10;
 
 /// What a read came to.
 pub(crate) enum Answer {
@@ -104,7 +109,7 @@ impl Files {
         let Some(last) = last_missing else {
             return Ok((Answer::Now(assemble(pieces, &[], len)?), touched));
         };
-        let neighbours = self.ahead.neighbours(&wants, last);
+        let neighbours = self.ahead.neighbours(ino, offset, &wants, last);
         let unread = Unread { pieces, len, wants, neighbours, begun: Instant::now() };
         Ok((Answer::Later(unread), touched))
     }
@@ -119,6 +124,24 @@ impl Files {
         counters.read_wait_us_total.fetch_add(us, std::sync::atomic::Ordering::Relaxed);
         counters.read_wait_us_max.fetch_max(us, std::sync::atomic::Ordering::Relaxed);
         assemble(pieces, &fetched?, len)
+    }
+
+    /// After a read of `size` bytes at `offset` was answered: gives the kernel the rest of the frames that it touched.
+    pub(crate) fn store_rest(&self, ino: Ino, offset: u64, size: u32, touched: &[Touch]) {
+        let Ahead { tree, cache, .. } = &*self.ahead;
+        if size > STORE_READ_MAX {
+            return;
+        }
+        let read = offset..offset.saturating_add(u64::from(size));
+        // a frame of which all was read has no rest
+        let partly = touched.iter().filter(|touch| touch.len < u64::from(touch.plain_len));
+        for touch in partly.filter(|touch| self.pages.is_first(touch.frame)) {
+            let here = want(tree, touch.frame).and_then(|want| cache.try_memory(want.id));
+            if let Some(chunk) = here {
+                // a damaged tree is found, and told, by reading
+                let _ = self.pages.store_rest(tree, ino, read.clone(), *touch, chunk.bytes());
+            }
+        }
     }
 
     /// The value of an extended attribute.

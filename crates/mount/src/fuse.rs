@@ -245,22 +245,23 @@ impl Filesystem for Fuse {
     ) {
         let (ino, end) = (Ino(ino.0), offset.saturating_add(u64::from(size)));
         one(&self.files.ahead.counters.reads);
-        let touched = match self.files.read(ino, offset, size) {
+        match self.files.read(ino, offset, size) {
             Ok((Answer::Now(bytes), touched)) => {
                 Self::send(&self.files, ino, Ok(bytes), reply);
-                touched
+                self.files.ahead.note(ino, offset..end, &touched);
+                self.files.store_rest(ino, offset, size, &touched);
             }
             Ok((Answer::Later(unread), touched)) => {
+                self.files.ahead.note(ino, offset..end, &touched);
                 let files = self.files.clone();
                 self.handle.spawn(async move {
                     let answer = files.complete(unread).await;
                     Self::send(&files, ino, answer, reply);
+                    files.store_rest(ino, offset, size, &touched);
                 });
-                touched
             }
-            Err(error) => return Self::send(&self.files, ino, Err(error), reply),
-        };
-        self.files.ahead.note(ino, offset..end, &touched);
+            Err(error) => Self::send(&self.files, ino, Err(error), reply),
+        }
     }
 
     fn opendir(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {

@@ -9,7 +9,7 @@
 //! depends on what was asked before: inode numbers are the tree's, file handles are all alike.
 
 mod ahead;
-mod backward;
+mod bits;
 mod config;
 mod error;
 mod fs;
@@ -18,7 +18,9 @@ mod metrics;
 mod mount;
 mod mountpoint;
 mod order;
+mod pages;
 mod streams;
+mod walks;
 mod window;
 
 pub use config::MountConfig;

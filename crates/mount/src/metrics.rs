@@ -59,6 +59,10 @@ counters! {
     aheads,
     /// Frames that readahead asked for, near ones included.
     ahead_frames,
+    /// Runs of pages handed to the kernel unasked.
+    stores,
+    /// Their bytes.
+    store_bytes,
 }
 
 /// Adds one to a counter.

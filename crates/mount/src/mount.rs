@@ -16,6 +16,7 @@ use crate::ahead::Ahead;
 use crate::fs::Files;
 use crate::fuse::Fuse;
 use crate::mountpoint::{Device, MountPoint};
+use crate::pages::{self, Pages};
 use crate::window::Window;
 use crate::{MountConfig, MountError, MountSnapshot};
 
@@ -51,10 +52,17 @@ impl Mount {
         let mut started = Started { point: Some(point) };
         let failed = |cause| MountError::System { action: "serve", path: config.mountpoint.clone(), cause };
         let ahead = Arc::new(Ahead::new(tree, cache, source, config.clone(), handle.clone()));
-        let fuse = Fuse { files: Files { ahead: ahead.clone() }, handle };
+        let (pages, runs) = Pages::new(ahead.tree.frames());
+        let fuse = Fuse { files: Files { ahead: ahead.clone(), pages: Arc::new(pages) }, handle };
         let mut loops = Config::default();
         loops.n_threads = Some(config.threads.max(1));
         let session = Session::from_fd(fuse, connection, SessionACL::All, loops).map_err(failed)?;
+        let (notifier, counters) = (session.notifier(), ahead.counters.clone());
+        // ends with the last of the file system that could send it something
+        std::thread::Builder::new()
+            .name("lamina-pages".to_owned())
+            .spawn(move || pages::store(&runs, &notifier, &counters))
+            .map_err(failed)?;
         let (ending, ended) = watch::channel(false);
         let threads = std::thread::Builder::new()
             .name("lamina-mount".to_owned())

@@ -190,9 +190,23 @@ fn the_kernel_reads_ahead_little_until_reading_is_dense() {
         let path = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
         fs::read_to_string(path).expect("readable").trim().to_owned()
     };
-    assert_eq!(window(), "32");
+    let config = MountConfig::new(rig.path(""));
+    assert_eq!(window(), config.read_ahead_kb.to_string());
     fs::read(rig.path("large")).expect("read");
-    assert_eq!(window(), "1024");
+    assert_eq!(window(), config.read_ahead_dense_kb.to_string());
+}
+
+#[test]
+fn the_rest_of_a_frame_that_was_read_is_in_the_page_cache() {
+    let contents = noise(5, 60_001);
+    let rig = Rig::new(Layer::new().file("before", &noise(6, 3_000)).file("a", &contents));
+    let file = File::open(rig.path("a")).expect("opened");
+    let mut piece = [0; 100];
+    file.read_exact_at(&mut piece, 30_000).expect("read");
+    until("the kernel has the rest", || rig.mount().snapshot().stores == 2);
+    let reads = rig.mount().snapshot().reads;
+    assert_eq!(fs::read(rig.path("a")).expect("read"), contents);
+    assert_eq!(rig.mount().snapshot().reads, reads, "{:?}", rig.mount().snapshot());
 }
 
 #[test]

@@ -1,0 +1,34 @@
+//! Bits that are set once, by whoever comes first.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A fixed number of them.
+pub(crate) struct Bits(Vec<AtomicU64>);
+
+impl Bits {
+    /// So many, none set.
+    pub(crate) fn new(count: u32) -> Self {
+        Self((0..count.div_ceil(64)).map(|_| AtomicU64::new(0)).collect())
+    }
+
+    /// Sets one; whether it was not set before. False for one that does not exist.
+    pub(crate) fn set(&self, number: u32) -> bool {
+        let bit = 1 << (number % 64);
+        let word = self.0.get(number as usize / 64);
+        word.is_some_and(|word| word.fetch_or(bit, Ordering::Relaxed) & bit == 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_bit_is_set_once_and_none_beyond_the_end() {
+        let bits = Bits::new(65);
+        for number in [0, 63, 64] {
+            assert!(bits.set(number) && !bits.set(number), "{number}");
+        }
+        assert!(!bits.set(128));
+    }
+}

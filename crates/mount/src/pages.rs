@@ -1,0 +1,101 @@
+//! Pages for the kernel's page cache that it did not ask for (`FUSE_NOTIFY_STORE`), from a thread of their own.
+//!
+//! A fault that finds its page in the page cache never comes here, and each one that does costs a program some 30 µs (two
+//! changes of process) on top of the data. So once a frame is in memory, the rest of what a file has in it goes along.
+//!
+//! The kernel stores a page under the page's lock, which a read on its way holds until it is answered. So no thread that
+//! answers reads ever stores.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+
+use bytes::Bytes;
+use fuser::{INodeNo, Notifier};
+use lamina_image::{Ino, Tree, TreeError};
+
+use crate::bits::Bits;
+use crate::metrics::Counters;
+use crate::order::Touch;
+
+/// Bytes of a page, in which the kernel keeps files.
+const PAGE_BYTES: u64 = 4096;
+/// Runs that wait for the thread: some milliseconds of its work, and at most 8 MiB. What does not fit is left out.
+const QUEUE_RUNS: usize = 32;
+/// A file's part of a frame lies within this many bytes of every byte of it: the longest frame.
+const FRAME_BYTES_MAX: u64 = 256 << 10;
+
+/// Some whole pages of a file, or its end.
+#[derive(Debug)]
+pub(crate) struct Run {
+    ino: Ino,
+    offset: u64,
+    bytes: Bytes,
+}
+
+/// Hands runs to the thread that stores them.
+pub(crate) struct Pages {
+    queue: SyncSender<Run>,
+    /// The frames that were stored.
+    stored: Bits,
+}
+
+impl Pages {
+    /// For frames numbered below `frames`. The receiver belongs to [`store`].
+    pub(crate) fn new(frames: u32) -> (Self, Receiver<Run>) {
+        let (queue, runs) = sync_channel(QUEUE_RUNS);
+        (Self { queue, stored: Bits::new(frames) }, runs)
+    }
+
+    /// Whether a frame is asked for here for the first time.
+    pub(crate) fn is_first(&self, frame: u32) -> bool {
+        self.stored.set(frame)
+    }
+
+    /// Stores what `ino` has in the frame of `touch` beyond `read`, which was answered; the frame is `plain`. Returns at
+    /// once; if the thread has too much to do, nothing is stored.
+    pub(crate) fn store_rest(
+        &self,
+        tree: &Tree,
+        ino: Ino,
+        read: Range<u64>,
+        touch: Touch,
+        plain: &Bytes,
+    ) -> Result<(), TreeError> {
+        let size = tree.inode(ino)?.size;
+        let mut at = read.start.saturating_sub(FRAME_BYTES_MAX);
+        for extent in tree.extents(ino, at, read.start.saturating_add(FRAME_BYTES_MAX))? {
+            let extent = extent?;
+            let part = at..at + extent.len;
+            at = part.end;
+            if extent.frame != Some(touch.frame) {
+                continue;
+            }
+            // the kernel takes whole pages only, and a short one at the end of the file
+            let start = part.start.next_multiple_of(PAGE_BYTES);
+            let end = if part.end == size { size } else { part.end / PAGE_BYTES * PAGE_BYTES };
+            for rest in [start..end.min(read.start), start.max(read.end)..end] {
+                let Some(len) = rest.end.checked_sub(rest.start).filter(|len| *len > 0) else { continue };
+                let skip = u64::from(extent.skip) + (rest.start - part.start);
+                let (Ok(skip), Ok(len)) = (usize::try_from(skip), usize::try_from(len)) else { continue };
+                if skip + len <= plain.len() {
+                    let bytes = plain.slice(skip..skip + len);
+                    let _ = self.queue.try_send(Run { ino, offset: rest.start, bytes });
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Stores runs until nobody can send any more. The kernel may refuse one, because the inode is not in use any more, memory is
+/// short, or the mount is gone: then its pages are read in the ordinary way, if ever.
+pub(crate) fn store(runs: &Receiver<Run>, notifier: &Notifier, counters: &Arc<Counters>) {
+    while let Ok(Run { ino, offset, bytes }) = runs.recv() {
+        if notifier.store(INodeNo(ino.0), offset, &bytes).is_ok() {
+            counters.stores.fetch_add(1, Ordering::Relaxed);
+            counters.store_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        }
+    }
+}
