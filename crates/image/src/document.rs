@@ -37,6 +37,10 @@ pub mod media_type {
     pub const TREE: &str = "application/vnd.lamina.tree.v1+zstd";
     /// A recipe.
     pub const RECIPE: &str = "application/vnd.lamina.recipe.v1";
+    /// A profile. Also the artifact type of the manifest that hangs a profile on an image.
+    pub const PROFILE: &str = "application/vnd.lamina.profile.v1+json";
+    /// A boot pack. Also the artifact type of the manifest that hangs a boot pack on an image.
+    pub const BOOT: &str = "application/vnd.lamina.boot.v1";
     /// A pack.
     pub const PACK: &str = "application/vnd.lamina.pack.v1";
 }
@@ -45,6 +49,12 @@ pub mod media_type {
 pub const TREE_ANNOTATION: &str = "dev.lamina.tree";
 /// Annotation beside [`TREE_ANNOTATION`]: how long the tree's blob is, in bytes.
 pub const TREE_BYTES_ANNOTATION: &str = "dev.lamina.tree.bytes";
+/// Annotation on the descriptor of a profile in a referrers answer: the digest of its blob.
+pub const PROFILE_ANNOTATION: &str = "dev.lamina.profile";
+/// Annotation on the descriptor of a boot pack in a referrers answer: the digest of its blob.
+pub const BOOT_ANNOTATION: &str = "dev.lamina.boot";
+/// Annotation beside [`BOOT_ANNOTATION`]: how long the blob is, in bytes.
+pub const BOOT_BYTES_ANNOTATION: &str = "dev.lamina.boot.bytes";
 /// Annotation on a layer's descriptor: the digest of its recipe.
 pub const RECIPE_ANNOTATION: &str = "dev.lamina.recipe";
 

@@ -1,26 +1,36 @@
 //! What an image is: its documents, its layers' tars, the recipes that rebuild them, the tree that all layers
-//! together make, and the pipeline that cuts layers into chunks.
+//! together make, what starts touch of it (profile, boot pack), and the pipeline that cuts layers into chunks.
 //!
 //! Everything here is a plain function over bytes that somebody else reads and writes: no file system, no clock,
 //! no environment, no async. [`ingest`] starts threads, since cutting and sealing is what keeps cores busy, and
 //! reaches the world through a [`ChunkSink`].
 //!
-//! `FORMAT.md` beside this crate fixes the bytes of trees and recipes.
+//! `FORMAT.md` beside this crate fixes the bytes of trees, recipes and boot packs.
 
+mod boot;
 mod digest;
 mod document;
 mod ingest;
 mod merge;
+mod profile;
 mod recipe;
 mod tar;
 mod tree;
 
+pub use boot::{
+    BOOT_BYTES_MAX, BOOT_HEAD_BYTES, BootError, BootFrame, BootHead, BootRun, BootTable, BuildError,
+    build_boot,
+};
 pub use digest::{Digest, Hasher, ParseDigestError};
 pub use document::*;
 pub use ingest::{
     BATCH_CHUNKS, ChunkSink, Compression, IngestError, IngestOptions, LayerInput, Progress, SinkError, ingest,
 };
 pub use merge::{MergeError, derive_tree};
+pub use profile::{
+    PAGE_BYTES, PROFILE_BYTES_MAX, PROFILE_ITEMS_MAX, PROFILE_PAGES_MAX, Profile, ProfileError, ProfileRun,
+    Trace, TraceRun,
+};
 pub use recipe::{Pieces, Recipe, RecipeError, RecipePiece};
 pub use tar::{EntryKind, Piece, Segment, TarEntry, TarError, TarSource, path_parts, read_tar};
 pub use tree::{

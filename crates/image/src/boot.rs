@@ -1,0 +1,272 @@
+//! Boot packs: the pages that a start needs, in the order in which it needs them.
+//!
+//! `FORMAT.md` has the bytes. The head names the tree, so that inode numbers mean something, and carries a
+//! table with the hash of every frame and the place of every run; so a reader checks each frame before it
+//! believes a page of it, and each run against the tree before any page goes anywhere. Lengths of runs are
+//! not stored: they follow from the file's size in the tree.
+
+use bytes::Bytes;
+
+use crate::profile::{PAGE_BYTES, PROFILE_ITEMS_MAX, PROFILE_PAGES_MAX, file_size};
+use crate::{Digest, Ino, Tree};
+
+mod build;
+mod plan;
+
+pub use build::{BuildError, build_boot};
+
+const MAGIC: &[u8; 8] = b"LAMBOOT1";
+/// Bytes of the head.
+pub const BOOT_HEAD_BYTES: usize = 128;
+/// Plaintext of a frame at most: 1 MiB is some 3 ms of decompression, after which its pages are there; a
+/// smaller one would compress worse.
+const FRAME_BYTES: u64 = 1 << 20;
+/// A run lies in one frame.
+const RUN_PAGES_MAX: u64 = FRAME_BYTES / PAGE_BYTES;
+/// The table is not longer, compressed or plain, in bytes.
+const TABLE_BYTES_MAX: u32 = 64 << 20;
+/// No boot pack is longer, in bytes of the blob.
+pub const BOOT_BYTES_MAX: u64 = 4 << 30;
+/// Bytes of the head before its hash.
+const HASHED_HEAD_BYTES: usize = 60;
+const FRAME_RECORD_BYTES: usize = 44;
+const RUN_RECORD_BYTES: usize = 12;
+
+/// Why a boot pack is not used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BootError {
+    /// Not a boot pack, or of another version, or its lengths contradict.
+    #[error("not a boot pack: bad head")]
+    Head,
+    /// Made for another tree.
+    #[error("a boot pack of another image")]
+    OtherImage,
+    /// The table or a frame is not what the head says.
+    #[error("the boot pack is damaged: {0} {1}")]
+    Damaged(&'static str, usize),
+    /// A run of something that is no file, lies beyond its end, or overlaps another.
+    #[error("the boot pack lies about run {0}")]
+    Run(usize),
+}
+
+/// The head of a boot pack.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BootHead {
+    table_sealed: u32,
+    table_plain: u32,
+    frames: u32,
+    runs: u32,
+    names: u32,
+    tree: Digest,
+    hash: [u8; 32],
+}
+
+/// Some pages of a file, and where in a frame's plaintext they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BootRun {
+    /// The file.
+    pub ino: Ino,
+    /// Where in the file, in bytes; whole pages.
+    pub offset: u64,
+    /// Bytes: whole pages, or up to the end of the file.
+    pub len: u32,
+    /// Bytes of the frame's plaintext before them.
+    pub skip: u32,
+}
+
+/// A frame of a boot pack.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BootFrame {
+    /// Where in the blob.
+    pub offset: u64,
+    /// Bytes of the blob.
+    pub sealed_len: u32,
+    plain_len: u32,
+    hash: [u8; 32],
+    /// Which runs are in it.
+    pub runs: std::ops::Range<usize>,
+}
+
+/// What is in a boot pack.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BootTable {
+    /// In the order in which they come.
+    pub frames: Vec<BootFrame>,
+    /// All runs, frame by frame.
+    pub runs: Vec<BootRun>,
+    /// Paths to look up before any page is stored, without a leading slash.
+    pub names: Vec<String>,
+}
+
+impl BootHead {
+    /// Reads the first [`BOOT_HEAD_BYTES`] bytes of a boot pack made for the tree with this digest.
+    pub fn parse(bytes: &[u8], tree: Digest) -> Result<Self, BootError> {
+        let bytes: &[u8; BOOT_HEAD_BYTES] = bytes.try_into().map_err(|_| BootError::Head)?;
+        let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"));
+        if &bytes[..8] != MAGIC || bytes[92..] != [0; BOOT_HEAD_BYTES - 92] {
+            return Err(BootError::Head);
+        }
+        let head = Self {
+            table_sealed: word(8),
+            table_plain: word(12),
+            frames: word(16),
+            runs: word(20),
+            names: word(24),
+            tree: Digest::from_bytes(bytes[28..60].try_into().expect("32 bytes")),
+            hash: bytes[HASHED_HEAD_BYTES..92].try_into().expect("32 bytes"),
+        };
+        let items_max = u32::try_from(PROFILE_ITEMS_MAX).expect("half a million");
+        let pages_max = u32::try_from(PROFILE_PAGES_MAX).expect("a million");
+        let bounded = head.table_sealed <= TABLE_BYTES_MAX
+            && head.table_plain <= TABLE_BYTES_MAX
+            && head.frames <= items_max
+            && head.runs <= pages_max
+            && head.names <= items_max;
+        match bounded {
+            false => Err(BootError::Head),
+            true if head.tree != tree => Err(BootError::OtherImage),
+            true => Ok(head),
+        }
+    }
+
+    fn to_bytes(self) -> [u8; BOOT_HEAD_BYTES] {
+        let mut bytes = [0; BOOT_HEAD_BYTES];
+        bytes[..8].copy_from_slice(MAGIC);
+        let words = [self.table_sealed, self.table_plain, self.frames, self.runs, self.names];
+        for (place, word) in bytes[8..].chunks_exact_mut(4).zip(words) {
+            place.copy_from_slice(&word.to_le_bytes());
+        }
+        bytes[28..HASHED_HEAD_BYTES].copy_from_slice(self.tree.as_bytes());
+        bytes[HASHED_HEAD_BYTES..92].copy_from_slice(&self.hash);
+        bytes
+    }
+
+    /// The hash that belongs to a head with these lengths and this table: of both, so that no byte of either
+    /// changes unseen.
+    fn hash_with(self, sealed_table: &[u8]) -> [u8; 32] {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&self.to_bytes()[..HASHED_HEAD_BYTES]);
+        hasher.update(sealed_table);
+        *hasher.finalize().as_bytes()
+    }
+
+    /// How many bytes of table follow the head.
+    pub fn table_len(&self) -> usize {
+        self.table_sealed as usize
+    }
+
+    /// Reads the table that follows the head. Everything in it is checked against the tree.
+    pub fn table(&self, sealed: &[u8], tree: &Tree) -> Result<BootTable, BootError> {
+        let damaged = || BootError::Damaged("table", 0);
+        if sealed.len() != self.table_len() || self.hash_with(sealed) != self.hash {
+            return Err(damaged());
+        }
+        let plain_len = self.table_plain as usize;
+        let plain = zstd::bulk::decompress(sealed, plain_len).map_err(|_| damaged())?;
+        let (frames, runs) = (self.frames as usize, self.runs as usize);
+        let frames_end = frames * FRAME_RECORD_BYTES;
+        let runs_end = frames_end + runs * RUN_RECORD_BYTES;
+        if plain.len() != plain_len || plain.len() < runs_end {
+            return Err(damaged());
+        }
+        let names = names(&plain[runs_end..], self.names as usize)?;
+        let mut runs = columns(&plain[frames_end..runs_end], runs, tree)?;
+        let frames = self.frames_of(&plain[..frames_end], &mut runs)?;
+        check_overlaps(&runs)?;
+        Ok(BootTable { frames, runs, names })
+    }
+
+    /// The frames, and for each run where in its frame it lies.
+    fn frames_of(&self, records: &[u8], runs: &mut [BootRun]) -> Result<Vec<BootFrame>, BootError> {
+        let (mut frames, mut first) = (Vec::with_capacity(self.frames as usize), 0);
+        let mut offset = (BOOT_HEAD_BYTES + self.table_len()) as u64;
+        for (number, record) in records.chunks_exact(FRAME_RECORD_BYTES).enumerate() {
+            let damaged = || BootError::Damaged("frame", number);
+            let word = |at: usize| u32::from_le_bytes(record[at..at + 4].try_into().expect("four bytes"));
+            let (sealed_len, plain_len, count) = (word(0), word(4), word(8) as usize);
+            let last = first + count;
+            let of_frame = runs.get_mut(first..last).filter(|runs| !runs.is_empty()).ok_or_else(damaged)?;
+            let mut skip = 0u64;
+            for run in of_frame {
+                run.skip = u32::try_from(skip).map_err(|_| damaged())?;
+                skip += u64::from(run.len);
+            }
+            let lengths =
+                skip == u64::from(plain_len) && skip <= FRAME_BYTES && (1..=plain_len).contains(&sealed_len);
+            let end = offset + u64::from(sealed_len);
+            if !lengths || end > BOOT_BYTES_MAX {
+                return Err(damaged());
+            }
+            let hash = record[12..44].try_into().expect("32 bytes");
+            frames.push(BootFrame { offset, sealed_len, plain_len, hash, runs: first..last });
+            offset = end;
+            first = last;
+        }
+        if first == runs.len() { Ok(frames) } else { Err(BootError::Damaged("frame", frames.len())) }
+    }
+}
+
+impl BootFrame {
+    /// Opens and verifies a frame: its plaintext, in which its runs lie.
+    pub fn open(&self, sealed: &[u8]) -> Result<Bytes, BootError> {
+        let damaged =
+            || BootError::Damaged("frame at byte", usize::try_from(self.offset).unwrap_or(usize::MAX));
+        if sealed.len() != self.sealed_len as usize || *blake3::hash(sealed).as_bytes() != self.hash {
+            return Err(damaged());
+        }
+        if self.sealed_len == self.plain_len {
+            return Ok(Bytes::copy_from_slice(sealed));
+        }
+        let plain = zstd::bulk::decompress(sealed, self.plain_len as usize).map_err(|_| damaged())?;
+        if plain.len() == self.plain_len as usize { Ok(Bytes::from(plain)) } else { Err(damaged()) }
+    }
+}
+
+/// The runs: all inodes, then all first pages, then all counts, since each column compresses by itself.
+fn columns(bytes: &[u8], count: usize, tree: &Tree) -> Result<Vec<BootRun>, BootError> {
+    let word = |column: usize, number: usize| {
+        let at = (column * count + number) * 4;
+        u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"))
+    };
+    let run = |number| {
+        let (ino, first, pages) = (Ino::from_index(word(0, number)), word(1, number), word(2, number));
+        let size = file_size(tree, ino).ok_or(BootError::Run(number))?;
+        let offset = u64::from(first) * PAGE_BYTES;
+        let end = offset + u64::from(pages) * PAGE_BYTES;
+        // the last page may be cut off by the end of the file, and nothing lies behind it
+        if pages == 0 || u64::from(pages) > RUN_PAGES_MAX || end - PAGE_BYTES >= size {
+            return Err(BootError::Run(number));
+        }
+        let len = u32::try_from(end.min(size) - offset).map_err(|_| BootError::Run(number))?;
+        Ok(BootRun { ino, offset, len, skip: 0 })
+    };
+    (0..count).map(run).collect()
+}
+
+/// Refuses runs of which two have a page in common.
+fn check_overlaps(runs: &[BootRun]) -> Result<(), BootError> {
+    let mut sorted: Vec<usize> = (0..runs.len()).collect();
+    sorted.sort_unstable_by_key(|number| (runs[*number].ino, runs[*number].offset));
+    let overlap = sorted.windows(2).find(|pair| {
+        let (a, b) = (runs[pair[0]], runs[pair[1]]);
+        a.ino == b.ino && a.offset + u64::from(a.len) > b.offset
+    });
+    overlap.map_or(Ok(()), |pair| Err(BootError::Run(pair[1])))
+}
+
+/// Paths, each after its length in 16 bits.
+fn names(mut bytes: &[u8], count: usize) -> Result<Vec<String>, BootError> {
+    let mut names = Vec::new();
+    for number in 0..count {
+        let damaged = || BootError::Damaged("name", number);
+        let (len, rest) = bytes.split_first_chunk::<2>().ok_or_else(damaged)?;
+        let (name, rest) = rest.split_at_checked(u16::from_le_bytes(*len).into()).ok_or_else(damaged)?;
+        let name = std::str::from_utf8(name)
+            .ok()
+            .filter(|name| crate::profile::is_inside(name))
+            .ok_or_else(damaged)?;
+        names.push(name.to_owned());
+        bytes = rest;
+    }
+    if bytes.is_empty() { Ok(names) } else { Err(BootError::Damaged("name", count)) }
+}

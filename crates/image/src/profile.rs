@@ -1,0 +1,259 @@
+//! Traces and profiles: what a start touches, in the order in which it touches it.
+//!
+//! A [`Trace`] is what one start did on one tree, by inode number. A [`Profile`] is many traces merged, by
+//! path, so that the next version of an image can take it over: unchanged files carry over exactly, changed
+//! ones by path and offset. As a blob it is JSON, which people read and write as well (`lamina profile
+//! export`).
+//!
+//! Paths that are not UTF-8 are left out: the file is then read in the ordinary way.
+
+use std::collections::{HashMap, HashSet};
+use std::{fmt, marker};
+
+use serde::de::{Deserializer, IgnoredAny, SeqAccess, Visitor};
+use serde::{Deserialize, Serialize};
+
+use crate::{FileKind, Ino, Tree, TreeError};
+
+mod merge;
+mod paths;
+
+use paths::{PathBudget, Paths};
+pub(crate) use paths::{file_size, find, is_inside};
+
+/// Bytes of a page.
+pub const PAGE_BYTES: u64 = 4096;
+/// A profile or trace names no more pages: 4 GiB, more than any start reads before it answers.
+pub const PROFILE_PAGES_MAX: u64 = 1 << 20;
+/// No more names, files or runs each.
+pub const PROFILE_ITEMS_MAX: usize = 1 << 19;
+/// A profile's JSON is at most this long, in bytes. What is made here stays below: [`PROFILE_ITEMS_MAX`] runs
+/// of at most 37 bytes, and twice the bytes that a [`PathBudget`] has.
+pub const PROFILE_BYTES_MAX: usize = 32 << 20;
+
+/// Pages of one file that were read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TraceRun {
+    /// The file.
+    pub ino: Ino,
+    /// The first page, in units of 4 KiB from the beginning of the file.
+    pub first: u64,
+    /// How many pages.
+    pub pages: u64,
+}
+
+/// What one start touched, in order.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Trace {
+    /// Names looked up, found or not, by directory.
+    pub names: Vec<(Ino, Vec<u8>)>,
+    /// Pages read.
+    pub runs: Vec<TraceRun>,
+    /// Whether the start had a boot pack, so that only what was missing in that is here.
+    pub boot: bool,
+}
+
+/// Why bytes are no profile.
+#[derive(Debug, thiserror::Error)]
+pub enum ProfileError {
+    /// Not the JSON that it should be.
+    #[error("not a profile: {0}")]
+    Json(#[from] serde_json::Error),
+    /// Of a version that this program does not know.
+    #[error("a profile of version {0}; this program reads version 1")]
+    Version(u32),
+    /// More of something than a start could need.
+    #[error("a profile with too many {0}")]
+    TooMany(&'static str),
+    /// A path that leaves the image, is empty or too long.
+    #[error("a profile with the path {0:?}")]
+    Path(String),
+    /// A run without pages, or of a file that is not listed.
+    #[error("a profile whose run {0} makes no sense")]
+    Run(usize),
+}
+
+/// Pages of one file in a profile: file number, first page, pages, and in how many starts they were read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProfileRun(pub u32, pub u64, pub u64, pub u32);
+
+/// What starts of an image touch. See the module.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Profile {
+    version: u32,
+    /// How many starts it comes from.
+    pub starts: u32,
+    /// Whether it was taken over from another image and no start of this one has confirmed it.
+    #[serde(default)]
+    pub inherited: bool,
+    /// Paths to look up, found or not, in order; without a leading slash.
+    #[serde(deserialize_with = "bounded")]
+    pub names: Vec<String>,
+    /// The files that are read, by path.
+    #[serde(deserialize_with = "bounded")]
+    pub files: Vec<String>,
+    /// What is read of them, in order.
+    #[serde(deserialize_with = "bounded")]
+    pub runs: Vec<ProfileRun>,
+}
+
+impl Profile {
+    /// Reads a profile's JSON, and checks all of it.
+    pub fn parse(bytes: &[u8]) -> Result<Self, ProfileError> {
+        if bytes.len() > PROFILE_BYTES_MAX {
+            return Err(ProfileError::TooMany("bytes"));
+        }
+        let profile: Self = serde_json::from_slice(bytes)?;
+        if profile.version != 1 {
+            return Err(ProfileError::Version(profile.version));
+        }
+        for (items, what) in
+            [(profile.names.len(), "names"), (profile.files.len(), "files"), (profile.runs.len(), "runs")]
+        {
+            if items > PROFILE_ITEMS_MAX {
+                return Err(ProfileError::TooMany(what));
+            }
+        }
+        if let Some(path) = profile.names.iter().chain(&profile.files).find(|path| !is_inside(path)) {
+            return Err(ProfileError::Path(path.chars().take(100).collect()));
+        }
+        let mut pages = 0u64;
+        for (number, run) in profile.runs.iter().enumerate() {
+            let known = (run.0 as usize) < profile.files.len();
+            if !known || run.2 == 0 || run.1.checked_add(run.2).is_none_or(|end| end > u64::MAX / PAGE_BYTES)
+            {
+                return Err(ProfileError::Run(number));
+            }
+            pages = pages.saturating_add(run.2);
+        }
+        if pages > PROFILE_PAGES_MAX { Err(ProfileError::TooMany("pages")) } else { Ok(profile) }
+    }
+
+    /// Its JSON.
+    pub fn to_json(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("strings and numbers")
+    }
+
+    /// How many pages it names.
+    pub fn pages(&self) -> u64 {
+        self.runs.iter().map(|run| run.2).sum()
+    }
+
+    /// The profile of one start on `tree`. What is not in the tree is left out: a trace is somebody's word.
+    ///
+    /// Cost: one step for each name in the tree, and one for each item of the trace.
+    pub fn of_trace(tree: &Tree, trace: &Trace) -> Result<Self, TreeError> {
+        let paths = Paths::of(tree)?;
+        let mut profile = Self::empty(1);
+        profile.names = names_of(tree, &paths, trace);
+        let (mut numbers, mut budget, mut pages) = (HashMap::new(), PathBudget::full(), 0);
+        for run in trace.runs.iter().take(PROFILE_ITEMS_MAX) {
+            let Some(size) = file_size(tree, run.ino) else { continue };
+            let end = run.first.saturating_add(run.pages).min(size.div_ceil(PAGE_BYTES));
+            if run.first >= end || pages + (end - run.first) > PROFILE_PAGES_MAX {
+                continue;
+            }
+            let file = *numbers.entry(run.ino).or_insert_with(|| {
+                let path = paths.path(run.ino).filter(|path| is_inside(path) && budget.take(path))?;
+                Some(profile.add_file(path))
+            });
+            if let Some(file) = file {
+                pages += end - run.first;
+                profile.runs.push(ProfileRun(file, run.first, end - run.first, 1));
+            }
+        }
+        Ok(profile)
+    }
+
+    /// What both know, a page that both have in the order of the one that read it earlier. What only rare
+    /// starts touch is dropped, and old starts come to weigh less. `missed` says that `other` had a boot
+    /// pack, so that it names only what was missing in that: then everything known counts as touched again.
+    ///
+    /// Cost: a step for each page, and a sort of them.
+    #[must_use]
+    pub fn merged(&self, other: &Self, missed: bool) -> Self {
+        merge::merged(self, other, missed)
+    }
+
+    /// The same for the next version of the image: files that are there under the same path, cut to their
+    /// size. Names stay, since it may matter as well that a name is not there.
+    pub fn inherited_by(&self, tree: &Tree) -> Result<Self, TreeError> {
+        let sizes = self.files.iter().map(|path| Ok(find(tree, path)?.and_then(|ino| file_size(tree, ino))));
+        let sizes: Vec<Option<u64>> = sizes.collect::<Result<_, TreeError>>()?;
+        let mut numbers = vec![None; self.files.len()];
+        let mut inherited = Self { inherited: true, names: self.names.clone(), ..Self::empty(self.starts) };
+        for ProfileRun(file, first, pages, seen) in self.runs.iter().copied() {
+            let Some(size) = sizes[file as usize] else { continue };
+            let end = (first + pages).min(size.div_ceil(PAGE_BYTES));
+            if first < end {
+                let number = &mut numbers[file as usize];
+                let number =
+                    *number.get_or_insert_with(|| inherited.add_file(self.files[file as usize].clone()));
+                inherited.runs.push(ProfileRun(number, first, end - first, seen));
+            }
+        }
+        Ok(inherited)
+    }
+
+    fn empty(starts: u32) -> Self {
+        Self { version: 1, starts, inherited: false, names: Vec::new(), files: Vec::new(), runs: Vec::new() }
+    }
+
+    fn add_file(&mut self, path: String) -> u32 {
+        self.files.push(path);
+        u32::try_from(self.files.len() - 1).expect("not more than there are runs")
+    }
+}
+
+/// The paths that a trace looked up, each once.
+fn names_of(tree: &Tree, paths: &Paths<'_>, trace: &Trace) -> Vec<String> {
+    let (mut names, mut seen, mut budget) = (Vec::new(), HashSet::new(), PathBudget::full());
+    for (dir, name) in trace.names.iter().take(PROFILE_ITEMS_MAX) {
+        // a name with a slash would be a path of its own
+        let Some(name) = std::str::from_utf8(name).ok().filter(|name| !name.contains('/')) else { continue };
+        if !seen.insert((dir, name)) || !is_directory(tree, *dir) {
+            continue;
+        }
+        let Some(mut path) = paths.path(*dir) else { continue };
+        if !path.is_empty() {
+            path.push('/');
+        }
+        path.push_str(name);
+        if is_inside(&path) && budget.take(&path) {
+            names.push(path);
+        }
+    }
+    names
+}
+
+fn is_directory(tree: &Tree, ino: Ino) -> bool {
+    tree.inode(ino).is_ok_and(|inode| inode.kind() == FileKind::Directory)
+}
+
+/// Reads a list of which only the first [`PROFILE_ITEMS_MAX`] items and one more are kept, so that a list
+/// that is too long is known as such and costs no memory.
+fn bounded<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Vec<T>, D::Error> {
+    deserializer.deserialize_seq(Bounded(marker::PhantomData))
+}
+
+struct Bounded<T>(marker::PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for Bounded<T> {
+    type Value = Vec<T>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<T>, A::Error> {
+        let mut items = Vec::new();
+        while items.len() <= PROFILE_ITEMS_MAX {
+            match list.next_element()? {
+                Some(item) => items.push(item),
+                None => return Ok(items),
+            }
+        }
+        while list.next_element::<IgnoredAny>()?.is_some() {}
+        Ok(items)
+    }
+}
