@@ -64,6 +64,13 @@ impl Ahead {
         let _ = self.window.set(window);
     }
 
+    /// The kernel's readahead while reading is sparse, from now on.
+    pub(crate) fn settle_window(&self, kb: u32) {
+        if let Some(window) = self.window.get() {
+            window.settle(kb);
+        }
+    }
+
     /// The frames that follow `last` in its pack, to be fetched along with `wants`, as far as the whole request stays
     /// short. None for a read at `start` that is a step of a walk through `ino`: there they were fetched already, or are
     /// passed over.

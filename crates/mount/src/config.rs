@@ -4,6 +4,17 @@ use std::path::PathBuf;
 
 use crate::Ramp;
 
+/// Whether a mount records what a start touches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Record {
+    /// Nothing.
+    Off,
+    /// As exactly as a start that is also fast allows.
+    Start,
+    /// Every page, whatever it costs.
+    Exact,
+}
+
 /// How to mount. [`MountConfig::new`] fills in what was measured to be good.
 #[derive(Clone, Debug)]
 pub struct MountConfig {
@@ -18,6 +29,11 @@ pub struct MountConfig {
     pub read_ahead_kb: u32,
     /// The kernel's readahead for files opened while reading is dense, in KiB.
     pub read_ahead_dense_kb: u32,
+    /// The same as `read_ahead_kb` while a start is recorded, or has a boot pack: what is read unasked blurs the trace, and what is
+    /// not in the boot pack is asked for alone.
+    pub read_ahead_start_kb: u32,
+    /// Whether the start is recorded.
+    pub record: Record,
     /// A stream that has read this many bytes is dense.
     pub dense_run_bytes: u64,
     /// A miss asks for frames that follow in the pack until the request is this long, in bytes of frames. The wanted ones
@@ -39,6 +55,8 @@ impl MountConfig {
             threads: 2,
             read_ahead_kb: 16,
             read_ahead_dense_kb: 1024,
+            read_ahead_start_kb: 8,
+            record: Record::Off,
             dense_run_bytes: 8 << 20,
             neighbour_bytes: 168 << 10,
             file_ramp: Ramp { run_min: 256 << 10, ahead_max: 16 << 20, slack: 128 << 10 },

@@ -9,9 +9,11 @@ use lamina_chunk::Chunk;
 use lamina_image::{Ino, TreeError};
 
 use crate::ahead::Ahead;
+use crate::boot::{Boot, Booted, Waiting};
 use crate::metrics::one;
 use crate::order::{Touch, want};
 use crate::pages::Pages;
+use crate::trace::Recorder;
 
 /// Why there is no answer. `fuse.rs` has the errno for each.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -35,6 +37,8 @@ pub(crate) enum FsError {
 pub(crate) struct Files {
     pub(crate) ahead: Arc<Ahead>,
     pub(crate) pages: Arc<Pages>,
+    pub(crate) boot: Arc<Boot>,
+    pub(crate) recorder: Arc<Recorder>,
 }
 
 /// A longer read is the kernel's own readahead, which asks for the rest by itself, in few requests.
@@ -46,6 +50,8 @@ pub(crate) enum Answer {
     Now(Bytes),
     /// Some are not here.
     Later(Unread),
+    /// They come with the boot pack.
+    Soon(Waiting),
 }
 
 /// A read that lacks frames.
@@ -72,9 +78,49 @@ enum From {
 }
 
 impl Files {
-    /// The bytes of `ino` from `offset`, `size` of them or up to the end of the file, and which parts of frames they are.
-    /// Never waits for the network; reads the disk.
+    /// The bytes of `ino` from `offset`, `size` of them or up to the end of the file, and which parts of frames they are, where
+    /// they do not come from the boot pack. Never waits for the network; reads the disk.
     pub(crate) fn read(&self, ino: Ino, offset: u64, size: u32) -> Result<(Answer, Vec<Touch>), FsError> {
+        let end = offset.saturating_add(size.into()).min(self.ahead.tree.inode(ino)?.size);
+        match self.boot.read(ino, offset, end) {
+            Booted::Here(bytes) => {
+                one(&self.ahead.counters.boot_reads);
+                Ok((Answer::Now(bytes), Vec::new()))
+            }
+            Booted::Near(waiting) => Ok((Answer::Soon(waiting), Vec::new())),
+            Booted::Not => {
+                self.recorder.read(ino, offset, size, Instant::now());
+                self.read_frames(ino, offset, size)
+            }
+        }
+    }
+
+    /// Waits for the boot pack; if that does not come in time, reads in the ordinary way.
+    pub(crate) async fn soon(
+        &self,
+        ino: Ino,
+        offset: u64,
+        size: u32,
+        waiting: Waiting,
+    ) -> Result<Bytes, FsError> {
+        let (counters, begun) = (&self.ahead.counters, Instant::now());
+        let bytes = waiting.bytes().await;
+        let us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+        one(&counters.boot_waits);
+        counters.boot_wait_us_total.fetch_add(us, std::sync::atomic::Ordering::Relaxed);
+        if let Some(bytes) = bytes {
+            one(&counters.boot_reads);
+            return Ok(bytes);
+        }
+        self.recorder.read(ino, offset, size, Instant::now());
+        match self.read_frames(ino, offset, size)? {
+            (Answer::Later(unread), _) => self.complete(unread).await,
+            (Answer::Now(bytes), _) => Ok(bytes),
+            (Answer::Soon(_), _) => unreachable!("frames do not come with the boot pack"),
+        }
+    }
+
+    fn read_frames(&self, ino: Ino, offset: u64, size: u32) -> Result<(Answer, Vec<Touch>), FsError> {
         let Ahead { tree, cache, .. } = &*self.ahead;
         let end = offset.saturating_add(u64::from(size));
         let (mut pieces, mut wants, mut touched) = (Vec::new(), Vec::<Want>::new(), Vec::new());
@@ -129,7 +175,8 @@ impl Files {
     /// After a read of `size` bytes at `offset` was answered: gives the kernel the rest of the frames that it touched.
     pub(crate) fn store_rest(&self, ino: Ino, offset: u64, size: u32, touched: &[Touch]) {
         let Ahead { tree, cache, .. } = &*self.ahead;
-        if size > STORE_READ_MAX {
+        // what is handed out unasked is not seen when it is used
+        if size > STORE_READ_MAX || self.recorder.is_recording() {
             return;
         }
         let read = offset..offset.saturating_add(u64::from(size));

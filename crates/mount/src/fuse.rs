@@ -200,6 +200,7 @@ impl Filesystem for Fuse {
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let counters = &self.files.ahead.counters;
         one(&counters.lookups);
+        self.files.recorder.name(Ino(parent.0), name.as_bytes());
         match self.found(Ino(parent.0), name) {
             Ok(attr) => {
                 if attr.ino.0 == 0 {
@@ -258,6 +259,13 @@ impl Filesystem for Fuse {
                     let answer = files.complete(unread).await;
                     Self::send(&files, ino, answer, reply);
                     files.store_rest(ino, offset, size, &touched);
+                });
+            }
+            Ok((Answer::Soon(waiting), _)) => {
+                let files = self.files.clone();
+                self.handle.spawn(async move {
+                    let answer = files.soon(ino, offset, size, waiting).await;
+                    Self::send(&files, ino, answer, reply);
                 });
             }
             Err(error) => Self::send(&self.files, ino, Err(error), reply),

@@ -10,6 +10,7 @@
 
 mod ahead;
 mod bits;
+mod boot;
 mod config;
 mod error;
 mod fs;
@@ -20,10 +21,12 @@ mod mountpoint;
 mod order;
 mod pages;
 mod streams;
+mod trace;
 mod walks;
 mod window;
 
-pub use config::MountConfig;
+pub use boot::{BootFailure, BootPack};
+pub use config::{MountConfig, Record};
 pub use error::MountError;
 pub use metrics::MountSnapshot;
 pub use mount::Mount;

@@ -63,6 +63,26 @@ counters! {
     stores,
     /// Their bytes.
     store_bytes,
+    /// Bytes of the boot pack that came.
+    boot_bytes,
+    /// Names that it looked up.
+    boot_names,
+    /// Runs of pages that it stored in the kernel's page cache.
+    boot_stored_runs,
+    /// Their bytes.
+    boot_stored_bytes,
+    /// Runs that the kernel refused.
+    boot_refused,
+    /// Reads answered from it before the kernel had the pages.
+    boot_reads,
+    /// Of these, reads that waited for it.
+    boot_waits,
+    /// How long, summed, in microseconds.
+    boot_wait_us_total,
+    /// 1 where it was given up; the log says why.
+    boot_failed,
+    /// How long it took from the first request to the last page stored, in microseconds.
+    boot_us,
 }
 
 /// Adds one to a counter.

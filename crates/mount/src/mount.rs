@@ -2,23 +2,31 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
-use fuser::{Config, Session, SessionACL};
+use fuser::{Config, Notifier, Session, SessionACL};
 use lamina_cache::{Cache, Source};
-use lamina_image::{Ino, Tree};
+use lamina_image::{Ino, Trace, Tree};
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tracing::{error, info};
 
 use crate::ahead::Ahead;
+use crate::boot::{Boot, BootFailure, BootPack, Booting};
+use crate::config::Record;
 use crate::fs::Files;
 use crate::fuse::Fuse;
 use crate::mountpoint::{Device, MountPoint};
 use crate::pages::{self, Pages};
+use crate::trace::Recorder;
 use crate::window::Window;
 use crate::{MountConfig, MountError, MountSnapshot};
+
+/// The kernel's readahead for an exact recording: one page.
+const EXACT_KB: u32 = 4;
 
 /// An image, mounted. Dropping it unmounts it, lazily if it is in use: then programs that have files open keep them,
 /// and its threads end with the last of these.
@@ -26,6 +34,10 @@ pub struct Mount {
     point: MountPoint,
     device: Device,
     ahead: Arc<Ahead>,
+    boot: Arc<Boot>,
+    booting: Notifier,
+    recorder: Arc<Recorder>,
+    config: MountConfig,
     ended: watch::Receiver<bool>,
     threads: Mutex<Option<JoinHandle<()>>>,
 }
@@ -53,10 +65,15 @@ impl Mount {
         let failed = |cause| MountError::System { action: "serve", path: config.mountpoint.clone(), cause };
         let ahead = Arc::new(Ahead::new(tree, cache, source, config.clone(), handle.clone()));
         let (pages, runs) = Pages::new(ahead.tree.frames());
-        let fuse = Fuse { files: Files { ahead: ahead.clone(), pages: Arc::new(pages) }, handle };
+        let recorder = Arc::new(Recorder::new(config.record != Record::Off));
+        let boot = Arc::new(Boot::default());
+        let (pages, for_fuse) = (Arc::new(pages), (boot.clone(), recorder.clone()));
+        let files = Files { ahead: ahead.clone(), pages, boot: for_fuse.0, recorder: for_fuse.1 };
+        let fuse = Fuse { files, handle };
         let mut loops = Config::default();
         loops.n_threads = Some(config.threads.max(1));
         let session = Session::from_fd(fuse, connection, SessionACL::All, loops).map_err(failed)?;
+        let booting = session.notifier();
         let (notifier, counters) = (session.notifier(), ahead.counters.clone());
         // ends with the last of the file system that could send it something
         std::thread::Builder::new()
@@ -75,10 +92,16 @@ impl Mount {
             .map_err(failed)?;
         let point = started.point.take().expect("taken once");
         let device = point.device().inspect_err(|_| point.detach())?;
-        let (sparse, dense) = (config.read_ahead_kb, config.read_ahead_dense_kb);
+        let sparse = match config.record {
+            Record::Off => config.read_ahead_kb,
+            Record::Start => config.read_ahead_start_kb,
+            Record::Exact => EXACT_KB,
+        };
+        let dense = config.read_ahead_dense_kb;
         ahead.set_window(Window::new(device.read_ahead_path(), sparse, dense, config.dense_run_bytes));
         info!(mountpoint = %point.path().display(), "mounted");
-        Ok(Self { point, device, ahead, ended, threads: Mutex::new(Some(threads)) })
+        let threads = Mutex::new(Some(threads));
+        Ok(Self { point, device, ahead, boot, booting, recorder, config, ended, threads })
     }
 
     /// Where it is mounted, as an absolute path.
@@ -89,6 +112,37 @@ impl Mount {
     /// The counters now.
     pub fn snapshot(&self) -> MountSnapshot {
         self.ahead.counters.snapshot()
+    }
+
+    /// Streams a boot pack into the kernel's page cache. Returns when all of it is there, or with why it was given up; reads are
+    /// answered all the while, whatever comes. At most once for a mount.
+    pub async fn boot(&self, pack: BootPack) -> Result<(), BootFailure> {
+        self.ahead.settle_window(self.config.read_ahead_start_kb);
+        let begun = Instant::now();
+        let Ahead { tree, source, counters, .. } = &*self.ahead;
+        let (notifier, mountpoint) = (self.booting.clone(), self.point.path());
+        let booting = Booting { tree, source, counters, notifier, mountpoint, boot: &self.boot };
+        let mut ended = self.ended.clone();
+        let done = tokio::select! {
+            done = booting.run(pack) => done,
+            _ = ended.wait_for(|ended| *ended) => Err(BootFailure::Refused),
+        };
+        let us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+        counters.boot_us.store(us, Ordering::Relaxed);
+        counters.boot_failed.store(done.is_err().into(), Ordering::Relaxed);
+        done
+    }
+
+    /// For how long the start has read nothing new; `None` before it has begun.
+    pub fn quiet(&self) -> Option<Duration> {
+        self.recorder.quiet(Instant::now())
+    }
+
+    /// Ends the recording of the start, and with it whatever is done for starts only. What was recorded, the first time.
+    pub fn end_start(&self) -> Option<Trace> {
+        self.ahead.settle_window(self.config.read_ahead_kb);
+        let booted = self.ahead.counters.boot_bytes.load(Ordering::Relaxed) > 0;
+        self.recorder.take().map(|trace| Trace { boot: booted, ..trace })
     }
 
     /// Unmounts it. *Errors*: [`MountError::InUse`] unless `lazy`; a lazy one takes the mount away at once and leaves

@@ -14,7 +14,7 @@ const SPARSE_READS: u32 = 256;
 #[derive(Debug)]
 pub(crate) struct Window {
     path: PathBuf,
-    sparse_kb: u32,
+    sparse_kb: AtomicU32,
     dense_kb: u32,
     dense_run: u64,
     dense: AtomicBool,
@@ -25,9 +25,17 @@ impl Window {
     /// Takes over the window in the file `path` and makes it small.
     pub(crate) fn new(path: PathBuf, sparse_kb: u32, dense_kb: u32, dense_run: u64) -> Self {
         let (dense, sparse_reads) = (AtomicBool::new(false), AtomicU32::new(0));
-        let window = Self { path, sparse_kb, dense_kb, dense_run, dense, sparse_reads };
+        let window = Self { path, sparse_kb: sparse_kb.into(), dense_kb, dense_run, dense, sparse_reads };
         window.set(sparse_kb);
         window
+    }
+
+    /// Changes what it is while reading is sparse.
+    pub(crate) fn settle(&self, sparse_kb: u32) {
+        let before = self.sparse_kb.swap(sparse_kb, Ordering::Relaxed);
+        if before != sparse_kb && !self.dense.load(Ordering::Relaxed) {
+            self.set(sparse_kb);
+        }
     }
 
     /// Takes note of a read that belongs to a stream of `run` bytes.
@@ -41,7 +49,7 @@ impl Window {
             && self.sparse_reads.fetch_add(1, Ordering::Relaxed) + 1 >= SPARSE_READS
             && self.dense.swap(false, Ordering::Relaxed)
         {
-            self.set(self.sparse_kb);
+            self.set(self.sparse_kb.load(Ordering::Relaxed));
         }
     }
 

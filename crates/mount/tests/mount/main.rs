@@ -1,5 +1,6 @@
 //! Real mounts, by a real kernel. They need root and /dev/fuse, and fail without.
 
+mod boot;
 mod rig;
 mod unpacked;
 

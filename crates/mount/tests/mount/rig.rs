@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -12,11 +13,17 @@ use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use lamina_cache::{Cache, CacheConfig, Class, Source, SourceError};
-use lamina_chunk::{ChunkId, ChunkPlace, PackId, PackRecord};
-use lamina_image::{ChunkSink, IngestOptions, LayerInput, Progress, SinkError, Tree, derive_tree, ingest};
-use lamina_mount::{Mount, MountConfig, MountError};
+use lamina_chunk::{ChunkId, ChunkPlace, FrameId, PackId, PackRecord, Place, Sealed};
+use lamina_image::{
+    ChunkSink, Digest, IngestOptions, Ino, LayerInput, Profile, Progress, SinkError, Trace, TraceRun, Tree,
+    build_boot, derive_tree, ingest,
+};
+use lamina_mount::{BootFailure, BootPack, Mount, MountConfig, MountError};
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
+
+/// What the tree's blob is said to be.
+pub(crate) const TREE: Digest = Digest::from_bytes([7; 32]);
 
 /// Packs in memory, as sink and as source.
 #[derive(Default)]
@@ -34,6 +41,13 @@ pub(crate) struct Packs {
 }
 
 impl Packs {
+    /// Serves another blob as well.
+    pub(crate) fn add(&self, blob: Bytes) -> Digest {
+        let digest = Digest::of(&blob);
+        self.packs.lock().insert(PackId::from_bytes(*digest.as_bytes()), blob);
+        digest
+    }
+
     /// Packs whose answers wait at the gate.
     pub(crate) fn gated() -> Self {
         Self { gate: Some(Semaphore::new(0)), ..Self::default() }
@@ -179,6 +193,29 @@ impl Rig {
     pub(crate) fn path(&self, path: &str) -> PathBuf {
         let mnt = self.directory.path().join("mnt");
         if path.is_empty() { mnt } else { mnt.join(path) }
+    }
+
+    /// A boot pack of these files, whole and in this order, served beside the packs.
+    pub(crate) fn boot_pack(&self, files: &[&str]) -> Bytes {
+        let runs = files.iter().map(|path| {
+            let inode = fs::metadata(self.path(path)).expect("there");
+            TraceRun { ino: Ino(inode.ino()), first: 0, pages: inode.len().div_ceil(4096) }
+        });
+        let names = vec![(Ino::ROOT, b"not there".to_vec())];
+        let trace = Trace { runs: runs.collect(), names, boot: false };
+        let profile = Profile::of_trace(&self.tree, &trace).expect("a profile");
+        let open = |id: FrameId, place: Place| {
+            let (start, len) = (place.frame.offset as usize, place.frame.sealed_len as usize);
+            let bytes = self.packs.packs.lock()[&place.pack].slice(start..start + len);
+            Sealed::new(bytes, place.frame.plain_len as usize).open(id)
+        };
+        build_boot(&self.tree, TREE, &profile, open).expect("built").expect("not empty").into()
+    }
+
+    /// Boots from these bytes; they may be anything.
+    pub(crate) fn boot(&self, blob: &Bytes) -> Result<(), BootFailure> {
+        let pack = BootPack { blob: self.packs.add(blob.clone()), bytes: blob.len() as u64, tree: TREE };
+        self.runtime.block_on(self.mount().boot(pack))
     }
 
     pub(crate) fn mount(&self) -> &Mount {

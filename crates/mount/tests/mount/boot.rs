@@ -1,0 +1,160 @@
+//! Boot packs: what they bring, and what happens when they bring something else.
+
+use std::fs;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use bytes::Bytes;
+use lamina_image::{BOOT_HEAD_BYTES, BootError};
+use lamina_mount::{BootFailure, MountConfig, Record};
+
+use crate::rig::{Layer, Packs, Rig, noise, until};
+
+/// Large enough for several frames.
+fn contents() -> Vec<(&'static str, Vec<u8>)> {
+    let text = b"what compresses well ".repeat(40_000);
+    vec![
+        ("large", noise(1, 3_000_123)),
+        ("text", text),
+        ("small", b"small".to_vec()),
+        ("other", noise(2, 100_000)),
+    ]
+}
+
+fn rig(packs: Packs) -> Rig {
+    Rig::with(contents().iter().fold(Layer::new(), |layer, (path, bytes)| layer.file(path, bytes)), packs)
+}
+
+#[track_caller]
+fn all_right(rig: &Rig) {
+    for (path, bytes) in contents() {
+        assert!(fs::read(rig.path(path)).expect("read") == bytes, "{path}");
+    }
+}
+
+#[test]
+fn what_a_boot_pack_brought_is_read_without_asking() {
+    let rig = rig(Packs::default());
+    let pack = rig.boot_pack(&["text", "large", "small"]);
+    rig.boot(&pack).expect("booted");
+    let (before, requests) = (rig.mount().snapshot(), rig.packs.requests.load(Ordering::SeqCst));
+    assert_eq!(before.boot_bytes, pack.len() as u64);
+    assert_eq!((before.boot_names, before.boot_refused, before.boot_failed), (1, 0, 0));
+    for (path, bytes) in contents().iter().take(3) {
+        assert!(&fs::read(rig.path(path)).expect("read") == bytes, "{path}");
+    }
+    let after = rig.mount().snapshot();
+    assert_eq!(after.reads, before.reads, "{after:?}");
+    assert_eq!(rig.packs.requests.load(Ordering::SeqCst), requests);
+    let lookups = after.lookups;
+    fs::metadata(rig.path("not there")).expect_err("it is not there");
+    assert_eq!(rig.mount().snapshot().lookups, lookups, "the kernel knows it already");
+    all_right(&rig);
+}
+
+#[test]
+fn a_boot_pack_with_any_part_damaged_is_given_up_and_reading_stays_right() {
+    let pack = rig(Packs::default()).boot_pack(&["large", "text", "other"]);
+    let end = pack.len() - 1;
+    for at in [0, 9, 30, 70, 100, BOOT_HEAD_BYTES, BOOT_HEAD_BYTES + 40, end / 2, end] {
+        let rig = rig(Packs::default());
+        let mut damaged = pack.to_vec();
+        damaged[at] ^= 1;
+        rig.boot(&damaged.into()).expect_err("damaged");
+        assert_eq!(rig.mount().snapshot().boot_failed, 1);
+        all_right(&rig);
+    }
+}
+
+#[test]
+fn a_boot_pack_cut_off_is_given_up_and_reading_stays_right() {
+    let pack = rig(Packs::default()).boot_pack(&["large", "text"]);
+    for len in [0, 10, BOOT_HEAD_BYTES, BOOT_HEAD_BYTES + 10, pack.len() / 2, pack.len() - 1] {
+        let rig = rig(Packs::default());
+        let failure = rig.boot(&pack.slice(..len)).expect_err("cut off");
+        assert!(matches!(failure, BootFailure::Length(_) | BootFailure::Bad(_)), "{failure}");
+        all_right(&rig);
+    }
+}
+
+#[test]
+fn a_boot_pack_of_another_image_is_not_believed() {
+    let other = Rig::new(Layer::new().file("large", &noise(9, 3_000_123)));
+    let pack = other.boot_pack(&["large"]);
+    let rig = rig(Packs::default());
+    let mut renamed = pack.to_vec();
+    renamed[28] ^= 1;
+    let failure = rig.boot(&renamed.into()).expect_err("another tree");
+    assert!(matches!(failure, BootFailure::Bad(BootError::OtherImage)), "{failure}");
+    all_right(&rig);
+}
+
+#[test]
+fn a_boot_pack_that_is_not_there_or_does_not_come_leaves_an_ordinary_mount() {
+    let rig = rig(Packs::default());
+    rig.packs.down.store(true, Ordering::SeqCst);
+    let failure = rig.boot(&Bytes::from(vec![1; 1000])).expect_err("down");
+    assert!(matches!(failure, BootFailure::Source(_)), "{failure}");
+    rig.packs.down.store(false, Ordering::SeqCst);
+    all_right(&rig);
+}
+
+#[test]
+fn reads_during_a_boot_are_right_whichever_way_they_come() {
+    let rig = rig(Packs::gated());
+    let pack = rig.boot_pack(&["large", "text", "small", "other"]);
+    let gate = rig.packs.gate.as_ref().expect("gated");
+    std::thread::scope(|scope| {
+        let booting = scope.spawn(|| rig.boot(&pack));
+        let readers: Vec<_> = (0..4).map(|_| scope.spawn(|| all_right(&rig))).collect();
+        // one answer after the other, for as long as anybody asks
+        while !(booting.is_finished() && readers.iter().all(std::thread::ScopedJoinHandle::is_finished)) {
+            gate.add_permits(1);
+            std::thread::yield_now();
+        }
+        booting.join().expect("no panic").expect("booted");
+    });
+}
+
+#[test]
+fn an_unmount_ends_a_boot() {
+    let rig = rig(Packs::gated());
+    let pack = rig.boot_pack(&["large", "text"]);
+    std::thread::scope(|scope| {
+        let booting = scope.spawn(|| rig.boot(&pack));
+        until("it asks", || rig.packs.requests.load(Ordering::SeqCst) > 0);
+        rig.mount().unmount(false).expect("unmounted");
+        assert!(matches!(booting.join().expect("no panic"), Err(BootFailure::Refused)));
+    });
+}
+
+#[test]
+fn a_start_is_recorded_page_by_page_and_in_order() {
+    let rig = rig(Packs::default());
+    rig.mount().unmount(false).expect("unmounted");
+    rig.ended();
+    let config = MountConfig { record: Record::Exact, ..MountConfig::new(rig.path("")) };
+    let mount = rig.start(config).expect("mounted again");
+    assert_eq!(mount.quiet(), None);
+    let file = fs::File::open(rig.path("other")).expect("opened");
+    #[expect(unsafe_code, reason = "the file is immutable, so the mapping is")]
+    // SAFETY: nothing can change the file under the mapping, since the mount is read-only.
+    let map = unsafe { memmap2::Mmap::map(&file) }.expect("mapped");
+    let touched = [50_000, 5_000, 90_000].map(|at| {
+        std::hint::black_box(map[at]);
+        at as u64 / 4096
+    });
+    assert!(mount.quiet() < Some(Duration::from_secs(20)));
+    fs::metadata(rig.path("absent")).expect_err("absent");
+    let trace = mount.end_start().expect("recorded");
+    let ino = rig.tree.lookup(lamina_image::Ino::ROOT, b"other").expect("sound").expect("there");
+    let pages: Vec<u64> = trace
+        .runs
+        .iter()
+        .filter(|run| run.ino == ino)
+        .flat_map(|run| run.first..run.first + run.pages)
+        .collect();
+    assert_eq!(pages, touched);
+    assert!(trace.names.iter().any(|(_, name)| name == b"absent"));
+    assert_eq!(mount.end_start(), None);
+}
