@@ -2,7 +2,10 @@
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-changed=../../proto");
-    let files = protox::compile(["lamina/v1/push.proto", "lamina/v1/node.proto"], ["../../proto"])?;
+    let files = protox::compile(
+        ["lamina/v1/push.proto", "lamina/v1/node.proto", "lamina/v1/profile.proto"],
+        ["../../proto"],
+    )?;
     prost_build::Config::new().compile_fds(files)?;
     Ok(())
 }

@@ -10,19 +10,27 @@ use tokio::time::Instant;
 
 use crate::body::{Body, Upstream, full};
 use crate::convert::Converter;
+use crate::learn::Learner;
 use crate::query::Query;
 use crate::route::Route;
 use crate::{ApiError, RegistryConfig};
 
 /// Manifests that are checked in depth at the same time: each may hold an image's recipes and tree, some 100 MiB.
 const ADMISSIONS_MAX: usize = 2;
+/// Traces and profiles that come in at the same time: each may be 32 MiB long.
+const INTAKE_MAX: usize = 8;
+/// Of those, that are parsed at the same time: a bad one may need ten times its length before it is refused.
+const CHECKS_MAX: usize = 1;
 
 /// Everything that answers requests.
 #[derive(Debug)]
 pub(crate) struct Api {
     pub(crate) store: Store,
     pub(crate) converter: Arc<Converter>,
+    pub(crate) learner: Arc<Learner>,
     pub(crate) admissions: Semaphore,
+    pub(crate) intake: Semaphore,
+    pub(crate) checks: Semaphore,
     config: RegistryConfig,
 }
 
@@ -45,8 +53,9 @@ impl Head {
 pub(crate) type Answer = Result<Response<Body>, ApiError>;
 
 impl Api {
-    pub(crate) fn new(store: Store, config: RegistryConfig, converter: Arc<Converter>) -> Self {
-        Self { store, converter, admissions: Semaphore::new(ADMISSIONS_MAX), config }
+    pub(crate) fn new(config: RegistryConfig, converter: Arc<Converter>, learner: Arc<Learner>) -> Self {
+        let [admissions, intake, checks] = [ADMISSIONS_MAX, INTAKE_MAX, CHECKS_MAX].map(Semaphore::new);
+        Self { store: converter.store.clone(), converter, learner, admissions, intake, checks, config }
     }
 
     pub(crate) fn config(&self) -> &RegistryConfig {
@@ -92,6 +101,9 @@ impl Api {
             (Route::Chunks, "POST") => self.find_chunks(body).await,
             (Route::Layers, "POST") => self.find_layers(body).await,
             (Route::Image(repo, digest), "GET") => self.image_status(&repo, digest).await,
+            (Route::Traces(repo, digest), "POST") => self.take_trace(repo, digest, body).await,
+            (Route::Profile(repo, digest), "PUT") => self.put_profile(repo, digest, body).await,
+            (Route::Profile(repo, digest), "DELETE") => self.drop_profile(repo, digest).await,
             _ => Err(ApiError::Unsupported("this method is not served here")),
         }
     }

@@ -69,4 +69,16 @@ impl Upstream {
         }
         Ok(whole.freeze())
     }
+
+    /// Takes the whole body, of at most `limit` bytes, and keeps none of it: whoever sends it gets an answer.
+    pub(crate) async fn ignored(mut self, limit: usize) -> Result<(), ApiError> {
+        let mut len = 0usize;
+        while let Some(bytes) = self.next().await? {
+            len += bytes.len();
+            if len > limit {
+                return Err(ApiError::TooLarge(limit));
+            }
+        }
+        Ok(())
+    }
 }

@@ -15,6 +15,7 @@ use tokio::time::timeout;
 
 use crate::RegistryConfig;
 use crate::ingest::{Converted, converts, counts_of};
+use crate::learn::Learner;
 
 /// How often jobs are looked for when nobody calls: another replica may have left one.
 const LOOK_EVERY: Duration = Duration::from_secs(60);
@@ -54,15 +55,16 @@ impl From<IngestError> for ConvertError {
 pub(crate) struct Converter {
     pub(crate) store: Store,
     pub(crate) config: RegistryConfig,
+    learner: Arc<Learner>,
     wake: Notify,
     stopped: AtomicBool,
     current: Mutex<Option<(Digest, Arc<Progress>)>>,
 }
 
 impl Converter {
-    pub(crate) fn new(store: Store, config: RegistryConfig) -> Self {
+    pub(crate) fn new(store: Store, config: RegistryConfig, learner: Arc<Learner>) -> Self {
         let (wake, stopped, current) = (Notify::new(), AtomicBool::new(false), Mutex::new(None));
-        Self { store, config, wake, stopped, current }
+        Self { store, config, learner, wake, stopped, current }
     }
 
     /// Makes the worker end; a layer that it reads is left in the middle.
@@ -144,6 +146,7 @@ impl Converter {
                 self.store.put_image(digest, &image).await?;
             }
         }
+        self.learner.inherit(repo, digest);
         self.store.delete_job(digest, repo).await
     }
 

@@ -62,6 +62,12 @@ pub enum ApiError {
     /// The client went away or stood still in the middle of its body.
     #[error("the body ended in the middle: {0}")]
     Body(String),
+    /// The image has no tree yet, or never will.
+    #[error("image {0} has no tree, so nothing can be learnt of its starts; its status says why")]
+    NoTree(Digest),
+    /// Too much waits to be learnt already. Retrying later will help.
+    #[error("too many traces and profiles are waiting; try again later")]
+    Busy,
     /// The store said no.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -90,6 +96,8 @@ impl ApiError {
             Self::Invalid(_) | Self::Body(_) => (StatusCode::BAD_REQUEST, "BLOB_UPLOAD_INVALID"),
             Self::Range(_) => (StatusCode::RANGE_NOT_SATISFIABLE, "SIZE_INVALID"),
             Self::TooLarge(_) => (StatusCode::PAYLOAD_TOO_LARGE, "SIZE_INVALID"),
+            Self::NoTree(_) => (StatusCode::CONFLICT, "UNSUPPORTED"),
+            Self::Busy => (StatusCode::TOO_MANY_REQUESTS, "TOOMANYREQUESTS"),
             Self::Store(error) => store_parts(error),
         }
     }

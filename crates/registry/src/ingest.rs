@@ -6,17 +6,14 @@ use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use lamina_image::{
-    Descriptor, Digest, Document, ImageConfig, LAYERS_MAX, LayerInput, Manifest, Progress, Recipe,
-    TREE_ANNOTATION, TREE_BYTES_ANNOTATION, derive_tree, ingest, media_type, pack_tree, parse_config,
+    Descriptor, Digest, ImageConfig, LAYERS_MAX, LayerInput, Manifest, Progress, Recipe, TREE_ANNOTATION,
+    TREE_BYTES_ANNOTATION, derive_tree, ingest, media_type, pack_tree, parse_config,
 };
-use lamina_store::{
-    Blob, BlobReader, ImageRecord, LayerCounts, LayerRecord, ManifestPut, Referrer, Repo, StoreError,
-    StoreSink,
-};
+use lamina_store::{Blob, BlobReader, ImageRecord, LayerCounts, LayerRecord, Repo, StoreError, StoreSink};
 use tokio::runtime::Handle;
 
+use crate::artifact::{Artifact, hang};
 use crate::convert::{ConvertError, Converter};
-use crate::manifests::referrer_of;
 
 const CONFIG_BYTES_MAX: u64 = 4 << 20;
 
@@ -159,8 +156,6 @@ impl Converter {
         tree: &Descriptor,
         layers: &[&Layer],
     ) -> Result<Descriptor, StoreError> {
-        let config = Bytes::from_static(b"{}");
-        self.store.put_blob(config.clone()).await?;
         let mut blobs = vec![tree.clone()];
         let (mut recipes, mut packs) = (BTreeSet::new(), BTreeSet::new());
         for layer in layers {
@@ -179,19 +174,7 @@ impl Converter {
             (TREE_ANNOTATION.to_owned(), tree.digest.to_string()),
             (TREE_BYTES_ANNOTATION.to_owned(), tree.size.to_string()),
         ]);
-        let manifest = Manifest {
-            schema_version: 2,
-            media_type: Some(media_type::OCI_MANIFEST.to_owned()),
-            artifact_type: Some(media_type::TREE.to_owned()),
-            config: Descriptor::of(media_type::OCI_EMPTY, &config),
-            layers: blobs,
-            subject: Some(subject),
-            annotations,
-        };
-        let bytes = Bytes::from(serde_json::to_vec(&manifest).expect("a manifest has string keys"));
-        let digest = self.store.put_blob(bytes.clone()).await?;
-        let document = Document::Manifest(manifest);
-        Ok(referrer_of(&document, media_type::OCI_MANIFEST, digest, bytes.len() as u64))
+        Artifact { kind: media_type::TREE, subject, blobs, annotations }.write(&self.store).await
     }
 
     /// Hangs the tree of an image on it in one repository.
@@ -202,10 +185,6 @@ impl Converter {
         record: &ImageRecord,
     ) -> Result<(), StoreError> {
         let Some(artifact) = &record.artifact else { return Ok(()) };
-        let bytes = self.store.small_blob(artifact.digest, artifact.size).await?;
-        let media_type = media_type::OCI_MANIFEST.to_owned();
-        let referrer = Some(Referrer { subject: image, descriptor: artifact.clone() });
-        let digest = artifact.digest;
-        self.store.put_manifest(repo, ManifestPut { digest, media_type, bytes, referrer }).await
+        hang(&self.store, repo, image, artifact).await
     }
 }

@@ -2,21 +2,26 @@
 //!
 //! Any client's push is taken as it is and answered at once; the tree is made in the background and hangs on the
 //! image as a referrer. A manifest that names a tree itself is checked before anything of it can be seen: the tree is
-//! derived again from the recipes, and each new layer is rebuilt once. The registry keeps no state of its own: jobs
-//! are in the store, and a restart goes on with them. Only uploads that were open are lost by it.
+//! derived again from the recipes, and each new layer is rebuilt once. What nodes tell of starts becomes a profile and a
+//! boot pack, which hang on the image as well. The registry keeps no state of its own: jobs are in the store, and a
+//! restart goes on with them. Only uploads that were open are lost by it, and what waited to be learnt.
 
 mod admit;
 mod api;
+mod artifact;
 mod blobs;
 mod body;
 mod config;
 mod convert;
 mod error;
 mod ingest;
+mod learn;
 mod lists;
 mod manifests;
 mod messages;
+mod profiles;
 mod query;
+mod queue;
 mod range;
 mod route;
 mod server;

@@ -2,13 +2,23 @@
 
 use bytes::Bytes;
 use http::{HeaderValue, Response, StatusCode, header};
-use lamina_image::{Descriptor, Digest, Document, MANIFEST_BYTES_MAX, Manifest, TREE_ANNOTATION, media_type};
+use lamina_image::{
+    BOOT_ANNOTATION, Descriptor, Digest, Document, MANIFEST_BYTES_MAX, Manifest, PROFILE_ANNOTATION,
+    TREE_ANNOTATION, media_type,
+};
 use lamina_store::{ManifestPut, Referrer, Repo};
 
 use crate::ApiError;
 use crate::api::{Answer, Api, Head, empty};
 use crate::body::{Upstream, full};
 use crate::route::Target;
+
+/// Artifacts that are taken from nobody.
+const OUR_ARTIFACTS: [&str; 3] = [media_type::TREE, media_type::PROFILE, media_type::BOOT];
+/// Annotations that only those have, and of images the first.
+const OUR_ANNOTATIONS: [&str; 3] = [TREE_ANNOTATION, PROFILE_ANNOTATION, BOOT_ANNOTATION];
+/// Images of an index that take over a profile: more than there are platforms.
+const PLATFORMS_MAX: usize = 32;
 
 impl Api {
     /// `GET` and `HEAD`, by tag and by digest.
@@ -49,7 +59,7 @@ impl Api {
         }
         let media_type = media_type_of(head, &bytes)?;
         let document = Document::parse(&media_type, &bytes)?;
-        self.check_tree_claim(digest, &document).await?;
+        self.check_claims(repo, digest, &document).await?;
         // the layers of an image with its tree are here once its recipes are found good
         let image = match &document {
             Document::Manifest(manifest) if manifest.is_image() => self.admit(digest, manifest).await?,
@@ -71,6 +81,7 @@ impl Api {
         }
         if let Target::Tag(tag) = &target {
             self.store.set_tag(repo, tag, Some(digest)).await?;
+            self.inherit(repo, digest, &document);
         }
         let mut headers = vec![
             ("location", format!("/v2/{repo}/manifests/{digest}")),
@@ -98,6 +109,19 @@ impl Api {
         Ok(empty(StatusCode::ACCEPTED, &[]))
     }
 
+    /// A new tag's images take over the profile of their predecessor, where they have none.
+    fn inherit(&self, repo: &Repo, digest: Digest, document: &Document) {
+        match document {
+            Document::Manifest(manifest) if manifest.is_image() => self.learner.inherit(repo, digest),
+            Document::Manifest(_) => {}
+            Document::Index(index) => {
+                for image in index.manifests.iter().take(PLATFORMS_MAX) {
+                    self.learner.inherit(repo, image.digest);
+                }
+            }
+        }
+    }
+
     async fn check_blobs(&self, manifest: &Manifest) -> Result<(), ApiError> {
         let layers = manifest.layers.iter().filter(|layer| !is_foreign(&layer.media_type));
         let named = layers.map(|layer| ("the layer", layer));
@@ -115,30 +139,29 @@ impl Api {
         Ok(())
     }
 
-    /// Nobody but this registry hangs a tree on an image: what reads it would trust it.
-    async fn check_tree_claim(&self, digest: Digest, document: &Document) -> Result<(), ApiError> {
-        let claims = match document {
-            Document::Manifest(it) => {
-                let bound = it.is_image();
-                let is_tree = it.artifact_type.as_deref() == Some(media_type::TREE);
-                is_tree || (!bound && it.annotations.contains_key(TREE_ANNOTATION))
-            }
-            Document::Index(it) => {
-                let is_tree = it.artifact_type.as_deref() == Some(media_type::TREE);
-                is_tree || it.annotations.contains_key(TREE_ANNOTATION)
-            }
+    /// Nobody but this registry hangs a tree, a profile or a boot pack on an image: what reads them would trust them.
+    async fn check_claims(&self, repo: &Repo, digest: Digest, document: &Document) -> Result<(), ApiError> {
+        let (kind, annotations, bound) = match document {
+            Document::Manifest(it) => (&it.artifact_type, &it.annotations, it.is_image()),
+            Document::Index(it) => (&it.artifact_type, &it.annotations, false),
         };
-        if !claims {
+        let is_ours = kind.as_deref().is_some_and(|kind| OUR_ARTIFACTS.contains(&kind));
+        let notes = OUR_ANNOTATIONS.iter().any(|note| annotations.contains_key(*note));
+        if !is_ours && (bound || !notes) {
             return Ok(());
         }
         let own = match document.subject() {
             Some(subject) => self.store.image(subject.digest).await?.and_then(|image| image.artifact),
             None => None,
         };
-        if own.is_some_and(|own| own.digest == digest) {
+        // what is in the repository was made here, or came by this check
+        if own.is_some_and(|own| own.digest == digest)
+            || self.store.manifest_link(repo, digest).await?.is_some()
+        {
             return Ok(());
         }
-        let text = "this registry makes the trees of its images itself and takes none from elsewhere; push the image";
+        let text = "this registry makes the trees, profiles and boot packs of its images itself and takes none from \
+                    elsewhere; push the image, and a profile to /lamina/v1/<repository>/profiles/<digest>";
         Err(ApiError::ManifestInvalid(text.to_owned()))
     }
 

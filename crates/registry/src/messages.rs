@@ -4,14 +4,14 @@ use futures_util::stream::{self, StreamExt, TryStreamExt};
 use http::{HeaderValue, Response, StatusCode, header};
 use lamina_chunk::ChunkId;
 use lamina_image::Digest;
-use lamina_store::Repo;
+use lamina_store::{ImageState, Repo};
 use lamina_wire::{proto, write_places};
 use prost::Message;
 
-use crate::ApiError;
 use crate::api::{Answer, Api, json};
 use crate::body::{Body, Upstream, full};
 use crate::route::parse_digest;
+use crate::{ApiError, learn};
 
 /// A digest as text, and what protobuf adds.
 const DIGEST_TEXT_BYTES: usize = 80;
@@ -65,7 +65,11 @@ impl Api {
         if let Some(counts) = self.converter.counts(digest) {
             image.counts = counts;
         }
-        Ok(json(StatusCode::OK, serde_json::to_vec(&image).expect("a record has string keys")))
+        let mut status = serde_json::to_value(&image).expect("a record has string keys");
+        if let (ImageState::Done, Some(status)) = (image.state, status.as_object_mut()) {
+            status.extend(learn::status(&self.store, repo, digest).await?);
+        }
+        Ok(json(StatusCode::OK, status.to_string()))
     }
 }
 

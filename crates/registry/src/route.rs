@@ -35,6 +35,8 @@ pub(crate) enum Route {
     Chunks,
     Layers,
     Image(Repo, Digest),
+    Traces(Repo, Digest),
+    Profile(Repo, Digest),
 }
 
 impl Route {
@@ -47,8 +49,15 @@ impl Route {
             _ => {}
         }
         if let Some(rest) = path.strip_prefix("/lamina/v1/") {
-            let (repo, digest) = rest.rsplit_once("/images/").ok_or(ApiError::NotFound)?;
-            return Ok(Self::Image(repo.parse()?, parse_digest(digest)?));
+            let (rest, digest) = rest.rsplit_once('/').ok_or(ApiError::NotFound)?;
+            let (repo, what) = rest.rsplit_once('/').ok_or(ApiError::NotFound)?;
+            let route = match what {
+                "images" => Self::Image,
+                "traces" => Self::Traces,
+                "profiles" => Self::Profile,
+                _ => return Err(ApiError::NotFound),
+            };
+            return Ok(route(repo.parse()?, parse_digest(digest)?));
         }
         let rest = path.strip_prefix("/v2/").ok_or(ApiError::NotFound)?;
         let parts: Vec<&str> = rest.split('/').collect();
@@ -111,6 +120,8 @@ mod tests {
             ("/v2/a/b/tags/list".to_owned(), Route::Tags(repo.clone())),
             (format!("/v2/a/b/referrers/sha256:{HEX}"), Route::Referrers(repo.clone(), digest)),
             (format!("/lamina/v1/a/b/images/sha256:{HEX}"), Route::Image(repo.clone(), digest)),
+            (format!("/lamina/v1/a/b/traces/sha256:{HEX}"), Route::Traces(repo.clone(), digest)),
+            (format!("/lamina/v1/a/b/profiles/sha256:{HEX}"), Route::Profile(repo.clone(), digest)),
         ] {
             assert_eq!(Route::parse(&path).unwrap(), expected, "{path}");
         }
@@ -131,6 +142,8 @@ mod tests {
             "/v2/a/blobs/sha512:00",
             "/v2/a/blobs/uploads/7",
             "/v1/a",
+            "/lamina/v1/traces",
+            "/lamina/v1/a/../profiles/sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
             "/",
             "",
         ] {

@@ -17,6 +17,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use crate::RegistryConfig;
 use crate::api::Api;
 use crate::convert::Converter;
+use crate::learn::Learner;
 use crate::stall::Stalling;
 
 /// A head of a request is at most this long, and frames of bodies too, in bytes.
@@ -35,8 +36,10 @@ pub async fn serve(
     shutdown: impl Future<Output = ()>,
 ) -> io::Result<()> {
     let drain_max = config.drain_max;
-    let converter = Arc::new(Converter::new(store.clone(), config.clone()));
-    let api = Arc::new(Api::new(store.clone(), config.clone(), Arc::clone(&converter)));
+    let learner = Arc::new(Learner::new(store.clone(), config.trace_every));
+    let converter = Arc::new(Converter::new(store.clone(), config.clone(), Arc::clone(&learner)));
+    let api = Arc::new(Api::new(config.clone(), Arc::clone(&converter), Arc::clone(&learner)));
+    let learning = tokio::spawn(Arc::clone(&learner).run());
     let converting = tokio::spawn(Arc::clone(&converter).run());
     let housekeeping = tokio::spawn(keep_house(store, config));
     let graceful = GracefulShutdown::new();
@@ -53,9 +56,11 @@ pub async fn serve(
         tracing::warn!(?drain_max, "requests were still running and are cut off");
     }
     converter.stop();
+    learner.stop();
     housekeeping.abort();
     // it ends with the layer that it reads, or at once where it waits
     converting.await.map_err(io::Error::other)?;
+    learning.await.map_err(io::Error::other)?;
     accepted
 }
 

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use lamina_chunk::{
-    ChunkId, ChunkPlace, FOOTER_BYTES, PACK_BYTES_MAX, PackError, PackFooter, PackId, PackRecord,
+    ChunkId, ChunkPlace, FOOTER_BYTES, PACK_BYTES_MAX, PackError, PackFooter, PackId, PackRecord, Place,
+    Sealed,
 };
 use lamina_image::{ChunkSink, Digest, SinkError};
 use tokio::runtime::Handle;
@@ -104,6 +105,18 @@ impl Store {
             Ok(())
         };
         stream::iter(packs.into_iter().map(recall)).buffer_unordered(FOOTERS).try_collect().await
+    }
+
+    /// A frame's bytes as they are stored. Whoever knows its name opens them.
+    ///
+    /// # Errors
+    /// [`StoreError::Missing`] where the pack is not there.
+    pub async fn sealed(&self, place: Place) -> Result<Sealed, StoreError> {
+        let Place { pack, frame } = place;
+        let range = u64::from(frame.offset)..frame.end();
+        let read = self.objects.ranges(&keys::blob(pack.into()), &[range]).await?;
+        let bytes = read.and_then(|read| read.into_iter().next()).ok_or(StoreError::Missing(pack.into()))?;
+        Ok(Sealed::new(bytes, frame.plain_len as usize))
     }
 
     /// The index of a pack, read from its end.

@@ -121,6 +121,27 @@ impl Store {
         tags.try_filter_map(|tag| async move { Ok(tag) }).try_collect().await
     }
 
+    /// What the tags of a repository point at or pointed at, as far as it is kept, the newest first; at most `limit`
+    /// values. Deletions are left out.
+    ///
+    /// Cost: a listing, and one small read a value.
+    pub async fn tag_values(&self, repo: &Repo, limit: usize) -> Result<Vec<(Tag, Digest)>, StoreError> {
+        let listing = self.objects.list(&keys::tags(repo));
+        let found = listing.try_filter_map(|object| async move {
+            let value = keys::parse_tag_value(&object.location);
+            Ok(value.map(|(tag, number)| (object.last_modified, number, tag)))
+        });
+        let mut found: Vec<_> = found.try_collect().await?;
+        found.sort_unstable_by(|one, other| other.cmp(one));
+        found.truncate(limit);
+        let read = |(_, number, tag)| async move {
+            let value = self.objects.json::<RefValue>(&keys::tag_value(repo, &tag, number)).await?;
+            Ok(value.and_then(|value| value.manifest).map(|manifest| (tag, manifest)))
+        };
+        let values = stream::iter(found.into_iter().map(read)).buffered(READS);
+        values.try_filter_map(|value| async move { Ok(value) }).try_collect().await
+    }
+
     /// The numbers of a tag's values that are there, rising.
     async fn numbers(&self, repo: &Repo, tag: &Tag) -> Result<Vec<u64>, StoreError> {
         let listing = self.objects.list(&keys::tag(repo, tag));

@@ -152,3 +152,18 @@ async fn of_many_writers_with_one_value_in_mind_one_wins() {
     let now = store.reference(&repo, &tag).await.unwrap();
     assert_eq!((winners, now.number), (vec![now.manifest.unwrap()], 1));
 }
+
+#[tokio::test]
+async fn what_tags_named_comes_newest_first_and_deletions_are_left_out() {
+    let (directory, objects) = (tempfile::tempdir().unwrap(), Arc::new(InMemory::new()));
+    let store = store(&objects, &directory).await;
+    let (repo, x, y): (Repo, Tag, Tag) = ("a".parse().unwrap(), "x".parse().unwrap(), "y".parse().unwrap());
+    for (tag, value) in [(&x, Some(1)), (&y, Some(2)), (&x, None), (&x, Some(3))] {
+        store.set_tag(&repo, tag, value.map(manifest)).await.unwrap();
+    }
+    let all = [(x.clone(), manifest(3)), (y, manifest(2)), (x, manifest(1))];
+    assert_eq!(store.tag_values(&repo, 10).await.unwrap(), all);
+    // the deletion counts, and names nothing
+    assert_eq!(store.tag_values(&repo, 2).await.unwrap(), all[..1]);
+    assert_eq!(store.tag_values(&"a/b".parse().unwrap(), 10).await.unwrap(), []);
+}

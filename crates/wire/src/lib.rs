@@ -7,11 +7,13 @@
 mod client;
 mod error;
 mod http_call;
+mod profile;
 mod push;
 mod reference;
 
 pub use client::{Blob, Client, ClientConfig, Fetched, Scheme};
 pub use error::WireError;
+pub use profile::{read_trace, write_trace};
 pub use push::{KnownLayer, write_places};
 pub use reference::{ParseReferenceError, Reference, Version, is_repository_name, is_tag};
 

@@ -1,8 +1,10 @@
-//! The registry as its clients see it: raw requests, skopeo, podman, images that come with their tree, and crashes.
+//! The registry as its clients see it: raw requests, skopeo, podman, images that come with their tree, what is learnt of
+//! starts, and crashes.
 
 mod bound;
 mod clients;
 mod conversion;
 mod crash;
+mod learning;
 mod protocol;
 mod support;

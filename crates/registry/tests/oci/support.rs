@@ -24,6 +24,7 @@ pub(crate) struct Registry {
     pub(crate) address: SocketAddr,
     pub(crate) store: Store,
     directory: PathBuf,
+    config: RegistryConfig,
     stop: Option<oneshot::Sender<()>>,
     serving: Option<JoinHandle<()>>,
     // removed with the registry
@@ -32,24 +33,29 @@ pub(crate) struct Registry {
 
 impl Registry {
     pub(crate) async fn start() -> Self {
+        Self::start_with(RegistryConfig::default()).await
+    }
+
+    pub(crate) async fn start_with(config: RegistryConfig) -> Self {
         let temporary = tempfile::tempdir().unwrap();
-        let mut registry = Self::open(temporary.path()).await;
+        let mut registry = Self::open(temporary.path(), config).await;
         registry._temporary = Some(temporary);
         registry
     }
 
-    pub(crate) async fn open(directory: &Path) -> Self {
-        let config = StoreConfig::new(directory.join("index"));
-        let store = Store::open_directory(directory, config).await.unwrap();
+    async fn open(directory: &Path, config: RegistryConfig) -> Self {
+        let store = StoreConfig::new(directory.join("index"));
+        let store = Store::open_directory(directory, store).await.unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (stop, stopped) = oneshot::channel::<()>();
-        let served = store.clone();
+        let (served, settings) = (store.clone(), config.clone());
         let serving = tokio::spawn(async move {
-            serve(listener, served, RegistryConfig::default(), async { drop(stopped.await) }).await.unwrap();
+            serve(listener, served, settings, async { drop(stopped.await) }).await.unwrap();
         });
         let directory = directory.to_owned();
-        Self { address, store, directory, stop: Some(stop), serving: Some(serving), _temporary: None }
+        let (stop, serving) = (Some(stop), Some(serving));
+        Self { address, store, directory, config, stop, serving, _temporary: None }
     }
 
     /// Stops it and starts another one on the same directory.
@@ -57,9 +63,9 @@ impl Registry {
         let temporary = self._temporary.take();
         self.stop.take();
         timeout(DEADLINE, self.serving.take().unwrap()).await.unwrap().unwrap();
-        let directory = self.directory.clone();
+        let (directory, config) = (self.directory.clone(), self.config.clone());
         drop(self);
-        let mut again = Self::open(&directory).await;
+        let mut again = Self::open(&directory, config).await;
         again._temporary = temporary;
         again
     }

@@ -1,0 +1,200 @@
+//! What waits to be learnt: at most one job an image, and a bound on all of them.
+//!
+//! A plain value that knows no clock. What people ask for goes before what nodes tell, and that before what another
+//! image knows; of the same rank, the later wish of people replaces the earlier one, and of traces the first stays.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+use bytes::Bytes;
+use lamina_image::Digest;
+use lamina_store::Repo;
+use tokio::time::Instant;
+
+/// Jobs that wait: a minute or two of work.
+const JOBS_MAX: usize = 64;
+/// Bytes of all messages that wait: eight of the longest traces, hundreds of ordinary ones.
+const BYTES_MAX: usize = 128 << 20;
+/// Images of which the time of the last trace is known.
+const TIMES_MAX: usize = 4096;
+
+/// What there is to do for an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Work {
+    /// Take over the profile of its predecessor, where it has none.
+    Inherit,
+    /// Merge this trace, a protobuf message.
+    Trace(Bytes),
+    /// Take this profile, in JSON.
+    Replace(Bytes),
+    /// Remove profile and boot pack.
+    Forget,
+}
+
+impl Work {
+    fn rank(&self) -> u8 {
+        match self {
+            Self::Inherit => 0,
+            Self::Trace(_) => 1,
+            Self::Replace(_) | Self::Forget => 2,
+        }
+    }
+
+    fn len(&self) -> usize {
+        match self {
+            Self::Inherit | Self::Forget => 0,
+            Self::Trace(bytes) | Self::Replace(bytes) => bytes.len(),
+        }
+    }
+}
+
+/// One image of one repository, and what there is to do for it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Job {
+    pub(crate) repo: Repo,
+    pub(crate) image: Digest,
+    pub(crate) work: Work,
+}
+
+/// What became of a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pushed {
+    /// It waits for its turn.
+    Queued,
+    /// It is not needed: something at least as good waits, or a trace was just taken.
+    Dropped,
+    /// There is no room.
+    Full,
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(crate) struct Queue {
+    jobs: VecDeque<Job>,
+    bytes: usize,
+    traced: BTreeMap<(Repo, Digest), Instant>,
+}
+
+impl Queue {
+    /// Whether a trace of this image would be dropped, since one was taken less than `every` ago.
+    pub(crate) fn was_traced(&self, repo: &Repo, image: Digest, now: Instant, every: Duration) -> bool {
+        let last = self.traced.get(&(repo.clone(), image));
+        last.is_some_and(|last| now.saturating_duration_since(*last) < every)
+    }
+
+    /// Adds a job. Of traces of one image, one is taken for each `every`.
+    pub(crate) fn push(&mut self, job: Job, now: Instant, every: Duration) -> Pushed {
+        let is_trace = matches!(job.work, Work::Trace(_));
+        if is_trace && self.was_traced(&job.repo, job.image, now, every) {
+            return Pushed::Dropped;
+        }
+        let waiting = self.jobs.iter().position(|old| old.repo == job.repo && old.image == job.image);
+        let old_len = match waiting.map(|at| &self.jobs[at].work) {
+            Some(old) if old.rank() > job.work.rank() => return Pushed::Dropped,
+            Some(old) if old.rank() == job.work.rank() && old.rank() < 2 => return Pushed::Dropped,
+            Some(old) => old.len(),
+            None if self.jobs.len() == JOBS_MAX => return Pushed::Full,
+            None => 0,
+        };
+        let bytes = self.bytes - old_len + job.work.len();
+        if bytes > BYTES_MAX || (is_trace && !self.note(&job, now, every)) {
+            return Pushed::Full;
+        }
+        self.bytes = bytes;
+        match waiting {
+            Some(at) => self.jobs[at] = job,
+            None => self.jobs.push_back(job),
+        }
+        Pushed::Queued
+    }
+
+    /// The job that waits longest.
+    pub(crate) fn pop(&mut self) -> Option<Job> {
+        let job = self.jobs.pop_front()?;
+        self.bytes -= job.work.len();
+        Some(job)
+    }
+
+    /// Notes that a trace was taken. False where too many others were within `every`.
+    fn note(&mut self, job: &Job, now: Instant, every: Duration) -> bool {
+        if self.traced.len() >= TIMES_MAX {
+            self.traced.retain(|_, last| now.saturating_duration_since(*last) < every);
+        }
+        let room = self.traced.len() < TIMES_MAX;
+        if room {
+            self.traced.insert((job.repo.clone(), job.image), now);
+        }
+        room
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EVERY: Duration = Duration::from_secs(3);
+
+    fn job(image: u16, work: Work) -> Job {
+        let mut digest = [0; 32];
+        digest[..2].copy_from_slice(&image.to_le_bytes());
+        Job { repo: "app".parse().unwrap(), image: Digest::from_bytes(digest), work }
+    }
+
+    fn trace(len: usize) -> Work {
+        Work::Trace(vec![0; len].into())
+    }
+
+    #[test]
+    fn of_many_traces_one_is_taken_for_each_interval() {
+        let (mut queue, now) = (Queue::default(), Instant::now());
+        assert_eq!(queue.push(job(1, trace(1)), now, EVERY), Pushed::Queued);
+        for _ in 0..1000 {
+            queue.pop();
+            assert_eq!(queue.push(job(1, trace(1)), now + EVERY / 2, EVERY), Pushed::Dropped);
+        }
+        assert_eq!(queue.push(job(2, trace(1)), now + EVERY / 2, EVERY), Pushed::Queued);
+        assert_eq!(queue.push(job(1, trace(1)), now + EVERY, EVERY), Pushed::Queued);
+    }
+
+    #[test]
+    fn an_image_waits_once_and_people_go_before_nodes() {
+        let now = Instant::now();
+        let replace = |byte: u8| Work::Replace(vec![byte].into());
+        for (first, then, pushed, waits) in [
+            (Work::Inherit, trace(1), Pushed::Queued, trace(1)),
+            (trace(1), trace(2), Pushed::Dropped, trace(1)),
+            (trace(1), Work::Inherit, Pushed::Dropped, trace(1)),
+            (trace(1), replace(1), Pushed::Queued, replace(1)),
+            (replace(1), replace(2), Pushed::Queued, replace(2)),
+            (replace(1), trace(1), Pushed::Dropped, replace(1)),
+            (replace(1), Work::Forget, Pushed::Queued, Work::Forget),
+            (Work::Forget, replace(1), Pushed::Queued, replace(1)),
+        ] {
+            let mut queue = Queue::default();
+            assert_eq!(queue.push(job(1, first.clone()), now, EVERY), Pushed::Queued);
+            let later = now + EVERY * 2;
+            assert_eq!(queue.push(job(1, then.clone()), later, EVERY), pushed, "{first:?} {then:?}");
+            assert_eq!(queue.pop().unwrap().work, waits, "{first:?} {then:?}");
+            assert_eq!((queue.pop(), queue.bytes), (None, 0));
+        }
+    }
+
+    #[test]
+    fn jobs_bytes_and_times_are_bounded() {
+        let (mut queue, now) = (Queue::default(), Instant::now());
+        for image in 0..64 {
+            assert_eq!(queue.push(job(image, Work::Inherit), now, EVERY), Pushed::Queued);
+        }
+        assert_eq!(queue.push(job(64, trace(1)), now, EVERY), Pushed::Full);
+        assert_eq!(queue.push(job(0, trace(BYTES_MAX)), now, EVERY), Pushed::Queued);
+        assert_eq!(queue.push(job(1, trace(1)), now, EVERY), Pushed::Full);
+        while queue.pop().is_some() {}
+        for image in 1..4096 {
+            assert_eq!(queue.push(job(image, trace(1)), now, EVERY), Pushed::Queued);
+            queue.pop();
+        }
+        assert_eq!(queue.push(job(5000, trace(1)), now, EVERY), Pushed::Full);
+        assert_eq!(queue.push(job(5000, trace(1)), now + EVERY, EVERY), Pushed::Queued);
+        assert_eq!(queue.traced.len(), 1);
+    }
+}
