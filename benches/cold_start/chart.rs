@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use crate::floor;
 use crate::machine::Machine;
 use crate::report::headline;
 use crate::sample::Row;
@@ -18,7 +19,8 @@ const RIGHT: f64 = 210.0;
 const FOOT: f64 = 40.0;
 const STYLE: &str = "text{font-family:system-ui,sans-serif;font-size:13px;fill:#1f2328}\
     .title{font-size:16px;font-weight:600}.soft{fill:#59636e;font-size:12px}\
-    .lamina{fill:#0a7d6b}.other{fill:#a9b4bf}.range{stroke:#1f2328;stroke-width:1.5}";
+    .lamina{fill:#0a7d6b}.other{fill:#a9b4bf}.range{stroke:#1f2328;stroke-width:1.5}\
+    .floor{stroke:#b3261e;stroke-width:1.2;stroke-dasharray:4 3}";
 
 /// A complete SVG document. Systems without a valid sample say so instead of a bar.
 pub(crate) fn draw(stage: &Stage, rows: &[Row]) -> String {
@@ -36,6 +38,17 @@ pub(crate) fn draw(stage: &Stage, rows: &[Row]) -> String {
     for (index, row) in rows.iter().enumerate() {
         bar(&mut svg, TOP + ROW * index as f64, row, scale);
     }
+    if let Some(seconds) = floor::seconds(stage, rows) {
+        let (x, bottom) = (LEFT + seconds * scale, TOP + ROW * rows.len() as f64 - ROW + BAR + 6.0);
+        writeln!(
+            svg,
+            "<line class=\"floor\" x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"{}\" y2=\"{bottom}\"/>",
+            TOP - 6.0
+        )
+        .expect("a string takes all");
+        let words = format!("floor {seconds:.2} s: {}", floor::MEANING);
+        text(&mut svg, (x, TOP - 9.0), "soft", &words);
+    }
     text(&mut svg, (24.0, height - 16.0), "soft", &Machine::here().line());
     svg.push_str("</svg>\n");
     svg
@@ -47,7 +60,7 @@ fn bar(svg: &mut String, top: f64, row: &Row, scale: f64) {
     let (Some([median, least, greatest]), Some(mib)) = (row.seconds(), row.received_mib()) else {
         return text(svg, (LEFT, middle + 4.5), "soft", "no valid sample");
     };
-    let class = if matches!(row.name, "lamina" | "warm") { "lamina" } else { "other" };
+    let class = if matches!(row.name, "lamina" | "first" | "boot" | "warm") { "lamina" } else { "other" };
     let width = (median * scale).max(1.0);
     write!(
         svg,
@@ -63,7 +76,9 @@ fn bar(svg: &mut String, top: f64, row: &Row, scale: f64) {
 
 fn label(name: &str) -> &str {
     match name {
-        "lamina" => "lamina, cold",
+        "lamina" => "lamina, no boot pack",
+        "first" => "lamina, first start",
+        "boot" => "lamina, boot pack",
         "warm" => "lamina, second run",
         "native" => "local disk, second run",
         "podman" => "podman, pull and run",

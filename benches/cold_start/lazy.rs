@@ -1,18 +1,60 @@
 //! Lamina: mounted cold, and run again warm on the same mount.
 
-use std::path::Path;
-use std::time::Instant;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use lamina_testkit::mounts::{self, MountGuard};
 use lamina_testkit::process;
+use serde_json::Value;
 
+use crate::profile;
 use crate::sample::{Evidence, Sample};
 use crate::stage::{DEADLINE, Root, Stage};
 
+/// What the mount has to help it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// Nothing, and nothing is recorded.
+    Plain,
+    /// Nothing, and the start is recorded.
+    First,
+    /// A boot pack.
+    Boot,
+}
+
+impl Way {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Plain => "lamina",
+            Self::First => "first",
+            Self::Boot => "boot",
+        }
+    }
+
+    fn flags(self) -> &'static [&'static str] {
+        match self {
+            Self::Plain => &["--no-boot", "--no-trace"],
+            Self::First | Self::Boot => &[],
+        }
+    }
+
+    /// Voids a sample whose mount had a boot pack where it should not, or none where it should.
+    fn check(self, cold: &mut Sample) {
+        let stored = cold.counters.as_ref().and_then(stored_bytes);
+        match (self, stored) {
+            (Self::Boot, Some(1..)) | (Self::Plain | Self::First, None | Some(0)) => {}
+            (Self::Boot, _) => {
+                cold.void_because(&format!("the boot pack brought nothing: {stored:?} bytes stored"))
+            }
+            (_, Some(stored)) => cold.void_because(&format!("a boot pack stored {stored} bytes")),
+        }
+    }
+}
+
 /// The cold start, then the warm one.
-pub(crate) fn measure(stage: &Stage, round: u32) -> (Sample, Sample) {
-    match try_measure(stage, round) {
+pub(crate) fn measure(stage: &Stage, way: Way, round: u32) -> (Sample, Sample) {
+    match try_measure(stage, way, round) {
         Ok((cold, warm)) => (cold, Sample::from_result(warm)),
         Err(error) => {
             let reason = format!("{error:#}");
@@ -24,54 +66,107 @@ pub(crate) fn measure(stage: &Stage, round: u32) -> (Sample, Sample) {
     }
 }
 
-fn try_measure(stage: &Stage, round: u32) -> Result<(Sample, Result<Sample>)> {
-    let dir = stage.fresh("lamina", round)?;
-    let (mount, cache, log) = (dir.join("mount"), dir.join("cache"), dir.join("log"));
-    std::fs::create_dir(&mount)?;
-    let guard = MountGuard::new(&mount);
+fn try_measure(stage: &Stage, way: Way, round: u32) -> Result<(Sample, Result<Sample>)> {
+    match way {
+        Way::Plain => {}
+        Way::First => profile::forget(stage).context("an image without a profile")?,
+        Way::Boot => profile::ensure(stage, round).context("an image with a boot pack")?,
+    }
     let layer_bytes = stage.image.layer_bytes;
+    let mut under = None;
     stage.drop_caches()?;
-    let mut root = None;
     let cold = stage.measure(|| {
         let start = Instant::now();
-        let mut command = stage.lamina();
-        command.args(["mount", &stage.lazy_ref]).arg(&mount).arg("--cache").arg(&cache).arg("--plain-http");
-        process::run_logged(&mut command, &log, DEADLINE).context("lamina mount")?;
-        let root = root.insert(Root::new(std::slice::from_ref(&mount), &dir)?);
+        let (mounted, root) =
+            under.insert(Mounted::new(stage, way.name(), round, way.flags()).and_then(with_root)?);
         let ready = start.elapsed();
-        stage.run_in(&root.path, &log).context("the workload on lamina's mount")?;
+        stage.run_in(&root.path, &mounted.log).context("the workload on lamina's mount")?;
         Ok(ready)
     })?;
+    let Some((mounted, root)) = under else { bail!("no root file system") };
     let mut cold = cold.check(Evidence::Lazy, layer_bytes);
-    match mounts::mounted_on(&mount)? {
-        Some(mounted) if mounted.kind.starts_with("fuse") => {}
+    match mounts::mounted_on(&mounted.point)? {
+        Some(found) if found.kind.starts_with("fuse") => {}
         other => cold.void_because(&format!("no FUSE mount: {other:?}")),
     }
-    cold.counters = counters(stage, &mount, &cache);
-    let Some(root) = root else { bail!("no root file system") };
-    let warm = stage.measure(|| stage.run_in(&root.path, &log).map(|()| std::time::Duration::ZERO));
+    cold.counters = mounted.counters();
+    way.check(&mut cold);
+    let warm = stage.measure(|| stage.run_in(&root.path, &mounted.log).map(|()| Duration::ZERO));
     let mut warm = warm.map(|warm| warm.check(Evidence::Local, layer_bytes));
     if let Ok(warm) = &mut warm {
-        warm.counters = counters(stage, &mount, &cache);
+        warm.counters = mounted.counters();
     }
     drop(root);
-    let mut unmount = stage.lamina();
-    unmount.arg("unmount").arg(&mount).arg("--cache").arg(&cache);
-    if let Err(error) = process::run_logged(&mut unmount, &log, DEADLINE) {
+    if let Err(error) = mounted.unmount() {
         cold.void_because(&format!("lamina unmount: {error:#}"));
     }
-    drop(guard);
-    std::fs::remove_dir_all(&dir)?;
+    mounted.remove()?;
     if let (Ok(warm), Some(reason)) = (&mut warm, &cold.void) {
         warm.void_because(&format!("its cold start is void: {reason}"));
     }
     Ok((cold, warm))
 }
 
-/// What `lamina stats` says; a bench does not depend on it.
-fn counters(stage: &Stage, mount: &Path, cache: &Path) -> Option<serde_json::Value> {
+fn with_root(mounted: Mounted<'_>) -> Result<(Mounted<'_>, Root)> {
+    let root = mounted.root()?;
+    Ok((mounted, root))
+}
+
+/// The image, mounted by a node with a cache of its own.
+pub(crate) struct Mounted<'a> {
+    stage: &'a Stage,
+    dir: PathBuf,
+    point: PathBuf,
+    cache: PathBuf,
+    /// What commands print.
+    pub(crate) log: PathBuf,
+    guard: MountGuard,
+}
+
+impl<'a> Mounted<'a> {
+    /// `lamina mount` with `flags`.
+    pub(crate) fn new(stage: &'a Stage, name: &str, round: u32, flags: &[&str]) -> Result<Self> {
+        let dir = stage.fresh(name, round)?;
+        let (point, cache, log) = (dir.join("mount"), dir.join("cache"), dir.join("log"));
+        std::fs::create_dir(&point)?;
+        let mut command = stage.lamina();
+        command.args(["mount", &stage.lazy_ref]).arg(&point).arg("--cache").arg(&cache).arg("--plain-http");
+        process::run_logged(command.args(flags), &log, DEADLINE).context("lamina mount")?;
+        Ok(Self { stage, guard: MountGuard::new(&point), dir, point, cache, log })
+    }
+
+    /// A root directory on top of it.
+    pub(crate) fn root(&self) -> Result<Root> {
+        Root::new(std::slice::from_ref(&self.point), &self.dir)
+    }
+
+    /// `lamina unmount`.
+    pub(crate) fn unmount(&self) -> Result<()> {
+        let mut command = self.stage.lamina();
+        command.arg("unmount").arg(&self.point).arg("--cache").arg(&self.cache);
+        process::run_logged(&mut command, &self.log, DEADLINE)
+    }
+
+    /// Removes all that belongs to it.
+    pub(crate) fn remove(self) -> Result<()> {
+        drop(self.guard);
+        std::fs::remove_dir_all(&self.dir).with_context(|| self.dir.display().to_string())
+    }
+
+    /// What `lamina stats` says, where it says anything.
+    fn counters(&self) -> Option<Value> {
+        counters(self.stage, &self.point, &self.cache)
+    }
+}
+
+fn counters(stage: &Stage, mount: &Path, cache: &Path) -> Option<Value> {
     let mut command = stage.lamina();
     command.arg("stats").arg(mount).arg("--cache").arg(cache).arg("--json");
     let output = process::run(&mut command).ok()?;
     serde_json::from_slice(&output.stdout).ok()
+}
+
+/// What a boot pack has put into the page cache.
+fn stored_bytes(counters: &Value) -> Option<u64> {
+    counters["mounts"].as_array()?.first()?["counters"]["boot_stored_bytes"].as_u64()
 }

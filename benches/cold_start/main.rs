@@ -6,7 +6,7 @@
 //!
 //! The bench makes the link itself, starts the registry at one end and each system at the other, drops the page
 //! cache before each cold start, and prints a table; `--json` and `--svg` keep it. A sample counts only if the bytes
-//! that crossed the link show that the system did what its name says. Without one valid sample of each system the
+//! that crossed the link, and for boot packs the mount's own counters, show that the system did what its name says. Without one valid sample of each system the
 //! exit code is 1.
 //!
 //! Everything happens in mount and PID namespaces of its own: whatever way the bench ends, no process and no mount
@@ -18,16 +18,19 @@ use anyhow::{Result, ensure};
 use clap::Parser;
 
 use crate::args::{Args, System};
+use crate::lazy::Way;
 use crate::sample::{Row, Sample};
 use crate::stage::Stage;
 
 mod args;
 mod chart;
+mod floor;
 mod layout;
 mod lazy;
 mod machine;
 mod native;
 mod peers;
+mod profile;
 mod report;
 mod sample;
 mod stage;
@@ -54,17 +57,16 @@ fn main() -> ExitCode {
 /// All of it, in the namespaces that [`supervise`] made.
 fn bench(args: &Args, state: &std::path::Path, argv: &[std::ffi::OsString]) -> Result<ExitCode> {
     ensure!(!args.systems.is_empty(), "no system to measure");
+    ensure!(!args.first_undoes_boot(), "`first` drops the profile that `boot` starts with: name it before");
     let stage = Stage::new(args, state)?;
     let native = native::Native::unpack(&stage)?;
     let mut rows: Vec<Row> = Vec::new();
     for round in 0..args.runs() {
         for system in &args.systems {
             match system {
-                System::Lamina => {
-                    let (cold, warm) = lazy::measure(&stage, round);
-                    add(&mut rows, "lamina", cold);
-                    add(&mut rows, "warm", warm);
-                }
+                System::Lamina => add_lazy(&mut rows, "lamina", lazy::measure(&stage, Way::Plain, round)),
+                System::First => add_lazy(&mut rows, "first", lazy::measure(&stage, Way::First, round)),
+                System::Boot => add_lazy(&mut rows, "boot", lazy::measure(&stage, Way::Boot, round)),
                 System::Podman => add(&mut rows, "podman", peers::podman(&stage, round)),
                 System::Ctr => add(&mut rows, "ctr", peers::ctr(&stage, round)),
             }
@@ -88,4 +90,10 @@ fn add(rows: &mut Vec<Row>, name: &'static str, sample: Sample) {
         Some(row) => row.samples.push(sample),
         None => rows.push(Row { name, samples: vec![sample] }),
     }
+}
+
+/// The same for a cold start and the warm one after it. All warm ones are one row: nothing of them crosses the link.
+fn add_lazy(rows: &mut Vec<Row>, name: &'static str, (cold, warm): (Sample, Sample)) {
+    add(rows, name, cold);
+    add(rows, "warm", warm);
 }

@@ -6,6 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde_json::json;
 
+use crate::floor;
 use crate::machine::Machine;
 use crate::sample::{Row, Sample};
 use crate::stage::Stage;
@@ -32,6 +33,17 @@ pub(crate) fn print(stage: &Stage, rows: &[Row]) {
         println!(
             "{:<8} {median:>9.2} {least:>9.2} {greatest:>9.2} {ratio:>8} {mib:>13.1}  {samples}",
             row.name
+        );
+    }
+    if let Some(seconds) = floor::seconds(stage, rows) {
+        let ratio = ratio(rows, seconds).map_or("-".to_owned(), |ratio| format!("{ratio:.2}"));
+        println!(
+            "{:<8} {seconds:>9.2} {:>9} {:>9} {ratio:>8} {:>13}  computed: {}",
+            "floor",
+            "-",
+            "-",
+            "-",
+            floor::MEANING
         );
     }
 }
@@ -71,6 +83,8 @@ pub(crate) fn write_json(stage: &Stage, rows: &[Row], argv: &[OsString], path: &
         },
         "workload": stage.workload,
         "quick": stage.quick,
+        "record": stage.record,
+        "floor_seconds": floor::seconds(stage, rows),
         "systems": systems,
     });
     let text = serde_json::to_string_pretty(&document)?;

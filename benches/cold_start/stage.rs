@@ -12,7 +12,7 @@ use lamina_testkit::mounts::{self, MountGuard};
 use lamina_testkit::process::{self, Process};
 use rustix::mount::MountFlags;
 
-use crate::args::{Args, System};
+use crate::args::Args;
 use crate::layout::Layout;
 use crate::sample::Sample;
 
@@ -20,7 +20,7 @@ use crate::sample::Sample;
 const START: Duration = Duration::from_secs(20);
 /// No push, pull or workload takes longer: 100 times the slowest seen.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(3600);
-/// A registry that has done nothing for so long has finished converting what was pushed.
+/// A registry that has done nothing for so long has finished converting what was pushed, and building boot packs.
 const QUIET: Duration = Duration::from_millis(500);
 const PORT: u16 = 5000;
 const PEER_PORT: u16 = 5001;
@@ -32,6 +32,8 @@ pub(crate) struct Stage {
     pub(crate) image: Layout,
     pub(crate) workload: Vec<String>,
     pub(crate) quick: bool,
+    /// Whether profiles are recorded explicitly.
+    pub(crate) record: bool,
     /// The program under test.
     lamina: PathBuf,
     /// What lamina mounts.
@@ -52,8 +54,8 @@ impl Stage {
         // Namespaces, container runtimes and sockets leave their traces in /run: let it be our own.
         rustix::mount::mount("none", "/run", "tmpfs", MountFlags::empty(), c"mode=755")?;
         let image = Layout::open(&args.image)?;
-        let delay_one_way = Duration::try_from_secs_f64(args.rtt_ms / 2000.0).context("--rtt-ms")?;
-        let spec = LinkSpec { rate_mbit: args.rate_mbit, delay_one_way };
+        let delay_one_way = Duration::try_from_secs_f64(args.rtt_ms() / 2000.0).context("--rtt-ms")?;
+        let spec = LinkSpec { rate_mbit: args.rate_mbit(), delay_one_way };
         let link = Link::new(spec)?;
         let host = link.server().address();
         let plain_port = if args.peer_registry { PEER_PORT } else { PORT };
@@ -62,6 +64,7 @@ impl Stage {
             spec,
             workload: args.workload(),
             quick: args.quick,
+            record: args.record,
             lamina: args.lamina.clone(),
             lazy_ref: format!("{host}:{PORT}/bench/lazy:{}", image.tag),
             plain_ref: format!("{host}:{plain_port}/bench/plain:{}", image.tag),
@@ -69,7 +72,7 @@ impl Stage {
             image,
             link,
         };
-        let lazy = args.systems.contains(&System::Lamina);
+        let lazy = args.has_lazy();
         if lazy || (args.has_peers() && !args.peer_registry) {
             stage.start_lamina()?;
         }
@@ -88,10 +91,13 @@ impl Stage {
             skopeo.arg(format!("docker://{}", stage.plain_ref));
             stage.prepare("skopeo copy", &mut skopeo)?;
         }
-        for registry in &stage.registries {
-            process::wait_idle(registry.pid(), QUIET, DEADLINE)?;
-        }
+        stage.settle()?;
         Ok(stage)
+    }
+
+    /// Waits until the registries have nothing more to do.
+    pub(crate) fn settle(&self) -> Result<()> {
+        self.registries.iter().try_for_each(|registry| process::wait_idle(registry.pid(), QUIET, DEADLINE))
     }
 
     /// A call of `lamina` on the node.
