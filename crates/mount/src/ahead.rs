@@ -2,6 +2,7 @@
 
 use std::num::NonZeroUsize;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use lamina_cache::{Cache, Class, Source, Want};
@@ -40,6 +41,8 @@ pub(crate) struct Ahead {
     files: Mutex<LruCache<Ino, File>>,
     packs: Mutex<Streams>,
     window: OnceLock<Window>,
+    /// Whether what will be needed comes by itself, so that guessing only delays it.
+    lean: AtomicBool,
 }
 
 impl Ahead {
@@ -56,12 +59,29 @@ impl Ahead {
         handle.spawn_blocking(move || sorted.set(PackOrder::of(&sorting)));
         let (counters, window) = (Arc::default(), OnceLock::new());
         let (files, packs) = (Mutex::new(LruCache::new(FILES_MAX)), Mutex::default());
-        Self { tree, cache, source, counters, config, handle, order, files, packs, window }
+        Self {
+            tree,
+            cache,
+            source,
+            counters,
+            config,
+            handle,
+            order,
+            files,
+            packs,
+            window,
+            lean: AtomicBool::new(false),
+        }
     }
 
     /// Says how the kernel's own readahead is set, once it is known.
     pub(crate) fn set_window(&self, window: Window) {
         let _ = self.window.set(window);
+    }
+
+    /// Whether to read nothing ahead from now on.
+    pub(crate) fn set_lean(&self, lean: bool) {
+        self.lean.store(lean, Ordering::Relaxed);
     }
 
     /// The kernel's readahead while reading is sparse, from now on.
@@ -75,7 +95,8 @@ impl Ahead {
     /// short. None for a read at `start` that is a step of a walk through `ino`: there they were fetched already, or are
     /// passed over.
     pub(crate) fn neighbours(&self, ino: Ino, start: u64, wants: &[Want], last: u32) -> Vec<Want> {
-        if self.files.lock().peek(&ino).is_some_and(|file| file.walks.is_walking(start)) {
+        let is_lean = self.lean.load(Ordering::Relaxed);
+        if is_lean || self.files.lock().peek(&ino).is_some_and(|file| file.walks.is_walking(start)) {
             return Vec::new();
         }
         let asked: u64 = wants.iter().map(|want| u64::from(want.place.frame.sealed_len)).sum();
@@ -105,7 +126,8 @@ impl Ahead {
             (file.streams.note(range, inode.size, self.config.file_ramp), strides)
         };
         // a stream has readahead of its own
-        let strides = strides.filter(|_| advice.run < self.config.file_ramp.run_min);
+        let is_lean = self.lean.load(Ordering::Relaxed);
+        let strides = strides.filter(|_| !is_lean && advice.run < self.config.file_ramp.run_min);
         for range in advice.fetch.into_iter().chain(strides) {
             let extents = self.tree.extents(ino, range.start, range.end).into_iter().flatten();
             self.fetch(extents.filter_map(|extent| extent.ok()?.frame).collect());
@@ -140,7 +162,7 @@ impl Ahead {
             return;
         }
         one(&self.counters.aheads);
-        self.counters.ahead_frames.fetch_add(numbers.len() as u64, std::sync::atomic::Ordering::Relaxed);
+        self.counters.ahead_frames.fetch_add(numbers.len() as u64, Ordering::Relaxed);
         let (tree, cache, source) = (self.tree.clone(), self.cache.clone(), self.source.clone());
         self.handle.spawn(async move {
             let mut wants: Vec<Want> = numbers.iter().filter_map(|number| want(&tree, *number)).collect();

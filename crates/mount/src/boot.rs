@@ -13,7 +13,7 @@ use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -37,12 +37,12 @@ const FIRST_BYTES: u64 = 192 << 10;
 /// trip of 12 ms, and delays a read of something else by that at worst.
 const RANGE_BYTES: u64 = 512 << 10;
 const RANGES: usize = 3;
-/// Opened frames that wait to be stored, at most 2 MiB each, mostly 1.
-const OPENED: usize = 6;
-/// A read waits for a frame that is so many frames away: at 1 Gbit/s each takes 3 ms, as long as asking for it.
-const NEAR_FRAMES: usize = 2;
+/// Opened frames that wait to be stored, at most 2 MiB each, mostly 1. A read waits for a frame that is no further away than this
+/// from the last one stored: at 1 Gbit/s each takes 3 ms, and what a program reads next comes with it. Then there is room for
+/// that frame even while the thread that stores waits for the read.
+const OPENED: usize = 16;
 /// And no longer than this.
-const NEAR: Duration = Duration::from_millis(30);
+const NEAR: Duration = Duration::from_millis(100);
 /// How long frames are kept for reads after they were stored: the kernel asks for what it had locked meanwhile.
 const KEPT: usize = 4;
 
@@ -92,6 +92,8 @@ struct Coming {
     opened: Mutex<HashMap<u32, Bytes>>,
     /// How many frames were opened, from the first on; all of them once it has ended, however.
     progress: watch::Sender<usize>,
+    /// How many frames were stored.
+    stored: AtomicUsize,
 }
 
 /// The boot pack of one mount, if it has one.
@@ -104,7 +106,9 @@ pub(crate) enum Booted {
     Here(Bytes),
     /// All of it, soon.
     Near(Waiting),
-    /// Not all, or not soon.
+    /// All of it, but not soon, or not any more.
+    Far,
+    /// Not all.
     Not,
 }
 
@@ -124,14 +128,14 @@ impl Boot {
             return Booted::Here(bytes);
         }
         let last = parts.iter().map(|part| part.frame).max().unwrap_or(0);
-        let opened = *coming.progress.borrow();
+        let (opened, stored) = (*coming.progress.borrow(), coming.stored.load(Ordering::Relaxed));
         // what is opened and not there was given up: stored long ago, and dropped by the kernel since
         let comes = parts
             .iter()
             .all(|part| part.frame as usize >= opened || coming.opened.lock().contains_key(&part.frame));
-        match comes && (last as usize) < opened.saturating_add(NEAR_FRAMES) {
+        match comes && (last as usize) < stored.saturating_add(OPENED) {
             true => Booted::Near(Waiting { coming: coming.clone(), parts, last }),
-            false => Booted::Not,
+            false => Booted::Far,
         }
     }
 }
@@ -160,6 +164,7 @@ impl Coming {
             files,
             opened: Mutex::default(),
             progress: watch::Sender::new(0),
+            stored: AtomicUsize::new(0),
         }
     }
 
@@ -349,6 +354,7 @@ impl Booting<'_> {
                     counters.boot_stored_runs.fetch_add(1, Ordering::Relaxed);
                     counters.boot_stored_bytes.fetch_add(len as u64, Ordering::Relaxed);
                 }
+                coming.stored.store(number as usize + 1, Ordering::Relaxed);
                 if let Some(old) = number.checked_sub(u32::try_from(KEPT).expect("few")) {
                     coming.opened.lock().remove(&old);
                 }

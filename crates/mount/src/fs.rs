@@ -41,6 +41,8 @@ pub(crate) struct Files {
     pub(crate) recorder: Arc<Recorder>,
 }
 
+/// A file of so many bytes is recorded, and handed out, whole.
+const SMALL_FILE_BYTES: u64 = 64 << 10;
 /// A longer read is the kernel's own readahead, which asks for the rest by itself, in few requests.
 const STORE_READ_MAX: u32 = 64 << 10;
 
@@ -88,7 +90,10 @@ impl Files {
                 Ok((Answer::Now(bytes), Vec::new()))
             }
             Booted::Near(waiting) => Ok((Answer::Soon(waiting), Vec::new())),
-            Booted::Not => {
+            missed => {
+                if matches!(missed, Booted::Far) {
+                    one(&self.ahead.counters.boot_far);
+                }
                 self.recorder.read(ino, offset, size, Instant::now());
                 self.read_frames(ino, offset, size)
             }
@@ -175,9 +180,17 @@ impl Files {
     /// After a read of `size` bytes at `offset` was answered: gives the kernel the rest of the frames that it touched.
     pub(crate) fn store_rest(&self, ino: Ino, offset: u64, size: u32, touched: &[Touch]) {
         let Ahead { tree, cache, .. } = &*self.ahead;
-        // what is handed out unasked is not seen when it is used
-        if size > STORE_READ_MAX || self.recorder.is_recording() {
+        if size > STORE_READ_MAX {
             return;
+        }
+        if self.recorder.is_recording() {
+            // what is handed out unasked is not seen when it is used; a small file is used whole, mostly
+            match tree.inode(ino) {
+                Ok(inode) if inode.size <= SMALL_FILE_BYTES => {
+                    self.recorder.read(ino, 0, u32::try_from(inode.size).expect("small"), Instant::now());
+                }
+                _ => return,
+            }
         }
         let read = offset..offset.saturating_add(u64::from(size));
         // a frame of which all was read has no rest

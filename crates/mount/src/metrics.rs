@@ -79,6 +79,8 @@ counters! {
     boot_waits,
     /// How long, summed, in microseconds.
     boot_wait_us_total,
+    /// Reads of pages that it has, which were asked for elsewhere: they came too late, or the kernel had dropped them.
+    boot_far,
     /// 1 where it was given up; the log says why.
     boot_failed,
     /// How long it took from the first request to the last page stored, in microseconds.

@@ -118,6 +118,7 @@ impl Mount {
     /// answered all the while, whatever comes. At most once for a mount.
     pub async fn boot(&self, pack: BootPack) -> Result<(), BootFailure> {
         self.ahead.settle_window(self.config.read_ahead_start_kb);
+        self.ahead.set_lean(true);
         let begun = Instant::now();
         let Ahead { tree, source, counters, .. } = &*self.ahead;
         let (notifier, mountpoint) = (self.booting.clone(), self.point.path());
@@ -129,6 +130,9 @@ impl Mount {
         };
         let us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
         counters.boot_us.store(us, Ordering::Relaxed);
+        if done.is_err() {
+            self.ahead.set_lean(false);
+        }
         counters.boot_failed.store(done.is_err().into(), Ordering::Relaxed);
         done
     }
@@ -141,6 +145,7 @@ impl Mount {
     /// Ends the recording of the start, and with it whatever is done for starts only. What was recorded, the first time.
     pub fn end_start(&self) -> Option<Trace> {
         self.ahead.settle_window(self.config.read_ahead_kb);
+        self.ahead.set_lean(false);
         let booted = self.ahead.counters.boot_bytes.load(Ordering::Relaxed) > 0;
         self.recorder.take().map(|trace| Trace { boot: booted, ..trace })
     }

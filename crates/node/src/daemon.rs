@@ -7,13 +7,15 @@ use std::time::Instant;
 
 use lamina_cache::{Cache, CacheConfig};
 use lamina_image::{Digest, Platform, Tree};
-use lamina_mount::{Mount, MountConfig};
-use lamina_wire::proto::{MountRequest, MountResponse, MountStats, StatsResponse};
+use lamina_mount::{BootPack, Mount, MountConfig, Record};
+use lamina_wire::proto::{MountRequest, MountResponse, MountStats, StatsResponse, UnmountResponse};
 use lamina_wire::{Client, ClientConfig, Reference, Scheme};
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 
+use crate::start::{Report, Starting};
 use crate::trees::Trees;
 use crate::{Found, NodeError, RegistrySource, find_image};
 
@@ -60,6 +62,8 @@ struct Mounted {
     mount: Arc<Mount>,
     reference: String,
     manifest: Digest,
+    /// What becomes of its trace, where it is recorded until the unmount.
+    report: Option<watch::Receiver<Option<Report>>>,
 }
 
 impl Node {
@@ -92,36 +96,67 @@ impl Node {
         let client = Client::new(&reference.host, ClientConfig { scheme, ..self.config.client })?;
         let found = find_image(&client, &reference, &self.config.platform, request.require_bound).await?;
         let mut requests = found.requests;
+        let starting = Starting {
+            client: client.clone(),
+            repository: reference.repository.clone(),
+            manifest: found.manifest,
+            tree: found.tree,
+            until_unmount: request.record,
+        };
+        // a boot pack is the registry's word, so an image that must be bound does without
+        let boot = !request.no_boot && !request.record && !request.require_bound;
+        let boot = boot.then(|| starting.find_boot());
         let tree = self.tree(&client, &reference, &found, &mut requests).await?;
         let source = Arc::new(RegistrySource::new(client, reference.repository.clone()));
         let mut config = MountConfig::new(PathBuf::from(&request.directory));
         config.name = reference.to_string();
         config.read_ahead_kb = self.config.read_ahead_kb.unwrap_or(config.read_ahead_kb);
+        config.record = match (request.record, request.no_trace) {
+            (true, _) => Record::Exact,
+            (false, false) => Record::Start,
+            (false, true) => Record::Off,
+        };
         let (cache, handle) = (Arc::clone(&self.cache), Handle::current());
         let mount = blocking(move || Mount::start(tree, cache, source, config, handle)).await?;
-        self.keep(Arc::new(mount), &reference, found.manifest);
+        self.keep(Arc::new(mount), &reference, starting, boot);
         let elapsed_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
         let (manifest, tree) = (found.manifest.to_string(), found.tree.to_string());
         Ok(MountResponse { manifest, tree, elapsed_us, requests })
     }
 
     /// Remembers a mount, and forgets it when it is gone, whoever unmounted it.
-    fn keep(self: &Arc<Self>, mount: Arc<Mount>, reference: &Reference, manifest: Digest) {
+    fn keep(
+        self: &Arc<Self>,
+        mount: Arc<Mount>,
+        reference: &Reference,
+        starting: Starting,
+        boot: Option<JoinHandle<Option<BootPack>>>,
+    ) {
         let path = mount.mountpoint().to_owned();
-        let mounted = Mounted { mount: Arc::clone(&mount), reference: reference.to_string(), manifest };
+        let (started, report) = watch::channel(None);
+        // nobody who only unmounts waits for a registry
+        let report = starting.until_unmount.then_some(report);
+        let (reference, manifest) = (reference.to_string(), starting.manifest);
+        let mounted = Mounted { mount: Arc::clone(&mount), reference, manifest, report };
         self.mounts.lock().insert(path.clone(), mounted);
         let busy = self.busy();
         let node = Arc::clone(self);
         tokio::spawn(async move {
+            let report = starting.see(Arc::clone(&mount), boot).await;
+            started.send_replace(Some(report));
             mount.wait().await;
-            let mut mounts = node.mounts.lock();
-            // the same directory may have been mounted again meanwhile
-            if mounts.get(&path).is_some_and(|mounted| Arc::ptr_eq(&mounted.mount, &mount)) {
-                mounts.remove(&path);
-            }
-            drop(mounts);
+            node.forget(&path, &mount);
             drop(busy);
         });
+    }
+
+    /// Forgets a mount that is gone.
+    fn forget(&self, path: &Path, mount: &Arc<Mount>) {
+        let mut mounts = self.mounts.lock();
+        // the same directory may have been mounted again meanwhile
+        if mounts.get(path).is_some_and(|mounted| Arc::ptr_eq(&mounted.mount, mount)) {
+            mounts.remove(path);
+        }
     }
 
     async fn tree(
@@ -153,20 +188,21 @@ impl Node {
         Ok(tree)
     }
 
-    /// Unmounts a directory.
-    pub async fn unmount(&self, directory: &Path, lazy: bool) -> Result<(), NodeError> {
-        let mount = self.mounts.lock().get(directory).map(|mounted| Arc::clone(&mounted.mount));
-        let mount = mount.ok_or_else(|| NodeError::NotMounted(directory.to_owned()))?;
+    /// Unmounts a directory. If a start was recorded on it until now, this returns when the registry was told.
+    pub async fn unmount(&self, directory: &Path, lazy: bool) -> Result<UnmountResponse, NodeError> {
+        let mounted = self.mounts.lock().get(directory).map(|it| (Arc::clone(&it.mount), it.report.clone()));
+        let (mount, report) = mounted.ok_or_else(|| NodeError::NotMounted(directory.to_owned()))?;
         let waiting = Arc::clone(&mount);
         blocking(move || mount.unmount(lazy)).await?;
         if !lazy {
             waiting.wait().await;
         }
-        let mut mounts = self.mounts.lock();
-        if mounts.get(directory).is_some_and(|mounted| Arc::ptr_eq(&mounted.mount, &waiting)) {
-            mounts.remove(directory);
-        }
-        Ok(())
+        self.forget(directory, &waiting);
+        let Some(mut report) = report.filter(|_| !lazy) else { return Ok(UnmountResponse::default()) };
+        let report =
+            report.wait_for(Option::is_some).await.ok().and_then(|report| report.clone()).unwrap_or_default();
+        let trace_refused = report.refused.unwrap_or_default();
+        Ok(UnmountResponse { trace_names: report.names, trace_pages: report.pages, trace_refused })
     }
 
     /// Unmounts everything, lazily where something is in use. Used at the end.

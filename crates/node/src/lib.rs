@@ -9,6 +9,7 @@ mod error;
 mod image;
 mod server;
 mod source;
+mod start;
 mod trees;
 
 pub use client::{ControlError, Controller};

@@ -14,7 +14,7 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use lamina_wire::proto::{MountRequest, StatsRequest, UnmountRequest, UnmountResponse};
+use lamina_wire::proto::{MountRequest, StatsRequest, UnmountRequest};
 use prost::Message;
 use tokio::net::UnixListener;
 use tokio::time::timeout;
@@ -139,8 +139,7 @@ async fn dispatch(node: &Arc<Node>, path: &str, body: Bytes) -> Result<Vec<u8>, 
         "/lamina/v1/mount" => node.mount(MountRequest::decode(body)?).await?.encode_to_vec(),
         "/lamina/v1/unmount" => {
             let request = UnmountRequest::decode(body)?;
-            node.unmount(&PathBuf::from(request.directory), request.lazy).await?;
-            UnmountResponse {}.encode_to_vec()
+            node.unmount(&PathBuf::from(request.directory), request.lazy).await?.encode_to_vec()
         }
         "/lamina/v1/stats" => {
             let StatsRequest {} = StatsRequest::decode(body)?;

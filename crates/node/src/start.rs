@@ -1,0 +1,110 @@
+//! A mount's start: its boot pack in, its trace out. Nothing here is ever in the way of the mount.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use lamina_image::{BOOT_ANNOTATION, BOOT_BYTES_ANNOTATION, Digest, TREE_ANNOTATION, Trace, media_type};
+use lamina_mount::{BootPack, Mount};
+use lamina_wire::{Client, WireError, write_trace};
+use tokio::task::JoinHandle;
+use tokio::time::{sleep, timeout};
+use tracing::{debug, info, warn};
+
+/// A start that has read nothing new for so long is over.
+const QUIET: Duration = Duration::from_secs(5);
+/// How often that is looked at.
+const LOOK: Duration = Duration::from_millis(500);
+/// A start that had a boot pack and missed fewer pages has nothing to tell.
+const MISSED_PAGES_MIN: u64 = 64;
+/// A registry that does not take a trace in this time does without.
+const REPORT: Duration = Duration::from_secs(60);
+
+/// What became of a trace.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Report {
+    pub(crate) names: u64,
+    pub(crate) pages: u64,
+    /// Why the registry did not get it.
+    pub(crate) refused: Option<String>,
+}
+
+/// The image that starts, as its registry knows it.
+#[derive(Clone, Debug)]
+pub(crate) struct Starting {
+    pub(crate) client: Client,
+    pub(crate) repository: String,
+    pub(crate) manifest: Digest,
+    pub(crate) tree: Digest,
+    /// Whether the recording goes on until the unmount.
+    pub(crate) until_unmount: bool,
+}
+
+impl Starting {
+    /// Asks for the image's boot pack, away from whoever mounts it.
+    pub(crate) fn find_boot(&self) -> JoinHandle<Option<BootPack>> {
+        let this = self.clone();
+        tokio::spawn(async move {
+            let found = this.client.referrers(&this.repository, this.manifest, media_type::BOOT).await;
+            let found = found.inspect_err(|error| debug!(%error, "no boot pack")).ok()?;
+            found.iter().find_map(|one| {
+                let blob = one.annotations.get(BOOT_ANNOTATION)?.parse().ok()?;
+                let bytes = one.annotations.get(BOOT_BYTES_ANNOTATION)?.parse().ok()?;
+                let tree = one.annotations.get(TREE_ANNOTATION)?.parse().ok()?;
+                (tree == this.tree).then_some(BootPack { blob, bytes, tree })
+            })
+        })
+    }
+
+    /// Sees a start through: boots, waits until it is over, and tells the registry what it touched.
+    pub(crate) async fn see(self, mount: Arc<Mount>, boot: Option<JoinHandle<Option<BootPack>>>) -> Report {
+        let booted = async {
+            let pack = match boot {
+                Some(boot) => boot.await.ok().flatten(),
+                None => None,
+            };
+            let Some(pack) = pack else { return };
+            match mount.boot(pack).await {
+                Ok(()) => info!(boot = %pack.blob, bytes = pack.bytes, "booted"),
+                Err(error) => warn!(boot = %pack.blob, %error, "starting without the boot pack"),
+            }
+        };
+        tokio::join!(booted, self.over(&mount));
+        let Some(trace) = mount.end_start() else { return Report::default() };
+        self.tell(trace).await
+    }
+
+    /// Returns when the start is over.
+    async fn over(&self, mount: &Mount) {
+        let quiet = async {
+            while self.until_unmount || mount.quiet().is_none_or(|quiet| quiet < QUIET) {
+                sleep(LOOK).await;
+            }
+        };
+        tokio::select! {
+            () = quiet => {}
+            () = mount.wait() => {}
+        }
+    }
+
+    async fn tell(&self, trace: Trace) -> Report {
+        let pages = trace.runs.iter().map(|run| run.pages).sum();
+        let mut report = Report { names: trace.names.len() as u64, pages, refused: None };
+        if trace.boot && pages < MISSED_PAGES_MIN {
+            return report;
+        }
+        let message = write_trace(self.tree, &trace);
+        let sent = self.client.send_trace(&self.repository, self.manifest, &message);
+        let told = timeout(REPORT, sent).await;
+        report.refused = match told {
+            Ok(Ok(())) => None,
+            Ok(Err(WireError::NotFound { .. })) => Some("the registry does not learn from starts".to_owned()),
+            Ok(Err(error)) => Some(error.to_string()),
+            Err(_) => Some(format!("the registry did not answer within {REPORT:?}")),
+        };
+        match &report.refused {
+            None => info!(names = report.names, pages, "told the registry what the start touched"),
+            Some(reason) => debug!(reason, "the registry did not take a trace"),
+        }
+        report
+    }
+}
