@@ -94,6 +94,9 @@ struct Coming {
     progress: watch::Sender<usize>,
     /// How many frames were stored.
     stored: AtomicUsize,
+    /// How many frames were opened when a read waited in vain, and none came meanwhile.
+    stalled: AtomicUsize,
+    blob: PackId,
 }
 
 /// The boot pack of one mount, if it has one.
@@ -106,10 +109,18 @@ pub(crate) enum Booted {
     Here(Bytes),
     /// All of it, soon.
     Near(Waiting),
-    /// All of it, but not soon, or not any more.
+    /// All of it, in a frame that was here: the kernel has dropped the pages since.
+    Again(Dropped),
+    /// All of it, but not soon.
     Far,
     /// Not all.
     Not,
+}
+
+/// A read of pages that were stored, and that the kernel does not have any more.
+pub(crate) struct Dropped {
+    coming: Arc<Coming>,
+    parts: Vec<Place>,
 }
 
 /// A read that waits for a frame.
@@ -127,16 +138,44 @@ impl Boot {
         if let Some(bytes) = coming.assemble(&parts) {
             return Booted::Here(bytes);
         }
-        let last = parts.iter().map(|part| part.frame).max().unwrap_or(0);
+        let (first, last) = parts
+            .iter()
+            .fold((u32::MAX, 0), |(first, last), part| (first.min(part.frame), last.max(part.frame)));
         let (opened, stored) = (*coming.progress.borrow(), coming.stored.load(Ordering::Relaxed));
-        // what is opened and not there was given up: stored long ago, and dropped by the kernel since
+        if (last as usize) < stored {
+            return match first == last {
+                true => Booted::Again(Dropped { coming: coming.clone(), parts }),
+                false => Booted::Far,
+            };
+        }
+        // a part that was opened, and is not here, comes no more
         let comes = parts
             .iter()
             .all(|part| part.frame as usize >= opened || coming.opened.lock().contains_key(&part.frame));
-        match comes && (last as usize) < stored.saturating_add(OPENED) {
+        let stalled = coming.stalled.load(Ordering::Relaxed) == opened;
+        match comes && !stalled && (last as usize) < stored.saturating_add(OPENED) {
             true => Booted::Near(Waiting { coming: coming.clone(), parts, last }),
             false => Booted::Far,
         }
+    }
+}
+
+impl Dropped {
+    /// The bytes, from where boot packs are kept, if they can be had.
+    pub(crate) async fn bytes(self, source: &Arc<dyn Source>) -> Option<Bytes> {
+        let Self { coming, parts } = self;
+        let number = parts.first()?.frame;
+        let frame = coming.frames.get(number as usize)?.clone();
+        let range = frame.offset..frame.offset + u64::from(frame.sealed_len);
+        let sealed = source.fetch(coming.blob, range, Class::Boot).await.ok()?;
+        let plain = tokio::task::spawn_blocking(move || frame.open(&sealed)).await.ok()?.ok()?;
+        let mut opened = coming.opened.lock();
+        if opened.len() >= KEPT && *coming.progress.borrow() == usize::MAX {
+            opened.clear();
+        }
+        opened.insert(number, plain);
+        drop(opened);
+        coming.assemble(&parts)
     }
 }
 
@@ -144,13 +183,19 @@ impl Waiting {
     /// The bytes, if they come in time.
     pub(crate) async fn bytes(self) -> Option<Bytes> {
         let mut progress = self.coming.progress.subscribe();
+        let before = *progress.borrow();
         let come = timeout(NEAR, progress.wait_for(|opened| *opened > self.last as usize)).await;
-        matches!(come, Ok(Ok(_))).then(|| self.coming.assemble(&self.parts)).flatten()
+        let come = come.map(|come| come.is_ok());
+        if come.is_err() && *progress.borrow() == before {
+            // nobody waits again until something comes
+            self.coming.stalled.store(before, Ordering::Relaxed);
+        }
+        (come == Ok(true)).then(|| self.coming.assemble(&self.parts)).flatten()
     }
 }
 
 impl Coming {
-    fn new(table: &BootTable) -> Self {
+    fn new(blob: PackId, table: &BootTable) -> Self {
         let mut files: HashMap<Ino, Vec<Place>> = HashMap::new();
         for (frame, number) in table.frames.iter().zip(0u32..) {
             for run in &table.runs[frame.runs.clone()] {
@@ -165,6 +210,8 @@ impl Coming {
             opened: Mutex::default(),
             progress: watch::Sender::new(0),
             stored: AtomicUsize::new(0),
+            stalled: AtomicUsize::new(usize::MAX - 1),
+            blob,
         }
     }
 
@@ -218,7 +265,7 @@ impl Booting<'_> {
     /// Fetches and stores a boot pack. Returns when everything is in the page cache, or with what went wrong.
     pub(crate) async fn run(self, pack: BootPack) -> Result<(), BootFailure> {
         let (table, first) = self.table(pack).await?;
-        let coming = Arc::new(Coming::new(&table));
+        let coming = Arc::new(Coming::new(PackId::from_bytes(*pack.blob.as_bytes()), &table));
         if self.boot.0.set(coming.clone()).is_err() {
             return Ok(());
         }

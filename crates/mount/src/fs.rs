@@ -9,7 +9,7 @@ use lamina_chunk::Chunk;
 use lamina_image::{Ino, TreeError};
 
 use crate::ahead::Ahead;
-use crate::boot::{Boot, Booted, Waiting};
+use crate::boot::{Boot, Booted, Dropped, Waiting};
 use crate::metrics::one;
 use crate::order::{Touch, want};
 use crate::pages::Pages;
@@ -52,8 +52,16 @@ pub(crate) enum Answer {
     Now(Bytes),
     /// Some are not here.
     Later(Unread),
-    /// They come with the boot pack.
-    Soon(Waiting),
+    /// The boot pack has them.
+    Soon(Soon),
+}
+
+/// How a boot pack has what is not in memory.
+pub(crate) enum Soon {
+    /// It comes.
+    Comes(Waiting),
+    /// It came, and is kept.
+    Again(Dropped),
 }
 
 /// A read that lacks frames.
@@ -89,7 +97,8 @@ impl Files {
                 one(&self.ahead.counters.boot_reads);
                 Ok((Answer::Now(bytes), Vec::new()))
             }
-            Booted::Near(waiting) => Ok((Answer::Soon(waiting), Vec::new())),
+            Booted::Near(waiting) => Ok((Answer::Soon(Soon::Comes(waiting)), Vec::new())),
+            Booted::Again(dropped) => Ok((Answer::Soon(Soon::Again(dropped)), Vec::new())),
             missed => {
                 if matches!(missed, Booted::Far) {
                     one(&self.ahead.counters.boot_far);
@@ -101,15 +110,15 @@ impl Files {
     }
 
     /// Waits for the boot pack; if that does not come in time, reads in the ordinary way.
-    pub(crate) async fn soon(
-        &self,
-        ino: Ino,
-        offset: u64,
-        size: u32,
-        waiting: Waiting,
-    ) -> Result<Bytes, FsError> {
+    pub(crate) async fn soon(&self, ino: Ino, offset: u64, size: u32, soon: Soon) -> Result<Bytes, FsError> {
         let (counters, begun) = (&self.ahead.counters, Instant::now());
-        let bytes = waiting.bytes().await;
+        let bytes = match soon {
+            Soon::Comes(waiting) => waiting.bytes().await,
+            Soon::Again(dropped) => {
+                one(&counters.boot_again);
+                dropped.bytes(&self.ahead.source).await
+            }
+        };
         let us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
         one(&counters.boot_waits);
         counters.boot_wait_us_total.fetch_add(us, std::sync::atomic::Ordering::Relaxed);

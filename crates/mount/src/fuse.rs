@@ -261,10 +261,10 @@ impl Filesystem for Fuse {
                     files.store_rest(ino, offset, size, &touched);
                 });
             }
-            Ok((Answer::Soon(waiting), _)) => {
+            Ok((Answer::Soon(soon), _)) => {
                 let files = self.files.clone();
                 self.handle.spawn(async move {
-                    let answer = files.soon(ino, offset, size, waiting).await;
+                    let answer = files.soon(ino, offset, size, soon).await;
                     Self::send(&files, ino, answer, reply);
                 });
             }

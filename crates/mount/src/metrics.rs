@@ -79,8 +79,10 @@ counters! {
     boot_waits,
     /// How long, summed, in microseconds.
     boot_wait_us_total,
-    /// Reads of pages that it has, which were asked for elsewhere: they came too late, or the kernel had dropped them.
+    /// Reads of pages that it has and that were asked for elsewhere, because they would have come too late.
     boot_far,
+    /// Reads of pages that it had stored and that the kernel had dropped since.
+    boot_again,
     /// 1 where it was given up; the log says why.
     boot_failed,
     /// How long it took from the first request to the last page stored, in microseconds.

@@ -15,6 +15,7 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
+use crate::boot_files::{BootFiles, KeptBoot, KeptSource};
 use crate::start::{Report, Starting};
 use crate::trees::Trees;
 use crate::{Found, NodeError, RegistrySource, find_image};
@@ -23,6 +24,9 @@ use crate::{Found, NodeError, RegistrySource, find_image};
 const MOUNTS_MAX: usize = 4096;
 /// A tree's blob over 1 GiB is refused: some ten million files.
 const TREE_BLOB_BYTES_MAX: u64 = 1 << 30;
+
+/// Boot packs get this part of what the cache may take, beside it.
+const BOOT_PART: u64 = 10;
 
 /// How a daemon is set up.
 #[derive(Clone, Debug)]
@@ -42,6 +46,7 @@ pub struct Node {
     config: NodeConfig,
     cache: Arc<Cache>,
     trees: Trees,
+    boot_files: BootFiles,
     mounts: Mutex<BTreeMap<PathBuf, Mounted>>,
     /// Trees that are mounted: two mounts of an image share one.
     loaded: Mutex<BTreeMap<Digest, std::sync::Weak<Tree>>>,
@@ -71,8 +76,19 @@ impl Node {
     pub fn open(config: NodeConfig, handle: Handle) -> Result<Self, NodeError> {
         let trees = Trees::open(config.cache.directory.join("trees"))?;
         let cache = Arc::new(Cache::open(config.cache.clone(), handle)?);
+        let directory = config.cache.directory.join("boot");
+        let boot_files = BootFiles::open(directory.clone(), config.cache.bytes_max / BOOT_PART)
+            .map_err(|error| NodeError::File { path: directory, error })?;
         let (count, _) = watch::channel(0);
-        Ok(Self { config, cache, trees, mounts: Mutex::default(), loaded: Mutex::default(), count })
+        Ok(Self {
+            config,
+            cache,
+            trees,
+            boot_files,
+            mounts: Mutex::default(),
+            loaded: Mutex::default(),
+            count,
+        })
     }
 
     /// How many mounts there are and requests being answered, now and whenever that changes.
@@ -102,12 +118,16 @@ impl Node {
             manifest: found.manifest,
             tree: found.tree,
             until_unmount: request.record,
+            kept: None,
         };
         // a boot pack is the registry's word, so an image that must be bound does without
         let boot = !request.no_boot && !request.record && !request.require_bound;
         let boot = boot.then(|| starting.find_boot());
         let tree = self.tree(&client, &reference, &found, &mut requests).await?;
-        let source = Arc::new(RegistrySource::new(client, reference.repository.clone()));
+        let registry = RegistrySource::new(client, reference.repository.clone());
+        let kept = Arc::new(KeptBoot::new(registry, self.boot_files.clone()));
+        let starting = Starting { kept: Some(kept.clone()), ..starting };
+        let source = Arc::new(KeptSource(kept));
         let mut config = MountConfig::new(PathBuf::from(&request.directory));
         config.name = reference.to_string();
         config.read_ahead_kb = self.config.read_ahead_kb.unwrap_or(config.read_ahead_kb);

@@ -3,6 +3,7 @@
 //! `lamina mount` asks the daemon of its cache directory over a Unix socket, and starts one where there is none. So
 //! mounts share memory, disk, connections and single flight, and a cache directory never has two writers.
 
+mod boot_files;
 mod client;
 mod daemon;
 mod error;

@@ -3,12 +3,15 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use lamina_chunk::PackId;
 use lamina_image::{BOOT_ANNOTATION, BOOT_BYTES_ANNOTATION, Digest, TREE_ANNOTATION, Trace, media_type};
 use lamina_mount::{BootPack, Mount};
 use lamina_wire::{Client, WireError, write_trace};
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 use tracing::{debug, info, warn};
+
+use crate::boot_files::KeptBoot;
 
 /// A start that has read nothing new for so long is over.
 const QUIET: Duration = Duration::from_secs(5);
@@ -37,6 +40,8 @@ pub(crate) struct Starting {
     pub(crate) tree: Digest,
     /// Whether the recording goes on until the unmount.
     pub(crate) until_unmount: bool,
+    /// Where boot packs are kept.
+    pub(crate) kept: Option<Arc<KeptBoot>>,
 }
 
 impl Starting {
@@ -63,14 +68,32 @@ impl Starting {
                 None => None,
             };
             let Some(pack) = pack else { return };
-            match mount.boot(pack).await {
+            let booted = mount.boot(pack).await;
+            match &booted {
                 Ok(()) => info!(boot = %pack.blob, bytes = pack.bytes, "booted"),
                 Err(error) => warn!(boot = %pack.blob, %error, "starting without the boot pack"),
             }
+            self.keep(pack, booted.is_ok()).await;
         };
         tokio::join!(booted, self.over(&mount));
         let Some(trace) = mount.end_start() else { return Report::default() };
         self.tell(trace).await
+    }
+
+    /// Keeps a boot pack for the next start, if it was right.
+    async fn keep(&self, pack: BootPack, right: bool) {
+        let Some(kept) = self.kept.clone() else { return };
+        let blob = PackId::from_bytes(*pack.blob.as_bytes());
+        let done = tokio::task::spawn_blocking(move || {
+            if right {
+                return kept.finish(blob, pack.bytes);
+            }
+            kept.give_up(blob);
+            Ok(())
+        });
+        if let Ok(Err(error)) = done.await {
+            debug!(boot = %pack.blob, %error, "a boot pack is not kept");
+        }
     }
 
     /// Returns when the start is over.

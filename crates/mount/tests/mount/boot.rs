@@ -53,6 +53,18 @@ fn what_a_boot_pack_brought_is_read_without_asking() {
 }
 
 #[test]
+fn pages_that_the_kernel_drops_come_from_the_boot_pack_again() {
+    let rig = rig(Packs::default());
+    let pack = rig.boot_pack(&["text", "large", "small"]);
+    rig.boot(&pack).expect("booted");
+    let file = fs::File::open(rig.path("text")).expect("opened");
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).expect("dropped");
+    all_right(&rig);
+    let seen = rig.mount().snapshot();
+    assert!(seen.boot_again > 0, "{seen:?}");
+}
+
+#[test]
 fn a_boot_pack_with_any_part_damaged_is_given_up_and_reading_stays_right() {
     let pack = rig(Packs::default()).boot_pack(&["large", "text", "other"]);
     let end = pack.len() - 1;
