@@ -6,6 +6,8 @@
 mod bad_input;
 #[path = "cli/mounting.rs"]
 mod mounting;
+#[path = "cli/profile.rs"]
+mod profile;
 #[path = "cli/pushing.rs"]
 mod pushing;
 #[path = "cli/rig.rs"]

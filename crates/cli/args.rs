@@ -1,11 +1,14 @@
 //! What can be said on the command line. Nothing here is acted on.
 
+mod profile;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use lamina_wire::Reference;
 
+pub(crate) use self::profile::{ProfileArguments, ProfileCommand, ProfileRecord, ProfileShow};
 use crate::source::SourceName;
 
 /// Container images as deduplicated chunks, started before they have arrived.
@@ -62,6 +65,8 @@ pub(crate) enum Command {
     Inspect(InspectArguments),
     /// Show what mounts have read, from where, and how long it took
     Stats(StatsArguments),
+    /// See, record and exchange what starts of an image touch: boot packs are made from it
+    Profile(ProfileArguments),
     /// Print a completion script for a shell
     Completions(CompletionsArguments),
 }
@@ -139,6 +144,14 @@ pub(crate) struct MountArguments {
     #[arg(long, env = "LAMINA_REQUIRE_BOUND", value_parser = clap::builder::BoolishValueParser::new(),
         action = clap::ArgAction::SetTrue)]
     pub(crate) require_bound: bool,
+    /// Do without a boot pack: fetch what is read when it is read
+    #[arg(long, env = "LAMINA_NO_BOOT", value_parser = clap::builder::BoolishValueParser::new(),
+        action = clap::ArgAction::SetTrue)]
+    pub(crate) no_boot: bool,
+    /// Do not record what the start touches, nor tell the registry
+    #[arg(long, env = "LAMINA_NO_TRACE", value_parser = clap::builder::BoolishValueParser::new(),
+        action = clap::ArgAction::SetTrue)]
+    pub(crate) no_trace: bool,
     #[command(flatten)]
     pub(crate) cache: CacheArguments,
     #[command(flatten)]

@@ -3,6 +3,7 @@
 pub(crate) mod inspect;
 pub(crate) mod mount;
 pub(crate) mod node;
+pub(crate) mod profile;
 pub(crate) mod push;
 pub(crate) mod registry;
 pub(crate) mod stats;
@@ -18,6 +19,11 @@ use crate::args::{Arguments, Common, CompletionsArguments};
 #[derive(Debug, thiserror::Error)]
 #[error("interrupted")]
 pub(crate) struct Interrupted;
+
+/// A program that was run for the user ended with this code, which becomes our own. It has said why itself.
+#[derive(Debug, thiserror::Error)]
+#[error("the command ended with {0}")]
+pub(crate) struct Ended(pub(crate) u8);
 
 /// Ready at Ctrl-C or SIGTERM.
 pub(crate) async fn interrupted() {

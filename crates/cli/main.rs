@@ -38,7 +38,10 @@ fn main() -> ExitCode {
             eprintln!("lamina: interrupted");
             ExitCode::from(INTERRUPTED)
         }
-        Err(error) => complain(&error),
+        Err(error) => match error.downcast_ref::<commands::Ended>() {
+            Some(ended) => ExitCode::from(ended.0),
+            None => complain(&error),
+        },
     }
 }
 
@@ -52,6 +55,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Node(it) => commands::node::run(it, common).await,
         Command::Inspect(it) => commands::inspect::run(it, common).await,
         Command::Stats(it) => commands::stats::run(it).await,
+        Command::Profile(it) => commands::profile::run(it, common).await,
         Command::Completions(it) => commands::completions(it),
     }
 }

@@ -39,12 +39,12 @@ fn a_program_starts_from_an_image_that_has_not_arrived() -> Result<()> {
 #[test]
 fn what_was_read_once_is_not_fetched_again_after_a_remount() -> Result<()> {
     let rig = pushed()?;
-    let mounted = rig.mount("a:t")?;
+    let mounted = rig.mount_plain("a:t")?;
     ensure!(fs::read(mounted.join("big"))? == noise(4_000_000, 5));
     rig.unmount()?;
     // the first node goes with its last mount
     rig.node_ended()?;
-    let mounted = rig.mount("a:t")?;
+    let mounted = rig.mount_plain("a:t")?;
     ensure!(fs::read(mounted.join("big"))? == noise(4_000_000, 5));
     let fetched = rig.counter("source_bytes")?;
     ensure!(fetched == 0, "{fetched} bytes were fetched again");

@@ -23,7 +23,7 @@ impl Rig {
     pub(crate) fn new() -> Result<Self> {
         ensure!(Path::new("/dev/fuse").exists(), "these tests need /dev/fuse and root");
         let directory = tempfile::tempdir()?;
-        for name in ["mount", "scratch"] {
+        for name in ["mount", "scratch", "tmp"] {
             std::fs::create_dir(directory.path().join(name))?;
         }
         let mut rig = Self { registry: None, address: String::new(), directory };
@@ -56,9 +56,9 @@ impl Rig {
     }
 
     /// Runs `lamina`, whatever comes of it.
-    fn lamina(&self, arguments: &[&str]) -> Result<Output> {
+    pub(crate) fn lamina(&self, arguments: &[&str]) -> Result<Output> {
         let mut command = Command::new(env!("CARGO_BIN_EXE_lamina"));
-        command.args(arguments).env("LAMINA_CACHE", self.path("cache"));
+        command.args(arguments).env("LAMINA_CACHE", self.path("cache")).env("TMPDIR", self.path("tmp"));
         Ok(command.output()?)
     }
 
@@ -88,6 +88,13 @@ impl Rig {
     pub(crate) fn mount(&self, name: &str) -> Result<PathBuf> {
         let directory = self.path("mount");
         self.ok(&["mount", &self.name(name), &text(&directory)])?;
+        Ok(directory)
+    }
+
+    /// Mounts an image so that all reads of contents go through the cache.
+    pub(crate) fn mount_plain(&self, name: &str) -> Result<PathBuf> {
+        let directory = self.path("mount");
+        self.ok(&["mount", "--no-boot", "--no-trace", &self.name(name), &text(&directory)])?;
         Ok(directory)
     }
 

@@ -14,7 +14,7 @@ use lamina_wire::proto::{MountRequest, MountResponse, UnmountRequest};
 
 use super::interrupted;
 use super::node::open;
-use crate::args::{Common, MountArguments, UnmountArguments};
+use crate::args::{CacheArguments, Common, MountArguments, NodeSettings, UnmountArguments};
 
 /// How long a daemon may take to come up: it may have a large cache to look through, or wait for one that is ending.
 const START: Duration = Duration::from_secs(60);
@@ -27,37 +27,54 @@ pub(crate) async fn run(arguments: MountArguments, common: Common) -> Result<()>
     let directory = directory.canonicalize().with_context(|| {
         format!("mount point {} does not exist; create it first", arguments.directory.display())
     })?;
-    std::fs::create_dir_all(&arguments.cache.directory).with_context(|| {
-        format!("the cache directory {} cannot be made", arguments.cache.directory.display())
-    })?;
+    make_cache(&arguments.cache)?;
     let request = MountRequest {
         reference: arguments.reference.to_string(),
         directory: directory.to_str().context("the mount point's name must be UTF-8")?.to_owned(),
         plain_http: common.plain_http,
         require_bound: arguments.require_bound,
+        no_boot: arguments.no_boot,
+        no_trace: arguments.no_trace,
+        record: false,
     };
-    let cache = arguments.cache.directory.clone();
-    let controller = Controller::new(&cache);
+    let controller = Controller::new(&arguments.cache.directory);
     if arguments.foreground && controller.stats().await.is_err_and(|error| is_absent(&error)) {
         return alone(&arguments, &common, request, &directory).await;
     }
-    let begun = Instant::now();
-    let mounted = loop {
-        match controller.mount(&request).await {
-            Ok(mounted) => break mounted,
-            Err(error) if is_absent(&error) && begun.elapsed() < START => {
-                start_daemon(&arguments, &common).await?
-            }
-            Err(error) => return Err(error.into()),
-        }
-        check_namespaces(&controller).await?;
-    };
+    let mounted = mount(&request, &arguments.cache, &arguments.settings, &common).await?;
     report(&arguments, &mounted);
     if arguments.foreground {
         interrupted().await;
         controller.unmount(&UnmountRequest { directory: request.directory, lazy: false }).await?;
     }
     Ok(())
+}
+
+/// Makes the cache directory, where it is not there yet.
+pub(crate) fn make_cache(cache: &CacheArguments) -> Result<()> {
+    std::fs::create_dir_all(&cache.directory)
+        .with_context(|| format!("the cache directory {} cannot be made", cache.directory.display()))
+}
+
+/// Has the daemon of the cache directory, which must exist, mount something; starts one where there is none.
+pub(crate) async fn mount(
+    request: &MountRequest,
+    cache: &CacheArguments,
+    settings: &NodeSettings,
+    common: &Common,
+) -> Result<MountResponse> {
+    let controller = Controller::new(&cache.directory);
+    let begun = Instant::now();
+    loop {
+        match controller.mount(request).await {
+            Ok(mounted) => return Ok(mounted),
+            Err(error) if is_absent(&error) && begun.elapsed() < START => {
+                start_daemon(cache, settings, common).await?
+            }
+            Err(error) => return Err(error.into()),
+        }
+        check_namespaces(&controller).await?;
+    }
 }
 
 fn is_absent(error: &ControlError) -> bool {
@@ -102,8 +119,8 @@ fn report(arguments: &MountArguments, mounted: &MountResponse) {
 }
 
 /// Starts a daemon that stays when this process has gone, and waits until it answers.
-async fn start_daemon(arguments: &MountArguments, common: &Common) -> Result<()> {
-    let cache = arguments.cache.directory.clone();
+async fn start_daemon(cache: &CacheArguments, settings: &NodeSettings, common: &Common) -> Result<()> {
+    let cache = cache.directory.clone();
     let log_path = cache.join("node.log");
     let log = File::options()
         .create(true)
@@ -119,15 +136,15 @@ async fn start_daemon(arguments: &MountArguments, common: &Common) -> Result<()>
         .args(["--log", &common.log])
         .arg("--cache")
         .arg(std::path::absolute(&cache)?)
-        .args(["--cache-mib", &arguments.settings.cache_mib.to_string()])
-        .args(["--deadline", &arguments.settings.deadline.to_string()])
+        .args(["--cache-mib", &settings.cache_mib.to_string()])
+        .args(["--deadline", &settings.deadline.to_string()])
         .current_dir("/")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(log.try_clone()?)
         // Ctrl-C at the terminal is for this process, not for the daemon
         .process_group(0);
-    if let Some(kib) = arguments.settings.read_ahead_kb {
+    if let Some(kib) = settings.read_ahead_kb {
         command.args(["--read-ahead-kb", &kib.to_string()]);
     }
     let mut child = command.spawn().context("the node cannot be started")?;

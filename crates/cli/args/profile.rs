@@ -1,0 +1,79 @@
+//! `lamina profile …`.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+use lamina_wire::Reference;
+
+use super::{CacheArguments, NodeSettings};
+
+#[derive(Args, Debug)]
+pub(crate) struct ProfileArguments {
+    #[command(subcommand)]
+    pub(crate) command: ProfileCommand,
+}
+
+#[derive(Subcommand, Debug)]
+pub(crate) enum ProfileCommand {
+    /// Show what starts of an image read, in order, and its boot pack
+    Show(ProfileShow),
+    /// Write an image's profile as JSON
+    Export(ProfileExport),
+    /// Replace an image's profile
+    Import(ProfileImport),
+    /// Make the registry forget an image's profile and boot pack
+    Drop(ProfileDrop),
+    /// Run a command in an image, and record exactly what it touches
+    Record(ProfileRecord),
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ProfileShow {
+    /// The image: [host[:port]/]repository[:tag|@digest]
+    pub(crate) reference: Reference,
+    /// List all files, not only those that are touched first
+    #[arg(long)]
+    pub(crate) all: bool,
+    /// Print it as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ProfileExport {
+    /// The image: [host[:port]/]repository[:tag|@digest]
+    pub(crate) reference: Reference,
+    /// Where to write it [default: stdout]
+    pub(crate) file: Option<PathBuf>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ProfileImport {
+    /// The image: [host[:port]/]repository[:tag|@digest]
+    pub(crate) reference: Reference,
+    /// What `lamina profile export` wrote
+    pub(crate) file: PathBuf,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ProfileDrop {
+    /// The image: [host[:port]/]repository[:tag|@digest]
+    pub(crate) reference: Reference,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ProfileRecord {
+    /// The image: [host[:port]/]repository[:tag|@digest]
+    pub(crate) reference: Reference,
+    /// Refuse an image whose manifest does not name its tree
+    #[arg(long, env = "LAMINA_REQUIRE_BOUND", value_parser = clap::builder::BoolishValueParser::new(),
+        action = clap::ArgAction::SetTrue)]
+    pub(crate) require_bound: bool,
+    #[command(flatten)]
+    pub(crate) cache: CacheArguments,
+    #[command(flatten)]
+    pub(crate) settings: NodeSettings,
+    /// What to run, as root, in the image's environment and working directory; its exit code is passed on
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    pub(crate) command: Vec<String>,
+}

@@ -1,0 +1,134 @@
+//! `lamina profile show`.
+
+use std::collections::HashMap;
+
+use anyhow::{Context, Result};
+use lamina_image::{
+    BOOT_ANNOTATION, BOOT_BYTES_ANNOTATION, BOOT_HEAD_BYTES, BootHead, Digest, PAGE_BYTES, Profile,
+    TREE_ANNOTATION, media_type,
+};
+
+use super::{Image, no_profile};
+use crate::args::{Common, ProfileShow};
+use crate::commands::mib;
+
+/// Files listed without `--all`.
+const FILES_SHOWN: usize = 20;
+
+/// What a registry says of an image's boot pack.
+struct Boot {
+    digest: Digest,
+    bytes: u64,
+    tree: Digest,
+}
+
+/// Prints what starts of an image touch, and what there is to make them faster.
+pub(super) async fn run(arguments: ProfileShow, common: &Common) -> Result<()> {
+    let reference = &arguments.reference;
+    let image = Image::find(reference, common).await?;
+    let (profile, boot) = tokio::try_join!(image.profile(), boot(&image))?;
+    let profile = profile.map(|(profile, _)| profile);
+    if arguments.json {
+        let boot = boot.map(|boot| serde_json::json!({ "digest": boot.digest, "bytes": boot.bytes }));
+        let report = serde_json::json!({
+            "reference": reference.to_string(),
+            "manifest": image.manifest,
+            "profile": profile.as_ref().map(to_json),
+            "boot": boot,
+        });
+        println!("{report}");
+        return Ok(());
+    }
+    let profile = profile.ok_or_else(|| no_profile(reference))?;
+    let frames = match &boot {
+        Some(boot) => Some(frames(&image, boot).await?),
+        None => None,
+    };
+    println!("{reference}");
+    print_profile(&profile);
+    match boot.zip(frames) {
+        Some((boot, frames)) => {
+            println!("boot pack  {}, {} in {frames} frames", boot.digest, mib(boot.bytes))
+        }
+        None => println!("boot pack  none yet"),
+    }
+    print_files(&profile, if arguments.all { usize::MAX } else { FILES_SHOWN });
+    Ok(())
+}
+
+async fn boot(image: &Image<'_>) -> Result<Option<Boot>> {
+    let referrers = image.client.referrers(image.repository(), image.manifest, media_type::BOOT).await?;
+    let named = |name: &str| referrers.iter().find_map(|one| one.annotations.get(name));
+    let Some(digest) = named(BOOT_ANNOTATION) else { return Ok(None) };
+    let wrong = || format!("what the registry says of the boot pack of {}", image.reference);
+    let bytes = named(BOOT_BYTES_ANNOTATION).with_context(wrong)?.parse().with_context(wrong)?;
+    let tree = named(TREE_ANNOTATION).with_context(wrong)?.parse().with_context(wrong)?;
+    Ok(Some(Boot { digest: digest.parse().with_context(wrong)?, bytes, tree }))
+}
+
+/// How many frames a boot pack has. One request.
+async fn frames(image: &Image<'_>, boot: &Boot) -> Result<u32> {
+    let range = 0..BOOT_HEAD_BYTES as u64;
+    let head = image.client.blob_range(image.repository(), boot.digest, range).await?;
+    BootHead::parse(&head, boot.tree).with_context(|| format!("the boot pack {}", boot.digest))?;
+    Ok(u32::from_le_bytes(head[16..20].try_into().expect("four bytes")))
+}
+
+fn print_profile(profile: &Profile) {
+    let inherited = if profile.inherited { ", of an earlier image; no start of this one yet" } else { "" };
+    println!("starts     {}{inherited}", profile.starts);
+    println!("names      {}", profile.names.len());
+    let pages = profile.pages();
+    println!("files      {}, of which {pages} pages ({})", profile.files.len(), mib(pages * PAGE_BYTES));
+}
+
+fn print_files(profile: &Profile, shown: usize) {
+    let files = by_first_touch(profile);
+    println!("\n   pages         MiB  file, the first touched first");
+    for (path, pages) in files.iter().take(shown) {
+        println!("{pages:>8} {:>11}  {path}", mib(pages * PAGE_BYTES).trim_end_matches(" MiB"));
+    }
+    if files.len() > shown {
+        println!("and {} more; --all lists them", files.len() - shown);
+    }
+}
+
+fn to_json(profile: &Profile) -> serde_json::Value {
+    let files = by_first_touch(profile).into_iter();
+    let files: Vec<_> =
+        files.map(|(path, pages)| serde_json::json!({ "path": path, "pages": pages })).collect();
+    serde_json::json!({
+        "starts": profile.starts,
+        "inherited": profile.inherited,
+        "files": files,
+        "pages": profile.pages(),
+        "names": profile.names.len(),
+    })
+}
+
+/// The files that are read, with how many pages of each.
+fn by_first_touch(profile: &Profile) -> Vec<(&str, u64)> {
+    let mut places = HashMap::new();
+    let mut files: Vec<(&str, u64)> = Vec::new();
+    for run in &profile.runs {
+        let place = *places.entry(run.0).or_insert_with(|| {
+            files.push((&profile.files[run.0 as usize], 0));
+            files.len() - 1
+        });
+        files[place].1 += run.2;
+    }
+    files
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_come_by_their_first_page_with_all_their_pages() {
+        let json = br#"{"version":1,"starts":2,"names":[],"files":["a","unread","b"],
+            "runs":[[2,0,3,2],[0,5,1,1],[2,9,4,2]]}"#;
+        let profile = Profile::parse(json).unwrap();
+        assert_eq!(by_first_touch(&profile), [("b", 7), ("a", 1)]);
+    }
+}
