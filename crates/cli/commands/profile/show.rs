@@ -79,7 +79,7 @@ fn print_profile(profile: &Profile) {
     println!("starts     {}{inherited}", profile.starts);
     println!("names      {}", profile.names.len());
     let pages = profile.pages();
-    println!("files      {}, of which {pages} pages ({})", profile.files.len(), mib(pages * PAGE_BYTES));
+    println!("files      {}, {pages} pages of them ({})", profile.files.len(), mib(pages * PAGE_BYTES));
 }
 
 fn print_files(profile: &Profile, shown: usize) {
