@@ -121,7 +121,7 @@ impl BootHead {
             && head.table_plain <= TABLE_BYTES_MAX
             && head.frames <= items_max
             && head.runs <= pages_max
-            && head.names <= items_max;
+            && head.names <= 2 * items_max;
         match bounded {
             false => Err(BootError::Head),
             true if head.tree != tree => Err(BootError::OtherImage),

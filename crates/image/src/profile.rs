@@ -8,7 +8,8 @@
 //! Paths that are not UTF-8 are left out: the file is then read in the ordinary way.
 
 use std::collections::{HashMap, HashSet};
-use std::{fmt, marker};
+use std::fmt;
+use std::marker;
 
 use serde::de::{Deserializer, IgnoredAny, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
@@ -146,26 +147,29 @@ impl Profile {
         let paths = Paths::of(tree)?;
         let mut profile = Self::empty(1);
         profile.names = names_of(tree, &paths, trace);
-        let (mut numbers, mut budget, mut pages) = (HashMap::new(), PathBudget::full(), 0);
+        let (mut numbers, mut budget, mut pages) = (HashMap::new(), PathBudget::full(), HashSet::new());
         for run in trace.runs.iter().take(PROFILE_ITEMS_MAX) {
             let Some(size) = file_size(tree, run.ino) else { continue };
             let end = run.first.saturating_add(run.pages).min(size.div_ceil(PAGE_BYTES));
-            if run.first >= end || pages + (end - run.first) > PROFILE_PAGES_MAX {
+            if run.first >= end || pages.len() as u64 + (end - run.first) > PROFILE_PAGES_MAX {
                 continue;
             }
             let file = *numbers.entry(run.ino).or_insert_with(|| {
                 let path = paths.path(run.ino).filter(|path| is_inside(path) && budget.take(path))?;
                 Some(profile.add_file(path))
             });
-            if let Some(file) = file {
-                pages += end - run.first;
-                profile.runs.push(ProfileRun(file, run.first, end - run.first, 1));
+            let Some(file) = file else { continue };
+            for page in (run.first..end).filter(|page| pages.insert((file, *page))) {
+                match profile.runs.last_mut() {
+                    Some(last) if last.0 == file && last.1 + last.2 == page => last.2 += 1,
+                    _ => profile.runs.push(ProfileRun(file, page, 1, 1)),
+                }
             }
         }
         Ok(profile)
     }
 
-    /// What both know, a page that both have in the order of the one that read it earlier. What only rare
+    /// What both know, a page that both have in the order of this one. What only rare
     /// starts touch is dropped, and old starts come to weigh less. `missed` says that `other` had a boot
     /// pack, so that it names only what was missing in that: then everything known counts as touched again.
     ///
@@ -255,5 +259,136 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for Bounded<T> {
         }
         while list.next_element::<IgnoredAny>()?.is_some() {}
         Ok(items)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn json(files: &[&str], runs: &str) -> String {
+        format!(r#"{{"version":1,"starts":1,"names":[],"files":{files:?},"runs":{runs}}}"#)
+    }
+
+    fn parse(text: &str) -> Result<Profile, ProfileError> {
+        Profile::parse(text.as_bytes())
+    }
+
+    #[test]
+    fn a_path_that_leaves_the_image_is_refused() {
+        let long = ["x"; 2049].join("/");
+        let long_part = "x".repeat(256);
+        for path in
+            ["", "/", "/a", "a/", "a//b", ".", "..", "../a", "a/..", "a/./b", "a\0b", &long, &long_part]
+        {
+            for list in ["names", "files"] {
+                let mut profile = Profile::empty(1);
+                if list == "names" { &mut profile.names } else { &mut profile.files }.push(path.to_owned());
+                let read = Profile::parse(&profile.to_json());
+                assert!(matches!(read, Err(ProfileError::Path(_))), "{path:?} in {list}");
+            }
+        }
+        assert!(parse(&json(&["a/...", "..a/ b"], "[]")).is_ok());
+    }
+
+    #[test]
+    fn a_run_of_no_pages_or_of_no_file_or_without_end_is_refused() {
+        let runs = ["[0,0,0,1]", "[1,0,1,1]", "[0,18446744073709551615,1,1]", "[0,4503599627370495,1,1]"];
+        for run in runs {
+            let read = parse(&json(&["a"], &format!("[[0,0,1,1],{run}]")));
+            assert!(matches!(read, Err(ProfileError::Run(1))), "{run}: {read:?}");
+        }
+        assert!(parse(&json(&["a"], "[[0,4503599627370494,1,1]]")).is_ok(), "the last page there can be");
+    }
+
+    #[test]
+    fn too_much_of_anything_is_refused() {
+        let many = PROFILE_ITEMS_MAX + 1;
+        let list = |item: &str, count: usize| format!("[{}]", vec![item; count].join(","));
+        let whole = |names: &str, files: &str, runs: &str| {
+            format!(r#"{{"version":1,"starts":1,"names":{names},"files":{files},"runs":{runs}}}"#)
+        };
+        let cases = [
+            (whole(&list(r#""n""#, many), "[]", "[]"), "names"),
+            (whole("[]", &list(r#""f""#, 3 * many), "[]"), "files"),
+            (whole("[]", r#"["f"]"#, &list("[0,0,1,1]", many)), "runs"),
+            (whole("[]", r#"["f"]"#, &format!("[[0,0,{},1],[0,0,1,1]]", PROFILE_PAGES_MAX)), "pages"),
+            (whole("[]", r#"["f"]"#, &format!("[[0,0,{},1],[0,1,{},1]]", 1u64 << 51, 1u64 << 51)), "pages"),
+            (" ".repeat(PROFILE_BYTES_MAX + 1), "bytes"),
+        ];
+        for (text, what) in cases {
+            let error = parse(&text).unwrap_err();
+            assert!(matches!(error, ProfileError::TooMany(found) if found == what), "{what}: {error}");
+        }
+        assert!(parse(&whole(&list(r#""n""#, many - 1), "[]", "[]")).is_ok());
+        assert!(parse(&json(&["f"], &format!("[[0,0,{PROFILE_PAGES_MAX},1]]"))).is_ok());
+    }
+
+    #[test]
+    fn another_version_is_refused_and_unknown_fields_are_not() {
+        let text = json(&["a"], "[[0,0,1,1]]");
+        assert!(matches!(parse(&text.replace(":1,", ":2,")), Err(ProfileError::Version(2))));
+        let more = text.replace(r#""starts""#, r#""inherited":true,"more":{"x":[1]},"starts""#);
+        assert!(parse(&more).unwrap().inherited);
+    }
+
+    fn junk_json() -> impl Strategy<Value = String> {
+        let number = prop::sample::select(vec!["0", "1", "-1", "1e9", "4294967296", "18446744073709551615"]);
+        let item = prop_oneof![
+            number.prop_map(str::to_owned),
+            Just("null".to_owned()),
+            "\"[a./\\\\\"x]{0,6}\"",
+            prop::collection::vec(0u64..1 << 52, 0..6).prop_map(|run| format!("{run:?}")),
+        ];
+        let list = prop::collection::vec(item, 0..5).prop_map(|items| format!("[{}]", items.join(",")));
+        let field = prop::sample::select(vec!["version", "starts", "inherited", "names", "files", "runs"]);
+        let value = prop_oneof![4 => list, 1 => Just("1".to_owned()), 1 => Just("true".to_owned())];
+        prop::collection::vec((field, value), 0..9).prop_map(|fields| {
+            let fields: Vec<_> =
+                fields.iter().map(|(field, value)| format!(r#""{field}":{value}"#)).collect();
+            format!("{{{}}}", fields.join(","))
+        })
+    }
+
+    /// Any profile that could be read.
+    pub(super) fn profile() -> impl Strategy<Value = Profile> {
+        let path = "[a-c\n\"\\\\é]{1,3}(/[a-c]{1,2}){0,2}";
+        let run = (0u32..6, prop_oneof![0u64..40, Just((1 << 52) - 100)], 1u64..40, any::<u32>());
+        let paths = prop::collection::vec(path, 6);
+        (any::<(u32, bool)>(), paths.clone(), paths, prop::collection::vec(run, 0..20)).prop_map(
+            |((starts, inherited), names, files, runs)| {
+                let runs =
+                    runs.into_iter().map(|(file, first, pages, seen)| ProfileRun(file, first, pages, seen));
+                Profile { version: 1, starts, inherited, names, files, runs: runs.collect() }
+            },
+        )
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn what_is_written_is_read_again(profile in profile()) {
+            prop_assert_eq!(Profile::parse(&profile.to_json()).unwrap(), profile);
+        }
+
+        #[test]
+        fn junk_is_refused_or_read_without_a_panic(
+            profile in profile(),
+            text in junk_json(),
+            changes in prop::collection::vec(any::<(u16, u8)>(), 0..4),
+        ) {
+            let mut bytes = profile.to_json();
+            for (at, byte) in changes {
+                let len = bytes.len();
+                bytes[usize::from(at) % len] = byte;
+            }
+            for bytes in [text.into_bytes(), bytes] {
+                let Ok(read) = Profile::parse(&bytes) else { continue };
+                prop_assert_eq!(Profile::parse(&read.to_json()).unwrap(), read);
+            }
+        }
     }
 }

@@ -1,5 +1,8 @@
-//! Parsers of foreign bytes: what is sound is read as it was meant, and everything else is refused without a panic.
+//! Parsers of foreign bytes: what is sound is read as it was meant, and everything else is refused without a
+//! panic.
 
+#[path = "support/damage.rs"]
+mod damage;
 #[path = "support/memory.rs"]
 mod memory;
 #[path = "support/written.rs"]
@@ -9,10 +12,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
 
 use bytes::Bytes;
-use lamina_chunk::pack_records;
+use damage::{damaged, damages};
+use lamina_chunk::{Chunk, pack_records};
 use lamina_image::{
-    Compression, Document, FileKind, IngestOptions, Ino, LayerInput, Progress, Recipe, Tree, derive_tree,
-    ingest, media_type, pack_tree, parse_config, unpack_tree,
+    BootHead, Compression, Digest, Document, FileKind, IngestOptions, Ino, LayerInput, Profile, Progress,
+    Recipe, Tree, build_boot, derive_tree, ingest, media_type, pack_tree, parse_config, unpack_tree,
 };
 use memory::{Memory, find, noise, take_in};
 use proptest::prelude::*;
@@ -71,54 +75,8 @@ fn ask_everything(tree: &Tree) {
     let _ = (tree.packs().count(), tree.frame(0), tree.frame(u32::MAX));
 }
 
-/// What to do to sound bytes. Positions are parts of 65,536 of the length.
-#[derive(Clone, Debug)]
-enum Damage {
-    Set(u16, u8),
-    Word(u16, u32),
-    Repeat(u16, u16),
-    Remove(u16, u16),
-    CutOff(u16),
-}
-
-fn damages() -> impl Strategy<Value = Vec<Damage>> {
-    let words = prop_oneof![any::<u32>(), 0u32..300, Just(u32::MAX), Just(1 << 31)];
-    let damage = prop_oneof![
-        8 => any::<(u16, u8)>().prop_map(|(at, byte)| Damage::Set(at, byte)),
-        4 => (any::<u16>(), words).prop_map(|(at, word)| Damage::Word(at, word)),
-        1 => (any::<u16>(), 1u16..600).prop_map(|(at, len)| Damage::Repeat(at, len)),
-        1 => (any::<u16>(), 1u16..600).prop_map(|(at, len)| Damage::Remove(at, len)),
-        1 => any::<u16>().prop_map(Damage::CutOff),
-    ];
-    prop::collection::vec(damage, 1..6)
-}
-
-fn damaged(sound: &[u8], damages: &[Damage]) -> Vec<u8> {
-    let mut bytes = sound.to_vec();
-    for damage in damages {
-        let len = bytes.len();
-        let at = |part: u16| len * usize::from(part) / 65_536;
-        match *damage {
-            Damage::Set(part, byte) if len > 0 => bytes[at(part)] = byte,
-            Damage::Word(part, word) if len >= 4 => {
-                let at = at(part).min(len - 4) / 4 * 4;
-                bytes[at..at + 4].copy_from_slice(&word.to_le_bytes());
-            }
-            Damage::Repeat(part, more) => {
-                let run = bytes[at(part)..(at(part) + usize::from(more)).min(len)].to_vec();
-                bytes.splice(at(part)..at(part), run);
-            }
-            Damage::Remove(part, fewer) => {
-                bytes.drain(at(part)..(at(part) + usize::from(fewer)).min(len));
-            }
-            Damage::CutOff(part) => bytes.truncate(at(part)),
-            Damage::Set(..) | Damage::Word(..) => {}
-        }
-    }
-    bytes
-}
-
-/// Gives every block that looks like a header the checksum it needs, so that damage reaches what is behind it.
+/// Gives every block that looks like a header the checksum it needs, so that damage reaches what is behind
+/// it.
 fn with_checksums(mut tar: Vec<u8>) -> Vec<u8> {
     for block in tar.chunks_exact_mut(512).filter(|block| block[257..262] == *b"ustar") {
         block[148..156].fill(b' ');
@@ -451,6 +409,41 @@ fn a_recipe_is_the_golden_one_but_for_how_well_it_is_compressed() {
     let golden = Recipe::parse(Bytes::from(golden)).unwrap();
     assert_eq!(golden.tar_bytes(), tar.len() as u64);
     assert_eq!(derive_tree(&[golden]).unwrap(), flat);
+}
+
+/// Names and all pages of the golden image's file, and a name that is not there.
+fn golden_boot() -> (Tree, Digest, Vec<u8>) {
+    let (_, _, flat) = golden_image();
+    let json =
+        br#"{"version":1,"starts":1,"names":["etc","lib64"],"files":["etc/noise"],"runs":[[0,0,1,1]]}"#;
+    let digest = Digest::from_bytes([0xd1; 32]);
+    let tree = Tree::open(Bytes::from(flat)).unwrap();
+    let open = |_, _| Ok::<_, ()>(Chunk::cut(Bytes::from(noise(40, 11))));
+    let boot = build_boot(&tree, digest, &Profile::parse(json).unwrap(), open).unwrap().unwrap();
+    (tree, digest, boot)
+}
+
+/// A boot pack in parts: the head without what depends on how well the table is compressed, the plain table,
+/// the frames.
+fn boot_parts(boot: &[u8]) -> [Vec<u8>; 3] {
+    let table_end = 128 + u32::from_le_bytes(boot[8..12].try_into().unwrap()) as usize;
+    let mut head = boot[..128].to_vec();
+    head[8..12].fill(0);
+    head[60..92].fill(0);
+    [head, zstd::decode_all(&boot[128..table_end]).unwrap(), boot[table_end..].to_vec()]
+}
+
+#[test]
+fn a_boot_pack_is_the_golden_one_but_for_how_well_its_table_is_compressed() {
+    let (tree, digest, boot) = golden_boot();
+    let golden = from_hex(include_str!("../golden/boot.hex"));
+    assert_eq!(boot_parts(&boot).map(hex::encode), boot_parts(&golden).map(hex::encode));
+    let head = BootHead::parse(&golden[..128], digest).unwrap();
+    let table = head.table(&golden[128..128 + head.table_len()], &tree).unwrap();
+    assert_eq!(table.names, ["etc", "lib64", "etc/noise"]);
+    let frame = &table.frames[0];
+    let sealed = &golden[usize::try_from(frame.offset).unwrap()..];
+    assert_eq!(frame.open(sealed).unwrap(), noise(40, 11));
 }
 
 #[test]

@@ -100,6 +100,10 @@ impl Queue {
         if bytes > BYTES_MAX || (is_trace && !self.note(&job, now, every)) {
             return Pushed::Full;
         }
+        if job.work.rank() == 2 {
+            // what nodes tell after people have spoken is new
+            self.traced.remove(&(job.repo.clone(), job.image));
+        }
         self.bytes = bytes;
         match waiting {
             Some(at) => self.jobs[at] = job,

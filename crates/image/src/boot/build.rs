@@ -1,5 +1,6 @@
 //! Making a boot pack from a tree, a profile, and the image's frames.
 
+use std::collections::HashSet;
 use std::num::NonZeroUsize;
 
 use lamina_chunk::{Chunk, FrameId, Place};
@@ -60,7 +61,8 @@ pub fn build_boot<E>(
     }
     assert_eq!(records.len(), frames.len() * FRAME_RECORD_BYTES, "one record a frame");
     let runs = frames.concat();
-    let table = [records, columns(&runs), names(profile)].concat();
+    let (names, names_count) = names(profile);
+    let table = [records, columns(&runs), names].concat();
     let sealed = zstd::bulk::compress(&table, TABLE_LEVEL).map_err(|_| BuildError::TooLarge)?;
     if table.len().max(sealed.len()) > TABLE_BYTES_MAX as usize {
         return Err(BuildError::TooLarge);
@@ -70,7 +72,7 @@ pub fn build_boot<E>(
         table_plain: small(table.len()),
         frames: small(frames.len()),
         runs: small(runs.len()),
-        names: small(profile.names.len()),
+        names: small(names_count),
         tree: digest,
         hash: [0; 32],
     };
@@ -123,13 +125,13 @@ fn columns(runs: &[PlannedRun]) -> Vec<u8> {
     bytes
 }
 
-/// The names to look up, each after its length.
-fn names(profile: &Profile) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    for name in &profile.names {
+/// What is looked up: the profile's names, and the files that a start knew from listing their directory. Each after its length.
+fn names(profile: &Profile) -> (Vec<u8>, usize) {
+    let (mut bytes, mut seen) = (Vec::new(), HashSet::new());
+    for name in profile.names.iter().chain(&profile.files).filter(|name| seen.insert(name.as_str())) {
         let len = u16::try_from(name.len()).expect("a profile's paths have at most 4096 bytes");
         bytes.extend_from_slice(&len.to_le_bytes());
         bytes.extend_from_slice(name.as_bytes());
     }
-    bytes
+    (bytes, seen.len())
 }

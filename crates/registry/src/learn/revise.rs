@@ -12,6 +12,13 @@ use super::LearnError;
 /// Pages in a boot pack: 1 GiB. It is built in memory, and what a start reads after so much is no start any more.
 const BOOT_PAGES_MAX: u64 = 1 << 18;
 
+/// So many starts say what there is to say: one more that reads the same is not written down.
+const STEADY_STARTS: u32 = 8;
+/// A start with a boot pack that missed less than one page in so many has not shown anything new.
+const FEW_MISSED_PART: u64 = 50;
+/// So much does all that was known weigh against a start that shows something new: as one of four it is not rare.
+const OLD_STARTS: u32 = 3;
+
 /// Where something new comes from.
 #[derive(Debug)]
 pub(super) enum Source {
@@ -42,11 +49,14 @@ pub(super) fn revise(
         let parsed = Profile::parse(json);
         parsed.inspect_err(|error| tracing::warn!(%error, "a stored profile is damaged")).ok()
     });
+    let is_trace = matches!(source, Source::Trace(_));
     let next = match source {
         Source::Trace(message) => learnt(tree, stored.as_ref(), message)?,
         Source::Profile(json) => Some(Profile::parse(&json)?),
         Source::Predecessor(json) => {
-            Some(Profile::parse(&json)?.inherited_by(tree)?).filter(|profile| profile.pages() > 0)
+            // worth one start, however many there were: those of this image count
+            let inherited = weighing(Profile::parse(&json)?.inherited_by(tree)?, 1);
+            Some(inherited).filter(|profile| profile.pages() > 0)
         }
     };
     let Some(profile) = next else { return Ok(None) };
@@ -54,8 +64,9 @@ pub(super) fn revise(
     if json.len() > PROFILE_BYTES_MAX {
         return Err(LearnError::TooLarge);
     }
-    let pages_changed = stored.is_none_or(|stored| !same_pages(&stored, &profile));
-    Ok(Some(Revised { profile, json, pages_changed }))
+    let pages_changed = stored.as_ref().is_none_or(|stored| !same_pages(stored, &profile));
+    let steady = is_trace && stored.as_ref().is_some_and(is_steady);
+    Ok(Some(Revised { profile, json, pages_changed }).filter(|_| pages_changed || !steady))
 }
 
 fn learnt(tree: &Tree, stored: Option<&Profile>, message: Bytes) -> Result<Option<Profile>, LearnError> {
@@ -72,8 +83,29 @@ fn learnt(tree: &Tree, stored: Option<&Profile>, message: Bytes) -> Result<Optio
         None if trace.boot => None,
         None => Some(new),
         Some(stored) if stored.inherited && !trace.boot => Some(new),
+        Some(stored) if trace.boot && new.pages() * FEW_MISSED_PART >= stored.pages() => {
+            Some(weighing(stored.clone(), OLD_STARTS).merged(&new, true))
+        }
+        Some(stored) if trace.boot && is_steady(stored) => None,
         Some(stored) => Some(stored.merged(&new, trace.boot)),
     })
+}
+
+fn is_steady(profile: &Profile) -> bool {
+    profile.starts >= STEADY_STARTS && !profile.inherited
+}
+
+/// The same profile, as if it came from at most so many starts.
+fn weighing(mut profile: Profile, starts_max: u32) -> Profile {
+    let starts = u64::from(profile.starts.max(1));
+    if profile.starts > starts_max {
+        for run in &mut profile.runs {
+            let seen = (u64::from(run.3) * u64::from(starts_max)).div_ceil(starts);
+            run.3 = u32::try_from(seen).unwrap_or(starts_max).min(starts_max);
+        }
+        profile.starts = starts_max;
+    }
+    profile
 }
 
 /// Whether the same pages of the same files are read in the same order after the same names were looked up.
