@@ -29,7 +29,7 @@ pub const PROFILE_PAGES_MAX: u64 = 1 << 20;
 /// No more names, files or runs each.
 pub const PROFILE_ITEMS_MAX: usize = 1 << 19;
 /// A profile's JSON is at most this long, in bytes. What is made here stays below: [`PROFILE_ITEMS_MAX`] runs
-/// of at most 37 bytes, and twice the bytes that a [`PathBudget`] has.
+/// of at most 37 bytes, and twice the bytes that a path budget has.
 pub const PROFILE_BYTES_MAX: usize = 32 << 20;
 
 /// Pages of one file that were read.
