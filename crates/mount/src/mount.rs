@@ -130,8 +130,10 @@ impl Mount {
         };
         let us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
         counters.boot_us.store(us, Ordering::Relaxed);
-        if done.is_err() {
-            self.ahead.set_lean(false);
+        // what is missing from now on is not in it: a boot pack of other starts must not make this one slow
+        self.ahead.set_lean(false);
+        if !self.recorder.is_recording() {
+            self.ahead.settle_window(self.config.read_ahead_kb);
         }
         counters.boot_failed.store(done.is_err().into(), Ordering::Relaxed);
         done
