@@ -8,11 +8,14 @@ use std::mem;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use lamina_image::{Ino, PAGE_BYTES, PROFILE_ITEMS_MAX, PROFILE_PAGES_MAX, Trace, TraceRun};
+use lamina_image::{Ino, PAGE_BYTES, PROFILE_ITEMS_MAX, Trace, TraceRun};
 use parking_lot::Mutex;
 
 /// Events of each kind: a fraction of what a profile may hold, some 20 MiB.
 const EVENTS_MAX: usize = PROFILE_ITEMS_MAX;
+
+/// Pages of one start: 1 GiB. Who reads more is not starting, and is slowed down by being recorded.
+const PAGES_MAX: u64 = 1 << 18;
 
 /// Records one start.
 #[derive(Debug)]
@@ -57,7 +60,7 @@ impl Recorder {
             _ => recorded.runs.push(TraceRun { ino, first, pages }),
         }
         *sum += pages;
-        if *sum >= PROFILE_PAGES_MAX || recorded.runs.len() >= EVENTS_MAX {
+        if *sum >= PAGES_MAX || recorded.runs.len() >= EVENTS_MAX {
             self.recording.store(false, Ordering::Relaxed);
         }
     }
@@ -102,7 +105,7 @@ mod tests {
     #[test]
     fn a_start_without_end_is_cut_off() {
         let (recorder, now) = (Recorder::new(true), Instant::now());
-        for page in 0..PROFILE_PAGES_MAX + 10 {
+        for page in 0..PAGES_MAX + 10 {
             recorder.read(Ino(2), page * 2 * PAGE_BYTES, 4096, now);
         }
         assert!(!recorder.is_recording());
