@@ -44,8 +44,10 @@ fn what_a_boot_pack_brought_is_read_without_asking() {
         assert!(&fs::read(rig.path(path)).expect("read") == bytes, "{path}");
     }
     let after = rig.mount().snapshot();
-    assert_eq!(after.reads, before.reads, "{after:?}");
-    assert_eq!(rig.packs.requests.load(Ordering::SeqCst), requests);
+    // a kernel that reclaims memory all the time may have dropped some of it already: then the boot pack is asked again
+    assert_eq!(after.reads - before.reads, after.boot_again, "{after:?}");
+    assert!(rig.packs.requests.load(Ordering::SeqCst) - requests <= after.boot_again, "{after:?}");
+    assert_eq!(after.reads_waited, 0, "{after:?}");
     let lookups = after.lookups;
     fs::metadata(rig.path("not there")).expect_err("it is not there");
     assert_eq!(rig.mount().snapshot().lookups, lookups, "the kernel knows it already");
