@@ -2,7 +2,7 @@
 //!
 //! What waits is in memory only: a restart loses it, and the next start of the image tells it again. What was learnt is
 //! in the store: a profile and a boot pack hang on the image as artifacts. New ones are there before old ones go, so
-//! whoever looks in between finds one of them, and both are good. Whatever fails is logged and changes nothing.
+//! whoever looks in between finds one or both of them, and both are good. Whatever fails is logged and changes nothing.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -125,17 +125,22 @@ impl Learner {
         let revising = tree.clone();
         let revised =
             tokio::task::spawn_blocking(move || revise::revise(&revising, stored.as_deref(), source));
-        let Some(Revised { profile, json, pages_changed }) =
+        let Some(Revised { profile, json, pages_changed, steady }) =
             revised.await.expect("merging does not panic")?
         else {
             return Ok(());
         };
+        let builds = pages_changed || hung.boots.is_empty();
+        if steady && !builds {
+            return Ok(());
+        }
         let (starts, pages) = (profile.starts, profile.pages());
-        tracing::info!(%repo, %image, starts, pages, pages_changed, "a profile was learnt");
-        subject.put_profile(&self.store, json, &hung).await?;
-        if pages_changed || hung.boots.is_empty() {
+        // the profile comes last: where the boot pack fails, the next start tries again
+        if builds {
             self.put_boot(&subject, tree, profile, &hung).await?;
         }
+        subject.put_profile(&self.store, json, &hung).await?;
+        tracing::info!(%repo, %image, starts, pages, pages_changed, "a profile was learnt");
         Ok(())
     }
 

@@ -37,6 +37,8 @@ pub(super) struct Revised {
     pub(super) json: Bytes,
     /// Whether another boot pack follows from it than from the one before.
     pub(super) pages_changed: bool,
+    /// Whether so many starts are known that nobody needs to hear of one more that reads the same.
+    pub(super) steady: bool,
 }
 
 /// The next profile; `None` where what came changes nothing.
@@ -66,7 +68,7 @@ pub(super) fn revise(
     }
     let pages_changed = stored.as_ref().is_none_or(|stored| !same_pages(stored, &profile));
     let steady = is_trace && stored.as_ref().is_some_and(is_steady);
-    Ok(Some(Revised { profile, json, pages_changed }).filter(|_| pages_changed || !steady))
+    Ok(Some(Revised { profile, json, pages_changed, steady }))
 }
 
 fn learnt(tree: &Tree, stored: Option<&Profile>, message: Bytes) -> Result<Option<Profile>, LearnError> {

@@ -107,9 +107,20 @@ impl Pushed {
         registry.get(&path).await.expect(StatusCode::OK).json()["manifests"].as_array().unwrap().clone()
     }
 
+    /// The artifacts of a kind as soon as the old ones are gone.
+    async fn alone(&self, registry: &Registry, kind: &str) -> Vec<Value> {
+        let begun = Instant::now();
+        loop {
+            let hung = self.hung(registry, kind).await;
+            if hung.len() == 1 {
+                return hung;
+            }
+            assert!(begun.elapsed() < DEADLINE, "{hung:?}");
+        }
+    }
+
     async fn profile(&self, registry: &Registry) -> Profile {
-        let hung = self.hung(registry, media_type::PROFILE).await;
-        assert_eq!(hung.len(), 1);
+        let hung = self.alone(registry, media_type::PROFILE).await;
         let digest = hung[0]["annotations"][PROFILE_ANNOTATION].as_str().unwrap();
         Profile::parse(&registry.get(&format!("/v2/{}/blobs/{digest}", self.repo)).await.body).unwrap()
     }
@@ -189,14 +200,12 @@ async fn traces_are_merged_and_old_artifacts_go() {
     // a start that had all it needed changes nothing
     pushed.tell(&registry, &Trace { boot: true, ..pushed.trace(&[]) }).await;
     pushed.tell(&registry, &Trace { boot: true, ..pushed.trace(&[("lib/two", 5, 2)]) }).await;
+    pushed.until(&registry, |status| status["profile"]["starts"] == 2).await;
     let second = pushed.until(&registry, |status| status["boot"]["digest"] != first["boot"]["digest"]).await;
     assert_eq!((&second["profile"]["starts"], &second["profile"]["pages"]), (&2.into(), &12.into()));
     let (runs, _) = pushed.boot(&registry, &second, &files).await;
     assert_eq!(runs.iter().map(|run| run.2).sum::<u32>(), 12 * 4096);
-    let begun = Instant::now();
-    while pushed.hung(&registry, media_type::BOOT).await.len() > 1 {
-        assert!(begun.elapsed() < DEADLINE, "the old boot pack still hangs there");
-    }
+    pushed.alone(&registry, media_type::BOOT).await;
     assert_eq!(pushed.profile(&registry).await.starts, 2);
     // the same pages again: another profile, but no other boot pack
     pushed.tell(&registry, &pushed.trace(&[("lib/one", 0, 10)])).await;
