@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use lamina_testkit::image::Image;
+use lamina_testkit::noise;
 use lamina_testkit::process::{Process, run, until};
 
 /// No step takes longer on any machine.
@@ -64,17 +65,6 @@ fn blobs(layout: &Path) -> Result<BTreeMap<String, Vec<u8>>> {
         blobs.insert(name, std::fs::read(&path)?);
     }
     Ok(blobs)
-}
-
-fn noise(len: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()[3]
-    };
-    (0..len).map(|_| next()).collect()
 }
 
 fn image() -> Image {

@@ -9,9 +9,10 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use lamina_testkit::image::Image;
 use lamina_testkit::mounts::{MountGuard, mounted_on};
+use lamina_testkit::noise;
 use lamina_testkit::process::run;
 
-use crate::rig::{Rig, noise, text};
+use crate::rig::{Rig, text};
 
 /// The largest blob of a layout.
 fn largest(layout: &Path) -> Result<PathBuf> {

@@ -7,10 +7,11 @@ use std::process::Command;
 use anyhow::{Result, ensure};
 use lamina_testkit::image::Image;
 use lamina_testkit::mounts::mounted_on;
+use lamina_testkit::noise;
 use lamina_testkit::process::{Process, run, until};
 use rustix::process::Signal;
 
-use crate::rig::{DEADLINE, Rig, noise, real_image, text};
+use crate::rig::{DEADLINE, Rig, real_image, text};
 
 fn pushed() -> Result<Rig> {
     let rig = Rig::new()?;

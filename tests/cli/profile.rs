@@ -6,11 +6,12 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use lamina_testkit::image::Image;
 use lamina_testkit::mounts::mounts;
+use lamina_testkit::noise;
 use lamina_testkit::process::{Process, run, until};
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::rig::{DEADLINE, Rig, noise, text};
+use crate::rig::{DEADLINE, Rig, text};
 
 /// An image in which `/bin/cat` runs: this machine's, with the libraries that it needs.
 fn pushed() -> Result<Rig> {

@@ -6,9 +6,10 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use lamina_testkit::compare::Compare;
 use lamina_testkit::image::Image;
+use lamina_testkit::noise;
 use lamina_testkit::process::{Process, run, until};
 
-use crate::rig::{DEADLINE, Rig, described, everything, noise, real_image, skopeo, text};
+use crate::rig::{DEADLINE, Rig, described, everything, real_image, skopeo, text};
 
 /// The image unpacked by umoci.
 fn unpacked(rig: &Rig, source: &str) -> Result<std::path::PathBuf> {

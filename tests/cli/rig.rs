@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use lamina_testkit::compare::Compare;
 use lamina_testkit::image::Image;
 use lamina_testkit::mounts::unmount_below;
+use lamina_testkit::noise;
 use lamina_testkit::process::{Process, run, until};
 
 /// No step takes longer on any machine.
@@ -163,17 +164,6 @@ pub(crate) fn real_image() -> Result<String> {
     let made = directory.join("oci/index.json").exists();
     ensure!(made, "there is no image in {}: run scripts/small-image target/test-images", directory.display());
     Ok(format!("oci:{}/oci:numpy", text(&directory)))
-}
-
-pub(crate) fn noise(len: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()[3]
-    };
-    (0..len).map(|_| next()).collect()
 }
 
 /// Everything that an image can hold, in three layers.

@@ -4,11 +4,12 @@ use std::process::Command;
 
 use anyhow::{Result, ensure};
 use lamina_testkit::image::Image;
+use lamina_testkit::noise;
 use lamina_testkit::process::Process;
 use rustix::process::Signal;
 
 use crate::proxy::{Fault, Proxy};
-use crate::rig::{DEADLINE, Rig, noise};
+use crate::rig::{DEADLINE, Rig};
 
 const BIG_BYTES: usize = 8_000_000;
 

@@ -11,11 +11,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use lamina_testkit::image::Image;
 use lamina_testkit::mounts::mounted_on;
+use lamina_testkit::noise;
 use lamina_testkit::process::{Process, until};
 use rustix::process::Signal;
 
 use crate::proxy::{Fault, Proxy};
-use crate::rig::{DEADLINE, Rig, noise, text};
+use crate::rig::{DEADLINE, Rig, text};
 
 const BIG_BYTES: usize = 3_000_000;
 /// How long readers wait here, in seconds.

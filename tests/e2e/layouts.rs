@@ -8,10 +8,11 @@ use anyhow::{Context, Result, ensure};
 use lamina_image::Digest;
 use lamina_testkit::compare::Compare;
 use lamina_testkit::image::Image;
+use lamina_testkit::noise;
 use lamina_testkit::process::run;
 use serde_json::Value;
 
-use crate::rig::{Rig, described, everything, noise, skopeo, text};
+use crate::rig::{Rig, described, everything, skopeo, text};
 
 fn blob(layout: &Path, descriptor: &Value) -> Result<PathBuf> {
     let digest = descriptor["digest"].as_str().context("a digest")?;

@@ -15,6 +15,8 @@ use started::{FILES, Image, profile};
 
 #[path = "support/damage.rs"]
 mod damage;
+#[path = "support/header.rs"]
+mod header;
 #[expect(dead_code, reason = "layers are rebuilt in other tests")]
 #[path = "support/memory.rs"]
 mod memory;

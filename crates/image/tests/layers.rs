@@ -3,12 +3,15 @@
 use std::io::Read;
 
 use bytes::Bytes;
+use header::header;
 use lamina_image::{
     Digest, FileKind, IngestError, IngestOptions, Ino, LayerInput, Progress, Recipe, Tree, derive_tree,
     ingest, pack_tree, unpack_tree,
 };
 use memory::{Memory, find, noise, take_in};
 
+#[path = "support/header.rs"]
+mod header;
 #[path = "support/memory.rs"]
 mod memory;
 
@@ -26,37 +29,24 @@ impl Tar {
         Self(tar::Builder::new(Vec::new()))
     }
 
-    fn header(kind: tar::EntryType, size: u64) -> tar::Header {
-        let mut header = tar::Header::new_gnu();
-        header.set_entry_type(kind);
-        header.set_size(size);
-        header.set_mode(0o644);
-        header.set_uid(0);
-        header.set_gid(0);
-        header.set_mtime(1_700_000_000);
-        header
-    }
-
     fn file(mut self, path: &str, bytes: &[u8]) -> Self {
-        self.0
-            .append_data(&mut Self::header(tar::EntryType::Regular, bytes.len() as u64), path, bytes)
-            .unwrap();
+        self.0.append_data(&mut header(tar::EntryType::Regular, bytes.len() as u64), path, bytes).unwrap();
         self
     }
 
     fn dir(mut self, path: &str) -> Self {
-        self.0.append_data(&mut Self::header(tar::EntryType::Directory, 0), path, &[][..]).unwrap();
+        self.0.append_data(&mut header(tar::EntryType::Directory, 0), path, &[][..]).unwrap();
         self
     }
 
     fn link(mut self, kind: tar::EntryType, path: &str, target: &str) -> Self {
-        self.0.append_link(&mut Self::header(kind, 0), path, target).unwrap();
+        self.0.append_link(&mut header(kind, 0), path, target).unwrap();
         self
     }
 
     /// An entry whose name the builder would not write.
     fn raw(mut self, kind: tar::EntryType, path: &[u8]) -> Self {
-        let mut header = Self::header(kind, 0);
+        let mut header = header(kind, 0);
         header.as_old_mut().name[..path.len()].copy_from_slice(path);
         header.set_cksum();
         self.0.append(&header, &[][..]).unwrap();

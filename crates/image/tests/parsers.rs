@@ -3,6 +3,8 @@
 
 #[path = "support/damage.rs"]
 mod damage;
+#[path = "support/header.rs"]
+mod header;
 #[path = "support/memory.rs"]
 mod memory;
 #[path = "support/written.rs"]
@@ -13,6 +15,7 @@ use std::io::Read;
 
 use bytes::Bytes;
 use damage::{damaged, damages};
+use header::header;
 use lamina_chunk::{Chunk, pack_records};
 use lamina_image::{
     BootHead, Compression, Digest, Document, FileKind, IngestOptions, Ino, LayerInput, Profile, Progress,
@@ -20,7 +23,7 @@ use lamina_image::{
 };
 use memory::{Memory, find, noise, take_in};
 use proptest::prelude::*;
-use written::{Layout, WrittenFile, header, write_tar};
+use written::{Layout, WrittenFile, write_tar};
 
 /// No flat tree of the small images here comes near this.
 const SMALL_TREE_BYTES: usize = 1 << 20;

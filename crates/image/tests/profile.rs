@@ -5,6 +5,8 @@ use memory::find;
 use proptest::prelude::*;
 use started::{Image, profile};
 
+#[path = "support/header.rs"]
+mod header;
 #[expect(dead_code, reason = "contents are read in other tests")]
 #[path = "support/memory.rs"]
 mod memory;

@@ -1,6 +1,7 @@
 //! What tests and benches stand on, and nothing that ships.
 //!
 //! - [`image`]: container images described in code, written as OCI layouts;
+//! - [`noise()`]: contents that do not compress;
 //! - [`link`]: two network namespaces with a link of a set rate and delay between them;
 //! - [`compare`]: every difference between two directory trees;
 //! - [`process`] and [`mounts`]: children and mounts that do not outlive their test.
@@ -11,4 +12,7 @@ pub mod compare;
 pub mod image;
 pub mod link;
 pub mod mounts;
+mod noise;
 pub mod process;
+
+pub use noise::noise;

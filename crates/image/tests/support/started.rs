@@ -3,6 +3,7 @@
 use bytes::Bytes;
 use lamina_image::{Digest, Profile, Tree, derive_tree, pack_tree};
 
+use super::header::header;
 use super::memory::{Memory, noise, take_in};
 
 /// The regular files, in the order in which [`profile`] numbers them: larger than a frame of a boot pack, one
@@ -52,17 +53,6 @@ fn append_holes(tar: &mut tar::Builder<Vec<u8>>) {
     }
     header.set_cksum();
     tar.append(&header, &noise(5_000, 3)[..]).unwrap();
-}
-
-fn header(kind: tar::EntryType, size: u64) -> tar::Header {
-    let mut header = tar::Header::new_gnu();
-    header.set_entry_type(kind);
-    header.set_size(size);
-    header.set_mode(0o644);
-    header.set_uid(0);
-    header.set_gid(0);
-    header.set_mtime(1_700_000_000);
-    header
 }
 
 /// A profile of one start that reads these runs of [`FILES`]: number, first page, pages.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use super::header::header;
 use super::memory::noise;
 
 /// A way to write one file.
@@ -228,7 +229,7 @@ impl WrittenFile {
             // by hand: the tar crate cannot shorten a name that is not UTF-8
             if path.len() > 100 {
                 let long = [&path[..], b"\0"].concat();
-                let mut extension = crate::written::header(tar::EntryType::GNULongName, long.len() as u64);
+                let mut extension = super::header::header(tar::EntryType::GNULongName, long.len() as u64);
                 extension.as_old_mut().name[..13].copy_from_slice(b"././@LongLink");
                 extension.set_cksum();
                 builder.append(&extension, &long[..]).unwrap();
@@ -246,18 +247,6 @@ impl WrittenFile {
 
 fn bytes_as_str(bytes: &[u8]) -> &std::ffi::OsStr {
     std::os::unix::ffi::OsStrExt::from_bytes(bytes)
-}
-
-/// A GNU header as most tests want it.
-pub(crate) fn header(kind: tar::EntryType, size: u64) -> tar::Header {
-    let mut header = tar::Header::new_gnu();
-    header.set_entry_type(kind);
-    header.set_size(size);
-    header.set_mode(0o644);
-    header.set_uid(0);
-    header.set_gid(0);
-    header.set_mtime(1_700_000_000);
-    header
 }
 
 /// All files, and the hard links to them.

@@ -11,10 +11,11 @@ use lamina_image::{
     TREE_ANNOTATION, TREE_BYTES_ANNOTATION, derive_tree, ingest, media_type, pack_tree,
 };
 use lamina_store::ImageState;
+use lamina_testkit::noise;
 use lamina_wire::proto;
 use prost::Message;
 
-use crate::support::{Image, Registry, Reply, config_of, manifest_of, noise, run, tar_of};
+use crate::support::{Image, Registry, Reply, config_of, manifest_of, run, tar_of};
 
 /// A client's answer to "where is this chunk?".
 type Known = fn(&[PackRecord], ChunkId) -> Option<ChunkPlace>;

@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use lamina_image::Digest;
+use lamina_testkit::noise;
 
-use crate::support::{Image, Registry, noise, run};
+use crate::support::{Image, Registry, run};
 
 fn image() -> Image {
     let big = noise(3_000_000, 1);

@@ -3,8 +3,9 @@
 use http::StatusCode;
 use lamina_image::{Digest, TREE_ANNOTATION, TREE_BYTES_ANNOTATION, Tree, media_type, unpack_tree};
 use lamina_store::ImageState;
+use lamina_testkit::noise;
 
-use crate::support::{Image, Registry, noise};
+use crate::support::{Image, Registry};
 
 fn image() -> Image {
     let (one, two) = (noise(2_000_000, 1), noise(700_000, 2));

@@ -14,6 +14,7 @@ use futures_util::stream::{BoxStream, StreamExt, TryStreamExt};
 use lamina_image::{Digest, Manifest, Recipe, media_type};
 use lamina_registry::{RegistryConfig, serve};
 use lamina_store::{ImageRecord, ImageState, LayerRecord, Store, StoreConfig};
+use lamina_testkit::noise;
 use object_store::memory::InMemory;
 use object_store::path::Path;
 use object_store::{
@@ -25,7 +26,7 @@ use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout};
 
-use crate::support::{self, Image, noise};
+use crate::support::{self, Image};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 

@@ -9,12 +9,13 @@ use lamina_image::{
     Profile, TREE_ANNOTATION, Trace, TraceRun, Tree, media_type, unpack_tree,
 };
 use lamina_registry::RegistryConfig;
+use lamina_testkit::noise;
 use lamina_wire::{Client, ClientConfig, proto, write_trace};
 use prost::Message;
 use serde_json::Value;
 use tokio::time::Instant;
 
-use crate::support::{Image, Registry, Reply, noise};
+use crate::support::{Image, Registry, Reply};
 
 /// Longer takes no step of a test on any machine.
 const DEADLINE: Duration = Duration::from_secs(60);

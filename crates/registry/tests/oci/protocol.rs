@@ -3,8 +3,9 @@
 use bytes::Bytes;
 use http::{Method, StatusCode};
 use lamina_image::{Descriptor, Digest, media_type};
+use lamina_testkit::noise;
 
-use crate::support::{Image, Registry, manifest_of, noise};
+use crate::support::{Image, Registry, manifest_of};
 
 #[tokio::test]
 async fn a_blob_can_be_pushed_in_parts_and_only_in_order() {

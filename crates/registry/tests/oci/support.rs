@@ -284,18 +284,6 @@ pub(crate) fn manifest_of(config: &Bytes, layers: Vec<Descriptor>) -> Manifest {
     }
 }
 
-/// Bytes that do not compress, other ones for each seed.
-pub(crate) fn noise(len: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()[3]
-    };
-    (0..len).map(|_| next()).collect()
-}
-
 /// Runs a program to its end, on a thread that may wait for it, and says what it printed where it fails.
 pub(crate) async fn run(program: &str, arguments: &[&str]) -> String {
     let mut command = tokio::process::Command::new(program);
