@@ -160,9 +160,8 @@ impl Profile {
             });
             let Some(file) = file else { continue };
             for page in (run.first..end).filter(|page| pages.insert((file, *page))) {
-                match profile.runs.last_mut() {
-                    Some(last) if last.0 == file && last.1 + last.2 == page => last.2 += 1,
-                    _ => profile.runs.push(ProfileRun(file, page, 1, 1)),
+                if !profile.add_page(file, page, 1) {
+                    return Ok(profile);
                 }
             }
         }
@@ -201,6 +200,17 @@ impl Profile {
 
     fn empty(starts: u32) -> Self {
         Self { version: 1, starts, inherited: false, names: Vec::new(), files: Vec::new(), runs: Vec::new() }
+    }
+
+    /// Appends a page; false where there is no room for another run.
+    fn add_page(&mut self, file: u32, page: u64, seen: u32) -> bool {
+        let is_full = self.runs.len() == PROFILE_ITEMS_MAX;
+        match self.runs.last_mut() {
+            Some(last) if last.0 == file && last.1 + last.2 == page && last.3 == seen => last.2 += 1,
+            _ if is_full => return false,
+            _ => self.runs.push(ProfileRun(file, page, 1, seen)),
+        }
+        true
     }
 
     fn add_file(&mut self, path: String) -> u32 {

@@ -3,7 +3,7 @@
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 
-use super::{PROFILE_ITEMS_MAX, PROFILE_PAGES_MAX, PathBudget, Profile, ProfileRun};
+use super::{PROFILE_PAGES_MAX, PathBudget, Profile, ProfileRun};
 
 /// Starts counted; then the old ones weigh half.
 const STARTS_MAX: u32 = 16;
@@ -104,14 +104,8 @@ fn add_pages(profile: &mut Profile, files: &[&str], pages: impl Iterator<Item = 
             }
         };
         let Some(file) = file else { continue };
-        let is_full = profile.runs.len() == PROFILE_ITEMS_MAX;
-        match profile.runs.last_mut() {
-            Some(last) if last.0 == file && last.1 + last.2 == page.number && last.3 == seen => last.2 += 1,
-            _ if is_full => break,
-            _ => profile.runs.push(ProfileRun(file, page.number, 1, seen)),
-        }
         left -= 1;
-        if left == 0 {
+        if !profile.add_page(file, page.number, seen) || left == 0 {
             break;
         }
     }
@@ -124,6 +118,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::PROFILE_ITEMS_MAX;
     use crate::profile::tests::profile;
 
     /// A profile of single pages, by file and page, each read in all starts.
@@ -190,6 +185,16 @@ mod tests {
         found.sort_unstable();
         // one in five is rare
         assert_eq!(found, [("a", 0, 5), ("b", 0, 5)]);
+    }
+
+    #[test]
+    fn a_full_profile_takes_pages_that_make_its_last_run_longer_and_no_others() {
+        let mut full = of_pages(1, &[("a", 0)]);
+        full.runs = (0..PROFILE_ITEMS_MAX as u64).map(|number| ProfileRun(0, 2 * number, 1, 1)).collect();
+        let next = 2 * PROFILE_ITEMS_MAX as u64 - 1;
+        assert!(full.add_page(0, next, 1));
+        assert!(!full.add_page(0, next + 2, 1) && !full.add_page(0, next + 1, 2));
+        assert_eq!(Profile::parse(&full.to_json()).unwrap(), full);
     }
 
     #[test]
