@@ -5,10 +5,12 @@
 //! believes a page of it, and each run against the tree before any page goes anywhere. Lengths of runs are
 //! not stored: they follow from the file's size in the tree.
 
+use std::collections::BTreeMap;
+
 use bytes::Bytes;
 
 use crate::profile::{PAGE_BYTES, PROFILE_ITEMS_MAX, PROFILE_PAGES_MAX, file_size};
-use crate::{Digest, Ino, Tree};
+use crate::{BOOT_ANNOTATION, BOOT_BYTES_ANNOTATION, Digest, Ino, TREE_ANNOTATION, Tree};
 
 mod build;
 mod plan;
@@ -47,6 +49,36 @@ pub enum BootError {
     /// A run of something that is no file, lies beyond its end, or overlaps another.
     #[error("the boot pack lies about run {0}")]
     Run(usize),
+}
+
+/// A boot pack and the image it is for, as a referrers answer names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BootPack {
+    /// Its blob.
+    pub blob: Digest,
+    /// The blob's length, in bytes.
+    pub bytes: u64,
+    /// The blob of the tree that it must be made for.
+    pub tree: Digest,
+}
+
+impl BootPack {
+    /// The one that these annotations name. `None` where they name none, or not all of it.
+    pub fn named_by(annotations: &BTreeMap<String, String>) -> Option<Self> {
+        let blob = annotations.get(BOOT_ANNOTATION)?.parse().ok()?;
+        let bytes = annotations.get(BOOT_BYTES_ANNOTATION)?.parse().ok()?;
+        let tree = annotations.get(TREE_ANNOTATION)?.parse().ok()?;
+        Some(Self { blob, bytes, tree })
+    }
+
+    /// The annotations that name it.
+    pub fn annotations(&self) -> BTreeMap<String, String> {
+        BTreeMap::from([
+            (BOOT_ANNOTATION.to_owned(), self.blob.to_string()),
+            (BOOT_BYTES_ANNOTATION.to_owned(), self.bytes.to_string()),
+            (TREE_ANNOTATION.to_owned(), self.tree.to_string()),
+        ])
+    }
 }
 
 /// The head of a boot pack.
@@ -148,6 +180,11 @@ impl BootHead {
         hasher.update(&self.to_bytes()[..HASHED_HEAD_BYTES]);
         hasher.update(sealed_table);
         *hasher.finalize().as_bytes()
+    }
+
+    /// How many frames there are.
+    pub fn frames(&self) -> u32 {
+        self.frames
     }
 
     /// How many bytes of table follow the head.

@@ -18,8 +18,8 @@ mod tar;
 mod tree;
 
 pub use boot::{
-    BOOT_BYTES_MAX, BOOT_HEAD_BYTES, BootError, BootFrame, BootHead, BootRun, BootTable, BuildError,
-    build_boot,
+    BOOT_BYTES_MAX, BOOT_HEAD_BYTES, BootError, BootFrame, BootHead, BootPack, BootRun, BootTable,
+    BuildError, build_boot,
 };
 pub use digest::{Digest, Hasher, ParseDigestError};
 pub use document::*;

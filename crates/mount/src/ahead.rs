@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use tokio::runtime::Handle;
 
 use crate::MountConfig;
-use crate::metrics::{Counters, one};
+use crate::metrics::{Counters, add, one};
 use crate::order::{PackOrder, Touch, want};
 use crate::streams::Streams;
 use crate::walks::Walks;
@@ -162,7 +162,7 @@ impl Ahead {
             return;
         }
         one(&self.counters.aheads);
-        self.counters.ahead_frames.fetch_add(numbers.len() as u64, Ordering::Relaxed);
+        add(&self.counters.ahead_frames, numbers.len() as u64);
         let (tree, cache, source) = (self.tree.clone(), self.cache.clone(), self.source.clone());
         self.handle.spawn(async move {
             let mut wants: Vec<Want> = numbers.iter().filter_map(|number| want(&tree, *number)).collect();

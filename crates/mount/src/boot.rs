@@ -22,14 +22,14 @@ use futures_util::stream::{self, StreamExt};
 use lamina_cache::{Class, Source, SourceError};
 use lamina_chunk::PackId;
 use lamina_image::{
-    BOOT_BYTES_MAX, BOOT_HEAD_BYTES, BootError, BootFrame, BootHead, BootTable, Digest, Ino, Tree,
+    BOOT_BYTES_MAX, BOOT_HEAD_BYTES, BootError, BootFrame, BootHead, BootPack, BootTable, Ino, Tree,
 };
 use parking_lot::Mutex;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags};
 use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 
-use crate::metrics::Counters;
+use crate::metrics::{Counters, add, one};
 
 /// Bytes asked for first: the head and most tables, in one round trip.
 const FIRST_BYTES: u64 = 192 << 10;
@@ -37,7 +37,7 @@ const FIRST_BYTES: u64 = 192 << 10;
 /// trip of 12 ms, and delays a read of something else by that at worst.
 const RANGE_BYTES: u64 = 512 << 10;
 const RANGES: usize = 3;
-/// Opened frames that wait to be stored, at most 2 MiB each, mostly 1. A read waits for a frame that is no further away than this
+/// Opened frames that wait to be stored, at most 1 MiB each. A read waits for a frame that is no further away than this
 /// from the last one stored: at 1 Gbit/s each takes 3 ms, and what a program reads next comes with it. Then there is room for
 /// that frame even while the thread that stores waits for the read.
 const OPENED: usize = 16;
@@ -45,17 +45,6 @@ const OPENED: usize = 16;
 const NEAR: Duration = Duration::from_millis(100);
 /// How long frames are kept for reads after they were stored: the kernel asks for what it had locked meanwhile.
 const KEPT: usize = 4;
-
-/// A boot pack and the image it is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BootPack {
-    /// Its blob.
-    pub blob: Digest,
-    /// The blob's length, in bytes.
-    pub bytes: u64,
-    /// The blob of the tree that it must be made for.
-    pub tree: Digest,
-}
 
 /// Why a boot pack was given up. The mount goes on without.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -265,7 +254,7 @@ impl Booting<'_> {
     /// Fetches and stores a boot pack. Returns when everything is in the page cache, or with what went wrong.
     pub(crate) async fn run(self, pack: BootPack) -> Result<(), BootFailure> {
         let (table, first) = self.table(pack).await?;
-        let coming = Arc::new(Coming::new(PackId::from_bytes(*pack.blob.as_bytes()), &table));
+        let coming = Arc::new(Coming::new(pack.blob.into(), &table));
         if self.boot.0.set(coming.clone()).is_err() {
             return Ok(());
         }
@@ -279,8 +268,8 @@ impl Booting<'_> {
     }
 
     async fn range(&self, pack: BootPack, range: Range<u64>) -> Result<Bytes, BootFailure> {
-        let bytes = self.source.fetch(PackId::from_bytes(*pack.blob.as_bytes()), range, Class::Boot).await?;
-        self.counters.boot_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        let bytes = self.source.fetch(pack.blob.into(), range, Class::Boot).await?;
+        add(&self.counters.boot_bytes, bytes.len() as u64);
         Ok(bytes)
     }
 
@@ -333,7 +322,7 @@ impl Booting<'_> {
             for name in &names {
                 // a name that is not there is known not to be there afterwards
                 let _ = look(&root, name);
-                counters.boot_names.fetch_add(1, Ordering::Relaxed);
+                one(&counters.boot_names);
             }
         })
     }
@@ -391,15 +380,15 @@ impl Booting<'_> {
                     let (skip, len) = (run.skip as usize, run.len as usize);
                     let stored = notifier.store(INodeNo(run.ino.0), run.offset, &plain[skip..skip + len]);
                     if let Err(error) = stored {
-                        counters.boot_refused.fetch_add(1, Ordering::Relaxed);
+                        one(&counters.boot_refused);
                         // the connection is gone; everything else is about one run
                         if error.raw_os_error() == Some(rustix::io::Errno::NODEV.raw_os_error()) {
                             return Err(BootFailure::Refused);
                         }
                         continue;
                     }
-                    counters.boot_stored_runs.fetch_add(1, Ordering::Relaxed);
-                    counters.boot_stored_bytes.fetch_add(len as u64, Ordering::Relaxed);
+                    one(&counters.boot_stored_runs);
+                    add(&counters.boot_stored_bytes, len as u64);
                 }
                 coming.stored.store(number as usize + 1, Ordering::Relaxed);
                 if let Some(old) = number.checked_sub(u32::try_from(KEPT).expect("few")) {

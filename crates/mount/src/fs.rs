@@ -10,7 +10,7 @@ use lamina_image::{Ino, TreeError};
 
 use crate::ahead::Ahead;
 use crate::boot::{Boot, Booted, Dropped, Waiting};
-use crate::metrics::one;
+use crate::metrics::{add, one, us_since};
 use crate::order::{Touch, want};
 use crate::pages::Pages;
 use crate::trace::Recorder;
@@ -119,9 +119,9 @@ impl Files {
                 dropped.bytes(&self.ahead.source).await
             }
         };
-        let us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let us = us_since(begun);
         one(&counters.boot_waits);
-        counters.boot_wait_us_total.fetch_add(us, std::sync::atomic::Ordering::Relaxed);
+        add(&counters.boot_wait_us_total, us);
         if let Some(bytes) = bytes {
             one(&counters.boot_reads);
             return Ok(bytes);
@@ -179,9 +179,9 @@ impl Files {
         let Unread { pieces, len, wants, neighbours, begun } = unread;
         let Ahead { cache, source, counters, .. } = &*self.ahead;
         let fetched = cache.fetch(source, &wants, &neighbours, Class::Demand).await;
-        let us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let us = us_since(begun);
         one(&counters.reads_waited);
-        counters.read_wait_us_total.fetch_add(us, std::sync::atomic::Ordering::Relaxed);
+        add(&counters.read_wait_us_total, us);
         counters.read_wait_us_max.fetch_max(us, std::sync::atomic::Ordering::Relaxed);
         assemble(pieces, &fetched?, len)
     }

@@ -17,7 +17,7 @@ use tokio::runtime::Handle;
 use tracing::{debug, warn};
 
 use crate::fs::{Answer, Files, FsError};
-use crate::metrics::one;
+use crate::metrics::{add, one};
 
 /// Nothing ever changes: ten years.
 const TTL: Duration = Duration::from_secs(10 * 365 * 86_400);
@@ -156,7 +156,7 @@ impl Fuse {
         let counters = &files.ahead.counters;
         match answer {
             Ok(bytes) => {
-                counters.read_bytes.fetch_add(bytes.len() as u64, std::sync::atomic::Ordering::Relaxed);
+                add(&counters.read_bytes, bytes.len() as u64);
                 reply.data(&bytes);
             }
             Err(error) => {

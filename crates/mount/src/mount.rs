@@ -8,17 +8,18 @@ use std::time::{Duration, Instant};
 
 use fuser::{Config, Notifier, Session, SessionACL};
 use lamina_cache::{Cache, Source};
-use lamina_image::{Ino, Trace, Tree};
+use lamina_image::{BootPack, Ino, Trace, Tree};
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tracing::{error, info};
 
 use crate::ahead::Ahead;
-use crate::boot::{Boot, BootFailure, BootPack, Booting};
+use crate::boot::{Boot, BootFailure, Booting};
 use crate::config::Record;
 use crate::fs::Files;
 use crate::fuse::Fuse;
+use crate::metrics::us_since;
 use crate::mountpoint::{Device, MountPoint};
 use crate::pages::{self, Pages};
 use crate::trace::Recorder;
@@ -67,14 +68,14 @@ impl Mount {
         let (pages, runs) = Pages::new(ahead.tree.frames());
         let recorder = Arc::new(Recorder::new(config.record != Record::Off));
         let boot = Arc::new(Boot::default());
-        let (pages, for_fuse) = (Arc::new(pages), (boot.clone(), recorder.clone()));
-        let files = Files { ahead: ahead.clone(), pages, boot: for_fuse.0, recorder: for_fuse.1 };
+        let pages = Arc::new(pages);
+        let files = Files { ahead: ahead.clone(), pages, boot: boot.clone(), recorder: recorder.clone() };
         let fuse = Fuse { files, handle };
         let mut loops = Config::default();
         loops.n_threads = Some(config.threads.max(1));
         let session = Session::from_fd(fuse, connection, SessionACL::All, loops).map_err(failed)?;
         let booting = session.notifier();
-        let (notifier, counters) = (session.notifier(), ahead.counters.clone());
+        let (notifier, counters) = (booting.clone(), ahead.counters.clone());
         // ends with the last of the file system that could send it something
         std::thread::Builder::new()
             .name("lamina-pages".to_owned())
@@ -128,8 +129,7 @@ impl Mount {
             done = booting.run(pack) => done,
             _ = ended.wait_for(|ended| *ended) => Err(BootFailure::Refused),
         };
-        let us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
-        counters.boot_us.store(us, Ordering::Relaxed);
+        counters.boot_us.store(us_since(begun), Ordering::Relaxed);
         // what is missing from now on is not in it: a boot pack of other starts must not make this one slow
         self.ahead.set_lean(false);
         if !self.recorder.is_recording() {

@@ -8,7 +8,6 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use bytes::Bytes;
@@ -16,7 +15,7 @@ use fuser::{INodeNo, Notifier};
 use lamina_image::{Ino, Tree, TreeError};
 
 use crate::bits::Bits;
-use crate::metrics::Counters;
+use crate::metrics::{Counters, add, one};
 use crate::order::Touch;
 
 /// Bytes of a page, in which the kernel keeps files.
@@ -64,11 +63,10 @@ impl Pages {
         plain: &Bytes,
     ) -> Result<(), TreeError> {
         let size = tree.inode(ino)?.size;
-        let mut at = read.start.saturating_sub(FRAME_BYTES_MAX);
-        for extent in tree.extents(ino, at, read.start.saturating_add(FRAME_BYTES_MAX))? {
+        let near = read.start.saturating_sub(FRAME_BYTES_MAX)..read.start.saturating_add(FRAME_BYTES_MAX);
+        for extent in tree.extents(ino, near.start, near.end)? {
             let extent = extent?;
-            let part = at..at + extent.len;
-            at = part.end;
+            let part = extent.offset..extent.offset + extent.len;
             if extent.frame != Some(touch.frame) {
                 continue;
             }
@@ -94,8 +92,8 @@ impl Pages {
 pub(crate) fn store(runs: &Receiver<Run>, notifier: &Notifier, counters: &Arc<Counters>) {
     while let Ok(Run { ino, offset, bytes }) = runs.recv() {
         if notifier.store(INodeNo(ino.0), offset, &bytes).is_ok() {
-            counters.stores.fetch_add(1, Ordering::Relaxed);
-            counters.store_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+            one(&counters.stores);
+            add(&counters.store_bytes, bytes.len() as u64);
         }
     }
 }

@@ -197,7 +197,7 @@ mod tests {
     }
 
     fn pack(number: u8) -> PackId {
-        PackId::from_bytes(*Digest::of(&[number]).as_bytes())
+        Digest::of(&[number]).into()
     }
 
     #[test]

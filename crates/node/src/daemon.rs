@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use lamina_cache::{Cache, CacheConfig};
-use lamina_image::{Digest, Platform, Tree};
-use lamina_mount::{BootPack, Mount, MountConfig, Record};
+use lamina_image::{BootPack, Digest, Platform, Tree};
+use lamina_mount::{Mount, MountConfig, Record};
 use lamina_wire::proto::{MountRequest, MountResponse, MountStats, StatsResponse, UnmountResponse};
 use lamina_wire::{Client, ClientConfig, Reference, Scheme};
 use parking_lot::Mutex;
@@ -112,21 +112,20 @@ impl Node {
         let client = Client::new(&reference.host, ClientConfig { scheme, ..self.config.client })?;
         let found = find_image(&client, &reference, &self.config.platform, request.require_bound).await?;
         let mut requests = found.requests;
+        let registry = RegistrySource::new(client.clone(), reference.repository.clone());
+        let kept = Arc::new(KeptBoot::new(registry, self.boot_files.clone()));
         let starting = Starting {
             client: client.clone(),
             repository: reference.repository.clone(),
             manifest: found.manifest,
             tree: found.tree,
             until_unmount: request.record,
-            kept: None,
+            kept: Arc::clone(&kept),
         };
         // a boot pack is the registry's word, so an image that must be bound does without
         let boot = !request.no_boot && !request.record && !request.require_bound;
         let boot = boot.then(|| starting.find_boot());
         let tree = self.tree(&client, &reference, &found, &mut requests).await?;
-        let registry = RegistrySource::new(client, reference.repository.clone());
-        let kept = Arc::new(KeptBoot::new(registry, self.boot_files.clone()));
-        let starting = Starting { kept: Some(kept.clone()), ..starting };
         let source = Arc::new(KeptSource(kept));
         let mut config = MountConfig::new(PathBuf::from(&request.directory));
         config.name = reference.to_string();

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use lamina_chunk::PackId;
-use lamina_image::{BOOT_ANNOTATION, BOOT_BYTES_ANNOTATION, Digest, TREE_ANNOTATION, Trace, media_type};
-use lamina_mount::{BootPack, Mount};
+use lamina_image::{BootPack, Digest, Trace, media_type};
+use lamina_mount::Mount;
 use lamina_wire::{Client, WireError, write_trace};
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
@@ -41,7 +41,7 @@ pub(crate) struct Starting {
     /// Whether the recording goes on until the unmount.
     pub(crate) until_unmount: bool,
     /// Where boot packs are kept.
-    pub(crate) kept: Option<Arc<KeptBoot>>,
+    pub(crate) kept: Arc<KeptBoot>,
 }
 
 impl Starting {
@@ -51,12 +51,8 @@ impl Starting {
         tokio::spawn(async move {
             let found = this.client.referrers(&this.repository, this.manifest, media_type::BOOT).await;
             let found = found.inspect_err(|error| debug!(%error, "no boot pack")).ok()?;
-            found.iter().find_map(|one| {
-                let blob = one.annotations.get(BOOT_ANNOTATION)?.parse().ok()?;
-                let bytes = one.annotations.get(BOOT_BYTES_ANNOTATION)?.parse().ok()?;
-                let tree = one.annotations.get(TREE_ANNOTATION)?.parse().ok()?;
-                (tree == this.tree).then_some(BootPack { blob, bytes, tree })
-            })
+            let mut named = found.iter().filter_map(|one| BootPack::named_by(&one.annotations));
+            named.find(|pack| pack.tree == this.tree)
         })
     }
 
@@ -82,8 +78,8 @@ impl Starting {
 
     /// Keeps a boot pack for the next start, if it was right.
     async fn keep(&self, pack: BootPack, right: bool) {
-        let Some(kept) = self.kept.clone() else { return };
-        let blob = PackId::from_bytes(*pack.blob.as_bytes());
+        let kept = Arc::clone(&self.kept);
+        let blob = PackId::from(pack.blob);
         let done = tokio::task::spawn_blocking(move || {
             if right {
                 return kept.finish(blob, pack.bytes);
@@ -99,12 +95,12 @@ impl Starting {
     /// Returns when the start is over.
     async fn over(&self, mount: &Mount) {
         let quiet = async {
-            while self.until_unmount || mount.quiet().is_none_or(|quiet| quiet < QUIET) {
+            while mount.quiet().is_none_or(|quiet| quiet < QUIET) {
                 sleep(LOOK).await;
             }
         };
         tokio::select! {
-            () = quiet => {}
+            () = quiet, if !self.until_unmount => {}
             () = mount.wait() => {}
         }
     }

@@ -3,10 +3,7 @@
 use std::collections::HashMap;
 
 use anyhow::{Context, Result};
-use lamina_image::{
-    BOOT_ANNOTATION, BOOT_BYTES_ANNOTATION, BOOT_HEAD_BYTES, BootHead, Digest, PAGE_BYTES, Profile,
-    TREE_ANNOTATION, media_type,
-};
+use lamina_image::{BOOT_ANNOTATION, BOOT_HEAD_BYTES, BootHead, BootPack, PAGE_BYTES, Profile, media_type};
 
 use super::{Image, no_profile};
 use crate::args::{Common, ProfileShow};
@@ -15,13 +12,6 @@ use crate::commands::mib;
 /// Files listed without `--all`.
 const FILES_SHOWN: usize = 20;
 
-/// What a registry says of an image's boot pack.
-struct Boot {
-    digest: Digest,
-    bytes: u64,
-    tree: Digest,
-}
-
 /// Prints what starts of an image touch, and what there is to make them faster.
 pub(super) async fn run(arguments: ProfileShow, common: &Common) -> Result<()> {
     let reference = &arguments.reference;
@@ -29,7 +19,7 @@ pub(super) async fn run(arguments: ProfileShow, common: &Common) -> Result<()> {
     let (profile, boot) = tokio::try_join!(image.profile(), boot(&image))?;
     let profile = profile.map(|(profile, _)| profile);
     if arguments.json {
-        let boot = boot.map(|boot| serde_json::json!({ "digest": boot.digest, "bytes": boot.bytes }));
+        let boot = boot.map(|boot| serde_json::json!({ "digest": boot.blob, "bytes": boot.bytes }));
         let report = serde_json::json!({
             "reference": reference.to_string(),
             "manifest": image.manifest,
@@ -48,7 +38,7 @@ pub(super) async fn run(arguments: ProfileShow, common: &Common) -> Result<()> {
     print_profile(&profile);
     match boot.zip(frames) {
         Some((boot, frames)) => {
-            println!("boot pack  {}, {} in {frames} frames", boot.digest, mib(boot.bytes))
+            println!("boot pack  {}, {} in {frames} frames", boot.blob, mib(boot.bytes))
         }
         None => println!("boot pack  none yet"),
     }
@@ -56,22 +46,20 @@ pub(super) async fn run(arguments: ProfileShow, common: &Common) -> Result<()> {
     Ok(())
 }
 
-async fn boot(image: &Image<'_>) -> Result<Option<Boot>> {
+async fn boot(image: &Image<'_>) -> Result<Option<BootPack>> {
     let referrers = image.client.referrers(image.repository(), image.manifest, media_type::BOOT).await?;
-    let named = |name: &str| referrers.iter().find_map(|one| one.annotations.get(name));
-    let Some(digest) = named(BOOT_ANNOTATION) else { return Ok(None) };
+    let named = referrers.iter().find(|one| one.annotations.contains_key(BOOT_ANNOTATION));
+    let Some(named) = named else { return Ok(None) };
     let wrong = || format!("what the registry says of the boot pack of {}", image.reference);
-    let bytes = named(BOOT_BYTES_ANNOTATION).with_context(wrong)?.parse().with_context(wrong)?;
-    let tree = named(TREE_ANNOTATION).with_context(wrong)?.parse().with_context(wrong)?;
-    Ok(Some(Boot { digest: digest.parse().with_context(wrong)?, bytes, tree }))
+    BootPack::named_by(&named.annotations).with_context(wrong).map(Some)
 }
 
 /// How many frames a boot pack has. One request.
-async fn frames(image: &Image<'_>, boot: &Boot) -> Result<u32> {
+async fn frames(image: &Image<'_>, boot: &BootPack) -> Result<u32> {
     let range = 0..BOOT_HEAD_BYTES as u64;
-    let head = image.client.blob_range(image.repository(), boot.digest, range).await?;
-    BootHead::parse(&head, boot.tree).with_context(|| format!("the boot pack {}", boot.digest))?;
-    Ok(u32::from_le_bytes(head[16..20].try_into().expect("four bytes")))
+    let head = image.client.blob_range(image.repository(), boot.blob, range).await?;
+    let head = BootHead::parse(&head, boot.tree);
+    Ok(head.with_context(|| format!("the boot pack {}", boot.blob))?.frames())
 }
 
 fn print_profile(profile: &Profile) {

@@ -15,10 +15,10 @@ use futures_util::future::BoxFuture;
 use lamina_cache::{Cache, CacheConfig, Class, Source, SourceError};
 use lamina_chunk::{ChunkId, ChunkPlace, FrameId, PackId, PackRecord, Place, Sealed};
 use lamina_image::{
-    ChunkSink, Digest, IngestOptions, Ino, LayerInput, Profile, Progress, SinkError, Trace, TraceRun, Tree,
-    build_boot, derive_tree, ingest,
+    BootPack, ChunkSink, Digest, IngestOptions, Ino, LayerInput, Profile, Progress, SinkError, Trace,
+    TraceRun, Tree, build_boot, derive_tree, ingest,
 };
-use lamina_mount::{BootFailure, BootPack, Mount, MountConfig, MountError};
+use lamina_mount::{BootFailure, Mount, MountConfig, MountError};
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 
@@ -44,7 +44,7 @@ impl Packs {
     /// Serves another blob as well.
     pub(crate) fn add(&self, blob: Bytes) -> Digest {
         let digest = Digest::of(&blob);
-        self.packs.lock().insert(PackId::from_bytes(*digest.as_bytes()), blob);
+        self.packs.lock().insert(digest.into(), blob);
         digest
     }
 

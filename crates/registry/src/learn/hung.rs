@@ -3,10 +3,7 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use lamina_image::{
-    BOOT_ANNOTATION, BOOT_BYTES_ANNOTATION, Descriptor, Digest, PROFILE_ANNOTATION, PROFILE_BYTES_MAX,
-    TREE_ANNOTATION, media_type,
-};
+use lamina_image::{BootPack, Descriptor, Digest, PROFILE_ANNOTATION, PROFILE_BYTES_MAX, media_type};
 use lamina_store::{Repo, Store, StoreError};
 
 use super::Subject;
@@ -45,10 +42,8 @@ impl Hung {
 
     /// The boot pack's blob.
     pub(super) fn boot(&self) -> Option<Descriptor> {
-        let annotations = &self.boots.first()?.annotations;
-        let digest = annotations.get(BOOT_ANNOTATION)?.parse().ok()?;
-        let size = annotations.get(BOOT_BYTES_ANNOTATION)?.parse().ok()?;
-        Some(Descriptor::named(media_type::BOOT, digest, size))
+        let boot = BootPack::named_by(&self.boots.first()?.annotations)?;
+        Some(Descriptor::named(media_type::BOOT, boot.blob, boot.bytes))
     }
 
     /// Takes everything down. The bytes stay until they are collected.
@@ -86,12 +81,8 @@ impl Subject {
         if let Some(boot) = boot {
             let size = boot.len() as u64;
             let blob = Descriptor::named(media_type::BOOT, store.put_blob(boot.into()).await?, size);
-            let annotations = BTreeMap::from([
-                (BOOT_ANNOTATION.to_owned(), blob.digest.to_string()),
-                (BOOT_BYTES_ANNOTATION.to_owned(), size.to_string()),
-                (TREE_ANNOTATION.to_owned(), self.tree.digest.to_string()),
-            ]);
-            new = Some((blob, annotations));
+            let pack = BootPack { blob: blob.digest, bytes: size, tree: self.tree.digest };
+            new = Some((blob, pack.annotations()));
         }
         self.replace(store, media_type::BOOT, new, &hung.boots).await
     }
