@@ -138,8 +138,12 @@ fn ctrl_c_while_the_registry_hangs_mounts_nothing_then_or_later() -> Result<()> 
     let rig = pushed()?;
     for more in [&[][..], &["-f"]] {
         let proxy = Proxy::start(&rig.address, |_| Fault::Hang)?;
-        let mut command = Command::new(env!("CARGO_BIN_EXE_lamina"));
-        command.arg("mount").args(more).args(["--cache", &text(&rig.path("cache"))]);
+        // as a terminal starts it: what a shell puts into the background ignores Ctrl-C, and so would this
+        let mut command = Command::new("env");
+        command
+            .args(["--default-signal=INT", env!("CARGO_BIN_EXE_lamina"), "mount"])
+            .args(more)
+            .args(["--cache", &text(&rig.path("cache"))]);
         command.args([&proxy.name("a:t"), &text(&rig.path("mount"))]);
         let mut process = Process::spawn("mount", &mut command)?;
         proxy.faulted()?;
