@@ -1,5 +1,6 @@
 //! One file a command.
 
+mod artifact;
 pub(crate) mod inspect;
 pub(crate) mod mount;
 pub(crate) mod node;

@@ -1,9 +1,11 @@
 //! `lamina push`: cut here, send what is missing, name it last.
 //!
 //! Order: packs, recipes, tree, config, then the manifest under its tag. Whatever was sent before an interruption is
-//! known to the registry at the next try, so that only the rest goes out again.
+//! known to the registry at the next try, so that only the rest goes out again. A registry of another kind gets the layers
+//! as well, and an artifact on the image that holds the rest (see `foreign.rs`).
 
 mod documents;
+mod foreign;
 mod sink;
 
 use std::sync::Arc;
@@ -15,13 +17,14 @@ use bytes::Bytes;
 use futures_util::StreamExt;
 use lamina_chunk::Level;
 use lamina_image::{
-    Digest, IngestError, IngestOptions, LayerInput, Platform, Progress, Recipe, derive_tree, ingest,
-    pack_tree,
+    Descriptor, Digest, IngestError, IngestOptions, LayerInput, Platform, Progress, Recipe, derive_tree,
+    ingest, pack_tree,
 };
 use lamina_wire::{Client, KnownLayer, Reference, Version};
 use tokio_util::io::ReaderStream;
 
-use self::documents::{Documents, write_documents};
+use self::documents::{Documents, Shape, write_documents};
+use self::foreign::{Earlier, push_artifacts};
 use self::sink::RegistrySink;
 use super::{Interrupted, client_config, interrupted, mib};
 use crate::args::{Common, PushArguments};
@@ -30,6 +33,8 @@ use crate::source::{Source, host_platform, open};
 
 /// No recipe is longer: 512 MiB, a layer of some 300 GiB.
 const RECIPE_BYTES_MAX: u64 = 512 << 20;
+/// How often a layer is sent at most.
+const LAYER_TRIES: u32 = 3;
 
 /// What a push did, for the end of it.
 struct Summary {
@@ -145,37 +150,61 @@ impl Push {
     }
 
     async fn run(&self, bar: &Bar) -> Result<Summary> {
-        let known = self.known_layers().await?;
+        let Home { known, mut earlier } = self.home().await?;
         let layers_known = known.iter().flatten().count();
-        let recipes = self.recipes(known).await?;
+        if let Some(earlier) = earlier.as_mut().filter(|_| layers_known < known.len()) {
+            earlier.read_packs(&self.client, &self.reference.repository).await?;
+        }
+        let earlier = earlier.map(Arc::new);
+        let recipes = self.recipes(known, earlier.as_ref()).await?;
         bar.stage("sending the tree");
         let (for_tree, flat) = self.tree(recipes).await?;
         let packed = tokio::task::spawn_blocking(move || Bytes::from(pack_tree(&flat))).await?;
-        let tree = Digest::of(&packed);
-        let repository = &self.reference.repository;
+        let tree = (Digest::of(&packed), packed.len());
         let mut sent = self.progress.sent.load(Relaxed);
         for recipe in &for_tree {
             sent += self.blob(Digest::of(recipe.blob()), recipe.blob().clone()).await?;
         }
-        sent += self.blob(tree, packed.clone()).await?;
+        sent += self.blob(tree.0, packed).await?;
+        let shape = Shape { keep_manifest: self.keep_layers, rebuilt: earlier.is_none() };
         let image = self.source.image();
-        let documents =
-            write_documents(image, &for_tree, (tree, packed.len()), &self.platform, self.keep_layers)?;
-        let Documents { config, media_type, manifest } = documents;
-        sent += self.blob(Digest::of(&config), config.clone()).await?;
-        if self.keep_layers {
-            sent += self.original_layers().await?;
+        let documents = write_documents(image, &for_tree, tree, &self.platform, shape)?;
+        sent += self.blob(Digest::of(&documents.config), documents.config.clone()).await?;
+        if self.keep_layers || earlier.is_some() {
+            bar.stage("sending the layers");
+            sent += self.original_layers(&for_tree).await?;
+        }
+        if let Some(earlier) = &earlier {
+            sent += self.hang_artifacts(earlier, &documents, tree, &for_tree).await?;
         }
         bar.stage("the registry checks");
-        let digest = Digest::of(&manifest);
-        sent += manifest.len() as u64;
-        self.client.push_manifest(repository, &self.reference.version, &media_type, manifest).await?;
+        let digest = Digest::of(&documents.manifest);
+        sent += documents.manifest.len() as u64;
+        let Documents { media_type, manifest, .. } = documents;
+        let Reference { repository, version, .. } = &self.reference;
+        self.client.push_manifest(repository, version, &media_type, manifest).await?;
         let layers = image.layers.len();
-        Ok(Summary { manifest: digest, tree, layers, layers_known, seconds: 0.0, sent })
+        Ok(Summary { manifest: digest, tree: tree.0, layers, layers_known, seconds: 0.0, sent })
     }
 
-    /// Which layers need not be read, in order.
-    async fn known_layers(&self) -> Result<Vec<Option<KnownLayer>>> {
+    /// Puts the image under its digest, and what holds its tree, recipes and packs on it; only the tag is missing then.
+    async fn hang_artifacts(
+        &self,
+        earlier: &Earlier,
+        documents: &Documents,
+        tree: (Digest, usize),
+        recipes: &[Recipe],
+    ) -> Result<u64> {
+        let (media_type, manifest) = (&documents.media_type, &documents.manifest);
+        let repository = &self.reference.repository;
+        let subject = Descriptor::of(media_type, manifest);
+        let version = Version::Digest(subject.digest);
+        self.client.push_manifest(repository, &version, media_type, manifest.clone()).await?;
+        push_artifacts(&self.client, repository, earlier.artifacts(&subject, tree, recipes)?).await
+    }
+
+    /// Which layers need not be read, in order, and what kind of registry says so.
+    async fn home(&self) -> Result<Home> {
         let layers = &self.source.image().layers;
         let names = |number: usize| {
             let layer = &layers[number];
@@ -184,22 +213,26 @@ impl Push {
                 .flatten()
         };
         let asked: Vec<Digest> = (0..layers.len()).flat_map(names).collect();
-        let known = match asked.is_empty() {
-            true => Vec::new(),
-            false => self.client.known_layers(&asked).await.with_context(|| {
-                format!("{} does not answer as a Lamina registry does", self.client.base())
-            })?,
+        let told = self.client.known_layers(&asked).await?;
+        let earlier = match told {
+            Some(_) => None,
+            None => Some(Earlier::find(&self.client, &self.reference).await?),
         };
+        let known = told.as_deref().or(earlier.as_ref().map(Earlier::layers)).unwrap_or_default();
         let find = |number: usize| {
             let found = known.iter().find(|layer| names(number).any(|name| name == layer.digest))?;
             // a config that names another tar than the layer has is found out by reading it
             layers[number].diff_id.is_none_or(|diff_id| diff_id == found.diff_id).then_some(*found)
         };
-        Ok((0..layers.len()).map(find).collect())
+        Ok(Home { known: (0..layers.len()).map(find).collect(), earlier })
     }
 
     /// The recipe of each layer: fetched where the registry has it, made from the layer where not.
-    async fn recipes(&self, known: Vec<Option<KnownLayer>>) -> Result<Vec<Recipe>> {
+    async fn recipes(
+        &self,
+        known: Vec<Option<KnownLayer>>,
+        earlier: Option<&Arc<Earlier>>,
+    ) -> Result<Vec<Recipe>> {
         let mut recipes = Vec::with_capacity(known.len());
         for layer in &known {
             recipes.push(match layer {
@@ -216,16 +249,16 @@ impl Push {
         }
         let missing: Vec<usize> = (0..known.len()).filter(|number| recipes[*number].is_none()).collect();
         if !missing.is_empty() {
-            let made = self.cut(missing.clone()).await?;
+            let made = self.cut(missing.clone(), earlier.cloned()).await?;
             missing.into_iter().zip(made).for_each(|(number, recipe)| recipes[number] = Some(recipe));
         }
         Ok(recipes.into_iter().map(|recipe| recipe.expect("each was fetched or made")).collect())
     }
 
-    async fn cut(&self, numbers: Vec<usize>) -> Result<Vec<Recipe>> {
+    async fn cut(&self, numbers: Vec<usize>, earlier: Option<Arc<Earlier>>) -> Result<Vec<Recipe>> {
         let source = Arc::clone(&self.source);
         let (progress, options) = (Arc::clone(&self.progress), self.options);
-        let sink = RegistrySink::new(self.client.clone(), self.reference.repository.clone());
+        let sink = RegistrySink::new(self.client.clone(), self.reference.repository.clone(), earlier);
         let made = tokio::task::spawn_blocking(move || {
             let image = source.image();
             let input = |number: &usize| {
@@ -259,23 +292,46 @@ impl Push {
         Ok(len)
     }
 
-    /// Uploads the compressed layers as they are.
-    async fn original_layers(&self) -> Result<u64> {
+    /// Uploads the layers as they are.
+    async fn original_layers(&self, recipes: &[Recipe]) -> Result<u64> {
         let mut sent = 0;
-        let repository = &self.reference.repository;
         for (number, layer) in self.source.image().layers.iter().enumerate() {
-            let descriptor =
-                layer.descriptor.as_ref().context("this source has no compressed layers to keep")?;
-            let (digest, size) = (descriptor.digest, descriptor.size);
-            if self.client.has_blob(repository, digest).await? {
+            let (digest, size) = match &layer.descriptor {
+                Some(descriptor) => (descriptor.digest, descriptor.size),
+                None => (recipes[number].diff_id(), recipes[number].tar_bytes()),
+            };
+            if self.client.has_blob(&self.reference.repository, digest).await? {
                 continue;
             }
-            let source = Arc::clone(&self.source);
-            let reader = tokio::task::spawn_blocking(move || source.layer(number)).await??;
-            let stream = ReaderStream::with_capacity(sink::AsyncReader::new(reader), 1 << 20);
-            self.client.push_blob_stream(repository, digest, size, stream.boxed()).await?;
+            self.layer(number, digest, size).await?;
             sent += size;
         }
         Ok(sent)
     }
+
+    /// Uploads one layer. Begins again where the connection breaks: the source can be read once more.
+    async fn layer(&self, number: usize, digest: Digest, size: u64) -> Result<()> {
+        let mut left = LAYER_TRIES;
+        loop {
+            left -= 1;
+            let source = Arc::clone(&self.source);
+            let reader = tokio::task::spawn_blocking(move || source.layer(number)).await??;
+            let stream = ReaderStream::with_capacity(sink::AsyncReader::new(reader), 1 << 20);
+            let repository = &self.reference.repository;
+            match self.client.push_blob_stream(repository, digest, size, stream.boxed()).await {
+                Err(error) if error.is_passing() && left > 0 => {
+                    tracing::warn!(%error, "sending the layer again");
+                }
+                sent => return Ok(sent?),
+            }
+        }
+    }
+}
+
+/// What kind of registry an image goes to.
+struct Home {
+    /// The layers that it knows.
+    known: Vec<Option<KnownLayer>>,
+    /// What the repository has, of a registry that is not Lamina's.
+    earlier: Option<Earlier>,
 }

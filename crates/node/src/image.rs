@@ -71,7 +71,9 @@ async fn referred_tree(
         false => format!(": it is an artifact of type {}", manifest.config.media_type),
         true => match client.image_status(&reference.repository, digest).await {
             Ok(status) => format!(": {}", String::from_utf8_lossy(&status)),
-            Err(error) if error.is_not_found() => ", and its registry does not make any".into(),
+            Err(error) if error.is_not_found() => {
+                ", and its registry does not make any; push it there with `lamina push`".into()
+            }
             Err(_) => String::new(),
         },
     };

@@ -9,7 +9,7 @@ use bytes::{Bytes, BytesMut};
 use futures_util::stream::BoxStream;
 use futures_util::{StreamExt, TryStreamExt};
 use http::{Method, Request, StatusCode, Uri, header};
-use lamina_image::{Descriptor, Digest, Hasher, Index, MANIFEST_BYTES_MAX, media_type};
+use lamina_image::{Digest, Hasher, MANIFEST_BYTES_MAX, media_type};
 
 use crate::http_call::{Answer, Http, RequestBody, no_body};
 use crate::{Version, WireError};
@@ -20,8 +20,6 @@ const REDIRECTS_MAX: usize = 5;
 const UPLOAD: Duration = Duration::from_secs(1800);
 /// A range's buffer is reserved at once up to 1 MiB; beyond it grows with what comes.
 const RANGE_RESERVED: usize = 1 << 20;
-/// Pages of referrers that are read.
-const REFERRER_PAGES_MAX: usize = 16;
 
 /// How a registry is spoken to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -148,43 +146,6 @@ impl Client {
             answer.expect(&[StatusCode::OK]).await.map(|_| true)
         })
         .await
-    }
-
-    /// What hangs on a manifest, of one artifact type. Empty where the registry does not know the referrers API.
-    pub async fn referrers(
-        &self,
-        repository: &str,
-        subject: Digest,
-        artifact_type: &str,
-    ) -> Result<Vec<Descriptor>, WireError> {
-        let encoded = artifact_type.replace('+', "%2B").replace('/', "%2F");
-        let mut url = format!("{}/v2/{repository}/referrers/{subject}?artifactType={encoded}", self.base);
-        let mut found = Vec::new();
-        for _ in 0..REFERRER_PAGES_MAX {
-            let (page, next) = match self.retrying(|| self.referrer_page(&url)).await {
-                Err(error) if error.is_not_found() => break,
-                page => page?,
-            };
-            // the filter is the registry's to apply or not
-            found.extend(page.into_iter().filter(|one| one.artifact_type.as_deref() == Some(artifact_type)));
-            match next {
-                Some(next) => url = next,
-                None => break,
-            }
-        }
-        Ok(found)
-    }
-
-    async fn referrer_page(&self, url: &str) -> Result<(Vec<Descriptor>, Option<String>), WireError> {
-        let request = Request::get(url).header(header::ACCEPT, media_type::OCI_INDEX);
-        let answer = self.call(request, no_body()).await?.expect(&[StatusCode::OK]).await?;
-        let next = answer.header(header::LINK).and_then(|link| link.split(['<', '>']).nth(1));
-        let next =
-            next.map(|path| if path.starts_with('/') { format!("{}{path}", self.base) } else { path.into() });
-        let bytes = answer.bytes(MANIFEST_BYTES_MAX as u64).await?;
-        let index: Index = serde_json::from_slice(&bytes)
-            .map_err(|error| WireError::Answer { url: url.into(), reason: error.to_string() })?;
-        Ok((index.manifests, next))
     }
 
     /// A whole blob of at most `max` bytes, verified.

@@ -79,6 +79,16 @@ pub enum WireError {
         /// What is wrong with it.
         reason: String,
     },
+    /// Whoever answers there is neither a Lamina registry nor any other. Another try will not help.
+    #[error(
+        "{url} does not answer as a Lamina registry does, nor as any OCI registry: {reason}; is this its address?"
+    )]
+    NoRegistry {
+        /// What was asked.
+        url: String,
+        /// How it answered.
+        reason: String,
+    },
     /// Plain HTTP is spoken on loopback, and elsewhere only on demand.
     #[error(
         "{0} answers no TLS and is not on loopback; if plain HTTP is what you want there, say --plain-http"

@@ -10,6 +10,7 @@ mod http_call;
 mod profile;
 mod push;
 mod reference;
+mod referrers;
 
 pub use client::{Blob, Client, ClientConfig, Fetched, Scheme};
 pub use error::WireError;

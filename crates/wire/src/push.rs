@@ -9,11 +9,12 @@ use lamina_chunk::{ChunkId, ChunkPlace, Frame, FrameId, PackId, Place};
 use lamina_image::{Digest, MANIFEST_BYTES_MAX};
 use prost::Message;
 
-use crate::http_call::{no_body, stream_body, whole_body};
+use crate::http_call::{Answer, no_body, stream_body, whole_body};
 use crate::proto::{
     CONTENT_TYPE, ChunksRequest, ChunksResponse, IDS_PER_REQUEST, LAYERS_PER_REQUEST, LayersRequest,
     LayersResponse,
 };
+use crate::referrers::is_unserved;
 use crate::{Client, Version, WireError, proto};
 
 /// An answer about chunks or layers is at most 1 MiB long: 4,096 frames of 60 bytes, as many packs, 3 numbers each.
@@ -40,7 +41,8 @@ impl Client {
             let request = Request::put(with_digest(&location, digest))
                 .header(header::CONTENT_LENGTH, bytes.len())
                 .header(header::CONTENT_TYPE, "application/octet-stream");
-            let answer = self.call(request, whole_body(bytes.clone())).await?;
+            // a pack of 64 MiB takes a minute over 10 Mbit/s
+            let answer = self.upload(request, whole_body(bytes.clone())).await?;
             answer.expect(&[StatusCode::CREATED]).await.map(drop)
         })
         .await
@@ -80,13 +82,45 @@ impl Client {
         media_type: &str,
         bytes: Bytes,
     ) -> Result<(), WireError> {
+        self.put_manifest(repository, version, media_type, bytes).await.map(drop)
+    }
+
+    /// The same, with what the registry answered.
+    pub(crate) async fn put_manifest(
+        &self,
+        repository: &str,
+        version: &Version,
+        media_type: &str,
+        bytes: Bytes,
+    ) -> Result<Answer, WireError> {
         debug_assert!(bytes.len() <= MANIFEST_BYTES_MAX);
         let url = format!("{}/v2/{repository}/manifests/{version}", self.base());
         let request = Request::put(url)
             .header(header::CONTENT_TYPE, media_type)
             .header(header::CONTENT_LENGTH, bytes.len());
         let answer = self.upload(request, whole_body(bytes)).await?;
-        answer.expect(&[StatusCode::CREATED]).await.map(drop)
+        answer.expect(&[StatusCode::CREATED]).await
+    }
+
+    /// The tags of a repository, as far as one answer lists them; none where it does not exist.
+    pub async fn tags(&self, repository: &str) -> Result<Vec<String>, WireError> {
+        #[derive(serde::Deserialize)]
+        struct List {
+            #[serde(default)]
+            tags: Option<Vec<String>>,
+        }
+        let url = format!("{}/v2/{repository}/tags/list", self.base());
+        let listed = self.retrying(|| async {
+            let answer = self.call(Request::get(&url), no_body()).await?;
+            answer.expect(&[StatusCode::OK]).await?.bytes(MANIFEST_BYTES_MAX as u64).await
+        });
+        let bytes = match listed.await {
+            Err(error) if error.is_not_found() => return Ok(Vec::new()),
+            bytes => bytes?,
+        };
+        let list: List = serde_json::from_slice(&bytes)
+            .map_err(|error| WireError::Answer { url, reason: error.to_string() })?;
+        Ok(list.tags.unwrap_or_default())
     }
 
     /// Where each of these chunks is, `None` for those that the registry lacks. One request for 4,096.
@@ -103,10 +137,34 @@ impl Client {
         Ok(places)
     }
 
-    /// Those of these layers that the registry can rebuild. One request for 1,000.
-    pub async fn known_layers(&self, digests: &[Digest]) -> Result<Vec<KnownLayer>, WireError> {
+    /// Those of these layers that the registry can rebuild; `None` where it is an OCI registry of another kind, which cannot
+    /// say. One request for 1,000, and at least one.
+    pub async fn known_layers(&self, digests: &[Digest]) -> Result<Option<Vec<KnownLayer>>, WireError> {
+        match self.ask_layers(digests).await {
+            Err(error) if is_unserved(&error) => self.check_api().await.map(|()| None),
+            layers => layers.map(Some),
+        }
+    }
+
+    /// Whether an OCI registry answers, and lets this client in.
+    async fn check_api(&self) -> Result<(), WireError> {
+        let url = format!("{}/v2/", self.base());
+        let asked = self.retrying(|| async {
+            self.call(Request::get(&url), no_body()).await?.expect(&[StatusCode::OK]).await.map(drop)
+        });
+        asked.await.map_err(|error| match is_unserved(&error) {
+            true => WireError::NoRegistry { url: url.clone(), reason: error.to_string() },
+            false => error,
+        })
+    }
+
+    async fn ask_layers(&self, digests: &[Digest]) -> Result<Vec<KnownLayer>, WireError> {
         let mut layers = Vec::new();
-        for digests in digests.chunks(LAYERS_PER_REQUEST) {
+        // no question is also a question: whether this is a registry of ours
+        let none: [&[Digest]; 1] = [&[]];
+        let questions = digests.chunks(LAYERS_PER_REQUEST);
+        let questions = none.into_iter().take(usize::from(digests.is_empty())).chain(questions);
+        for digests in questions {
             let digests = digests.iter().map(Digest::to_string).collect();
             let answer: LayersResponse = self.ask("layers", &LayersRequest { digests }).await?;
             for layer in answer.layers {

@@ -18,20 +18,29 @@ pub(super) struct Documents {
     pub(super) manifest: Bytes,
 }
 
-/// Writes the manifest that names each layer as a plain tar with its recipe, and the tree. With `keep`, the source's
-/// own manifest stays as it is. The config stays in any case, and with it the image's id.
+/// What becomes of the manifest.
+#[derive(Clone, Copy)]
+pub(super) struct Shape {
+    /// The source's own stays as it is.
+    pub(super) keep_manifest: bool,
+    /// The registry rebuilds layers from recipes. Otherwise they are there as the source has them.
+    pub(super) rebuilt: bool,
+}
+
+/// Writes the manifest that names the tree, and each layer with its recipe: as a plain tar where the registry rebuilds it. The
+/// config stays in any case, and with it the image's id.
 pub(super) fn write_documents(
     image: &SourceImage,
     recipes: &[Recipe],
     (tree, tree_len): (Digest, usize),
     platform: &Platform,
-    keep: bool,
+    shape: Shape,
 ) -> Result<Documents> {
     let config = match &image.config {
         Some(config) => Bytes::from(config.clone()),
         None => Bytes::from(new_config(recipes, platform)),
     };
-    if keep {
+    if shape.keep_manifest {
         let Some((media_type, manifest, _)) = &image.manifest else {
             bail!(
                 "--keep-layers needs a source with a manifest and compressed layers: oci, oci-archive or docker://"
@@ -43,8 +52,10 @@ pub(super) fn write_documents(
             manifest: Bytes::from(manifest.clone()),
         });
     }
-    let layers = recipes.iter().map(|recipe| {
-        let mut layer = Descriptor::named(media_type::OCI_LAYER, recipe.diff_id(), recipe.tar_bytes());
+    let layers = recipes.iter().zip(&image.layers).map(|(recipe, source)| {
+        let plain = || Descriptor::named(media_type::OCI_LAYER, recipe.diff_id(), recipe.tar_bytes());
+        let kept = source.descriptor.clone().filter(|_| !shape.rebuilt);
+        let mut layer = kept.map_or_else(plain, |layer| Descriptor { media_type: oci(&layer), ..layer });
         layer.annotations.insert(RECIPE_ANNOTATION.into(), Digest::of(recipe.blob()).to_string());
         layer
     });
@@ -75,4 +86,14 @@ fn new_config(recipes: &[Recipe], platform: &Platform) -> Vec<u8> {
         "rootfs": { "type": "layers", "diff_ids": diff_ids },
     });
     serde_json::to_vec(&config).expect("strings and lists are JSON")
+}
+
+/// The media type that an OCI manifest has for a layer of a Docker one.
+fn oci(layer: &Descriptor) -> String {
+    match layer.media_type.as_str() {
+        "application/vnd.docker.image.rootfs.diff.tar.gzip" => format!("{}+gzip", media_type::OCI_LAYER),
+        "application/vnd.docker.image.rootfs.diff.tar.zstd" => format!("{}+zstd", media_type::OCI_LAYER),
+        "application/vnd.docker.image.rootfs.diff.tar" => media_type::OCI_LAYER.to_owned(),
+        other => other.to_owned(),
+    }
 }

@@ -2,6 +2,7 @@
 
 use std::io::{self, Read};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
@@ -12,26 +13,38 @@ use tokio::io::{AsyncRead, ReadBuf};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc::{self, Receiver};
 
+use super::foreign::Earlier;
+
 /// Asks and sends over HTTP, from the pipeline's own threads.
 pub(super) struct RegistrySink {
     client: Client,
     repository: String,
+    /// What is known of a registry that cannot be asked.
+    earlier: Option<Arc<Earlier>>,
     runtime: Handle,
 }
 
 impl RegistrySink {
-    pub(super) fn new(client: Client, repository: String) -> Self {
-        Self { client, repository, runtime: Handle::current() }
+    pub(super) fn new(client: Client, repository: String, earlier: Option<Arc<Earlier>>) -> Self {
+        Self { client, repository, earlier, runtime: Handle::current() }
     }
 }
 
 impl ChunkSink for RegistrySink {
     fn known(&self, ids: &[ChunkId]) -> Result<Vec<Option<ChunkPlace>>, SinkError> {
-        Ok(self.runtime.block_on(self.client.known_chunks(ids))?)
+        match &self.earlier {
+            Some(earlier) => Ok(earlier.known(ids)),
+            None => Ok(self.runtime.block_on(self.client.known_chunks(ids))?),
+        }
     }
 
     fn put(&self, pack: PackId, bytes: Bytes, _records: &[PackRecord]) -> Result<(), SinkError> {
-        Ok(self.runtime.block_on(self.client.push_blob(&self.repository, pack.into(), bytes))?)
+        let len = bytes.len() as u64;
+        self.runtime.block_on(self.client.push_blob(&self.repository, pack.into(), bytes))?;
+        if let Some(earlier) = &self.earlier {
+            earlier.add_pack(pack, len);
+        }
+        Ok(())
     }
 }
 

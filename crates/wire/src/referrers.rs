@@ -1,0 +1,160 @@
+//! What hangs on a manifest, read and written: by the referrers API, and where a registry lacks it, by the tag that
+//! distribution-spec 1.1 has for this ("Referrers Tag Schema").
+
+use bytes::Bytes;
+use http::{Method, Request, StatusCode, header};
+use lamina_image::{Descriptor, Digest, Index, MANIFEST_BYTES_MAX, media_type};
+
+use crate::http_call::no_body;
+use crate::{Client, Version, WireError};
+
+/// Pages of referrers that are read.
+const REFERRER_PAGES_MAX: usize = 16;
+/// When an artifact was made; the image specification's annotation (annotations.md).
+const CREATED: &str = "org.opencontainers.image.created";
+/// Set in answers to a manifest with a subject, by registries that list it there by themselves.
+const OCI_SUBJECT: &str = "oci-subject";
+
+impl Client {
+    /// What hangs on a manifest, of one artifact type, those that say when they were made newest first.
+    pub async fn referrers(
+        &self,
+        repository: &str,
+        subject: Digest,
+        artifact_type: &str,
+    ) -> Result<Vec<Descriptor>, WireError> {
+        let encoded = artifact_type.replace('+', "%2B").replace('/', "%2F");
+        let mut url = format!("{}/v2/{repository}/referrers/{subject}?artifactType={encoded}", self.base());
+        let mut found = Vec::new();
+        for page in 0..REFERRER_PAGES_MAX {
+            let (listed, next) = match self.retrying(|| self.referrer_page(&url)).await {
+                // every registry that has the API answers with an index, even where nothing is in it
+                Err(error) if page == 0 && is_unserved(&error) => {
+                    let index = self.tagged_referrers(repository, subject).await?;
+                    (index.map(|index| index.manifests).unwrap_or_default(), None)
+                }
+                listed => listed?,
+            };
+            // the filter is the registry's to apply or not
+            found
+                .extend(listed.into_iter().filter(|one| one.artifact_type.as_deref() == Some(artifact_type)));
+            match next {
+                Some(next) => url = next,
+                None => break,
+            }
+        }
+        // RFC 3339 in UTC sorts as text; the sort is stable
+        found.sort_by(|one, other| other.annotations.get(CREATED).cmp(&one.annotations.get(CREATED)));
+        Ok(found)
+    }
+
+    async fn referrer_page(&self, url: &str) -> Result<(Vec<Descriptor>, Option<String>), WireError> {
+        let request = Request::get(url).header(header::ACCEPT, media_type::OCI_INDEX);
+        let answer = self.call(request, no_body()).await?.expect(&[StatusCode::OK]).await?;
+        let next = answer.header(header::LINK).and_then(|link| link.split(['<', '>']).nth(1));
+        let next = next
+            .map(|path| if path.starts_with('/') { format!("{}{path}", self.base()) } else { path.into() });
+        let bytes = answer.bytes(MANIFEST_BYTES_MAX as u64).await?;
+        Ok((read_index(url, &bytes)?.manifests, next))
+    }
+
+    /// The index under the tag that stands for the API. `None` where there is none.
+    async fn tagged_referrers(&self, repository: &str, subject: Digest) -> Result<Option<Index>, WireError> {
+        let tag = tag_of(subject);
+        match self.manifest(repository, &Version::Tag(tag.clone())).await {
+            Ok(found) => {
+                let url = format!("{}/v2/{repository}/manifests/{tag}", self.base());
+                read_index(&url, &found.bytes).map(Some)
+            }
+            Err(error) if error.is_not_found() => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Puts the artifact manifest `bytes`, whose subject is `subject`, and sees to it that it is listed there. `listed` is what
+    /// the list says of it. Where the registry lacks the API, two clients that do this at the same time for one subject may
+    /// overwrite each other's entry, as the specification has it.
+    pub async fn push_referrer(
+        &self,
+        repository: &str,
+        subject: Digest,
+        listed: Descriptor,
+        bytes: Bytes,
+    ) -> Result<(), WireError> {
+        let version = Version::Digest(listed.digest);
+        let answer = self.put_manifest(repository, &version, &listed.media_type, bytes).await?;
+        if answer.header(header::HeaderName::from_static(OCI_SUBJECT)).is_some() {
+            return Ok(());
+        }
+        let listed_before = self.tagged_referrers(repository, subject).await?;
+        let mut index = listed_before.unwrap_or_else(empty_index);
+        if index.manifests.iter().any(|one| one.digest == listed.digest) {
+            return Ok(());
+        }
+        index.manifests.push(listed);
+        self.put_tagged_referrers(repository, subject, &index).await
+    }
+
+    /// Takes what hangs on `subject` from it. Where the registry lacks the API it is only not listed any more, and stays until
+    /// the registry collects it.
+    pub async fn drop_referrer(
+        &self,
+        repository: &str,
+        subject: Digest,
+        artifact: Digest,
+    ) -> Result<(), WireError> {
+        if let Some(mut index) = self.tagged_referrers(repository, subject).await?
+            && index.manifests.iter().any(|one| one.digest == artifact)
+        {
+            index.manifests.retain(|one| one.digest != artifact);
+            return self.put_tagged_referrers(repository, subject, &index).await;
+        }
+        let url = format!("{}/v2/{repository}/manifests/{artifact}", self.base());
+        self.retrying(|| async {
+            let request = Request::builder().method(Method::DELETE).uri(&url);
+            let answer = self.call(request, no_body()).await?;
+            answer.expect(&[StatusCode::ACCEPTED, StatusCode::NOT_FOUND]).await.map(drop)
+        })
+        .await
+    }
+
+    async fn put_tagged_referrers(
+        &self,
+        repository: &str,
+        subject: Digest,
+        index: &Index,
+    ) -> Result<(), WireError> {
+        let bytes = Bytes::from(serde_json::to_vec(index).expect("an index has string keys"));
+        let version = Version::Tag(tag_of(subject));
+        self.push_manifest(repository, &version, media_type::OCI_INDEX, bytes).await
+    }
+}
+
+/// Whether an answer means that a registry has no such path, rather than that something is wrong.
+pub(crate) fn is_unserved(error: &WireError) -> bool {
+    match error {
+        WireError::NotFound { .. } | WireError::Answer { .. } => true,
+        WireError::Status { status, .. } => matches!(status, 400..=499) && *status != 429,
+        _ => false,
+    }
+}
+
+fn tag_of(subject: Digest) -> String {
+    subject.to_string().replace(':', "-")
+}
+
+fn empty_index() -> Index {
+    Index {
+        schema_version: 2,
+        media_type: Some(media_type::OCI_INDEX.to_owned()),
+        artifact_type: None,
+        manifests: Vec::new(),
+        subject: None,
+        annotations: Default::default(),
+    }
+}
+
+fn read_index(url: &str, bytes: &[u8]) -> Result<Index, WireError> {
+    serde_json::from_slice(bytes)
+        .map_err(|error| WireError::Answer { url: url.to_owned(), reason: error.to_string() })
+}

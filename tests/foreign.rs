@@ -1,0 +1,11 @@
+//! Registries that are not Lamina's as homes of images: Debian's `docker-registry`, which knows no referrers API.
+//!
+//! Needs root and `/dev/fuse`. Without them every test here fails; none is skipped.
+
+#[path = "foreign/docker_registry.rs"]
+mod docker_registry;
+#[path = "foreign/home.rs"]
+mod home;
+#[expect(dead_code, reason = "the tests of the command line use the rest")]
+#[path = "cli/rig.rs"]
+mod rig;
