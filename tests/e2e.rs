@@ -8,6 +8,8 @@ mod commit;
 mod faulty;
 #[path = "e2e/layouts.rs"]
 mod layouts;
+#[path = "e2e/outages.rs"]
+mod outages;
 #[path = "e2e/proxy.rs"]
 mod proxy;
 #[expect(dead_code, reason = "the tests of the command line use the rest")]

@@ -129,6 +129,24 @@ pub(crate) struct NodeSettings {
     /// The kernel's readahead while a start runs, in KiB [default: what measured best]
     #[arg(long, env = "LAMINA_READ_AHEAD_KB", value_name = "KIB", value_parser = clap::value_parser!(u32).range(4..=1024))]
     pub(crate) read_ahead_kb: Option<u32>,
+    /// Where else a registry's contents are, asked before it and in the order given; can be repeated. MIRROR is
+    /// [http://]host[:port]
+    #[arg(long = "mirror", env = "LAMINA_MIRROR", value_name = "REGISTRY=MIRROR", value_delimiter = ',',
+        value_parser = mirror)]
+    pub(crate) mirrors: Vec<(String, String)>,
+}
+
+/// `REGISTRY=MIRROR`.
+fn mirror(text: &str) -> Result<(String, String), String> {
+    let (registry, mirror) = text.split_once('=').ok_or("it must be REGISTRY=MIRROR")?;
+    let plain = |host: &str| !host.is_empty() && !host.contains(['/', ' ', '@']);
+    let host = mirror.strip_prefix("http://").or(mirror.strip_prefix("https://")).unwrap_or(mirror);
+    match plain(registry) && plain(host) {
+        true => Ok((registry.to_owned(), mirror.to_owned())),
+        false => {
+            Err("both must be host[:port], the mirror with http:// before it where it speaks no TLS".into())
+        }
+    }
 }
 
 #[derive(Args, Debug)]

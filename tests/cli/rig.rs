@@ -33,8 +33,13 @@ impl Rig {
     }
 
     pub(crate) fn start_registry(&mut self) -> Result<()> {
+        self.start_registry_on("127.0.0.1:0")
+    }
+
+    /// Starts the registry on an address, such as the one where it was killed.
+    pub(crate) fn start_registry_on(&mut self, address: &str) -> Result<()> {
         let mut command = Command::new(env!("CARGO_BIN_EXE_lamina"));
-        command.args(["registry", "--listen", "127.0.0.1:0", "--storage"]).arg(self.path("storage"));
+        command.args(["registry", "--listen", address, "--storage"]).arg(self.path("storage"));
         let mut process = Process::spawn("registry", &mut command)?;
         let line = process.wait_line("listening on ", DEADLINE)?;
         self.address = line.rsplit('/').next().context("an address")?.to_owned();

@@ -1,12 +1,12 @@
 //! The cache: memory, then disk, then a source.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use lamina_chunk::{Chunk, FrameId};
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use crate::disk::Disk;
 use crate::fetch::{self, Leg, Want};
@@ -15,6 +15,12 @@ use crate::memory::Memory;
 use crate::metrics::{Counters, Snapshot, add};
 use crate::writer::WriteBehind;
 use crate::{CacheConfig, CacheError, Class, Source};
+
+/// A reader asks again after this long, then twice as long each time,
+const PAUSE_MIN: Duration = Duration::from_millis(50);
+/// up to this long: a source that is back is found soon, and one that fails at once is not asked all the time. A source
+/// that knows when it is back holds its answer until then.
+const PAUSE_MAX: Duration = Duration::from_millis(500);
 
 /// Where a node gets bytes. One for each process and directory; all mounts share it.
 ///
@@ -99,6 +105,7 @@ impl Cache {
                 }
                 Seat::Waiting(waiter) => waiter,
             };
+            let _waiting = (class == Class::Demand).then(|| Waits::begin(&self.shared.counters));
             let left = deadline.saturating_sub(begun.elapsed());
             let landed = timeout(left, self.landed(waiter, source, want, class)).await;
             chunks.push(landed.map_err(|_| CacheError::Deadline { id: want.id, waited: deadline })??);
@@ -116,9 +123,20 @@ impl Cache {
         drop(self.shared.board(source, &far, &[], class));
     }
 
+    /// Keeps these frames on disk, whether they are here or still to come, until they are unpinned as often. They are not
+    /// fetched. Bound what is pinned: what is not pinned has only the rest of the disk.
+    pub fn pin(&self, ids: impl IntoIterator<Item = FrameId>) {
+        self.shared.disk.pin(ids);
+    }
+
+    /// Takes one pin off each of these frames.
+    pub fn unpin(&self, ids: impl IntoIterator<Item = FrameId>) {
+        self.shared.disk.unpin(ids);
+    }
+
     /// The counters now.
     pub fn snapshot(&self) -> Snapshot {
-        self.shared.counters.snapshot()
+        Snapshot { disk_max_bytes: self.shared.config.bytes_max, ..self.shared.counters.snapshot() }
     }
 
     /// Waits until what was fetched so far is on disk, or the disk is found to be stuck; whether it is on disk. Blocks
@@ -127,7 +145,8 @@ impl Cache {
         self.shared.writer.flush()
     }
 
-    /// Waits for a frame. If another source's fetch of it failed, tries once with this one.
+    /// Waits for a frame until whoever calls this gives up. A fetch that failed for another mount's source is tried with
+    /// this one; a reader tries again as long as that may help.
     async fn landed(
         &self,
         mut waiter: Waiter,
@@ -135,14 +154,27 @@ impl Cache {
         want: &Want,
         class: Class,
     ) -> Result<Chunk, CacheError> {
-        let first = waiter.landed().await;
-        if first.is_ok() || Arc::ptr_eq(&waiter.flight.source, source) {
-            return first;
-        }
-        match self.shared.board(source, std::slice::from_ref(want), &[], class).pop() {
-            Some(Seat::Here(chunk)) => Ok(chunk),
-            Some(Seat::Waiting(mut waiter)) => waiter.landed().await,
-            None => first,
+        let (mut pause, mut again) = (PAUSE_MIN, false);
+        loop {
+            let error = match waiter.landed().await {
+                Ok(chunk) => return Ok(chunk),
+                Err(error) => error,
+            };
+            let own = Arc::ptr_eq(&waiter.flight.source, source);
+            let hopeful = !own || error.is_passing();
+            if !hopeful || (class != Class::Demand && (own || again)) {
+                return Err(error);
+            }
+            if own || again {
+                sleep(pause).await;
+                pause = (pause * 2).min(PAUSE_MAX);
+            }
+            again = true;
+            match self.shared.board(source, std::slice::from_ref(want), &[], class).pop() {
+                Some(Seat::Here(chunk)) => return Ok(chunk),
+                Some(Seat::Waiting(next)) => waiter = next,
+                None => return Err(error),
+            }
         }
     }
 }
@@ -153,6 +185,22 @@ impl Drop for Cache {
         if self.shared.writer.close() {
             self.shared.disk.close();
         }
+    }
+}
+
+/// Counts a reader for as long as it waits.
+struct Waits<'a>(&'a Counters);
+
+impl<'a> Waits<'a> {
+    fn begin(counters: &'a Counters) -> Self {
+        add(&counters.waiting, 1);
+        Self(counters)
+    }
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, std::sync::atomic::Ordering::Relaxed);
     }
 }
 

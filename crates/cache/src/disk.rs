@@ -1,10 +1,12 @@
 //! The disk tier: sealed frames in segment files, never more bytes than the cap.
 //!
-//! Frames are only appended. When the next one would not fit, whole segments are evicted first, the one that was
-//! least recently written to or read from (after a restart: the oldest). What is read back is a claim until it has
-//! been opened. A failure of the disk is counted and costs only speed. No fsync: a crash of the machine may leave
-//! records that do not verify, and those are dropped when read.
+//! Frames are only appended. Above a high watermark whole segments are evicted, down to a low one, and what they hold
+//! that deserves it is appended again; `disk/evict.rs` says what that is. What is read back is a claim until it has been
+//! opened. A failure of the disk is counted and costs only speed. No fsync: a crash of the machine may leave records that
+//! do not verify, and those are dropped when read.
 
+mod directory;
+mod evict;
 mod index;
 mod locations;
 mod open;
@@ -21,9 +23,11 @@ use lamina_chunk::{FrameId, Sealed};
 use parking_lot::{Mutex, RwLock};
 use tracing::{debug, warn};
 
+pub use self::directory::{Unfit, prepare as check_directory};
+use self::evict::{Ghosts, Marks};
 use self::index::{BATCH_MAX, Index, Location};
 use self::locations::Locations;
-use self::segment::{RECORD_HEADER_BYTES, RecordHeader, SEGMENT_HEADER_BYTES, Segment};
+use self::segment::{Kind, RECORD_HEADER_BYTES, RecordHeader, SEGMENT_HEADER_BYTES, Segment};
 use crate::metrics::{Counters, add};
 
 /// The directory of frames.
@@ -31,23 +35,47 @@ pub(crate) struct Disk {
     segments_directory: PathBuf,
     bytes_max: u64,
     segment_bytes: u64,
+    marks: Marks,
     index: Index,
     locations: Locations,
     segments: RwLock<HashMap<u32, Arc<Segment>>>,
     writer: Mutex<Writing>,
-    clock: AtomicU64,
+    /// What must not be evicted, and how many want that.
+    pins: Mutex<HashMap<u64, u32>>,
     counters: Arc<Counters>,
     /// Holds the directory's lock for as long as it lives.
     lock: File,
 }
 
 /// What only the one that appends touches.
+#[derive(Default)]
 struct Writing {
-    /// The segment that grows.
-    active: Option<(u32, Arc<Segment>)>,
+    new: Growing,
+    kept: Growing,
     next: u32,
-    /// Written, and not in the index yet. All in the active segment.
+    ghosts: Ghosts,
+}
+
+/// The segment of one kind that grows.
+#[derive(Default)]
+struct Growing {
+    active: Option<(u32, Arc<Segment>)>,
+    /// Written to it, and not in the index yet.
     unindexed: Vec<(FrameId, Location)>,
+}
+
+impl Writing {
+    fn of(&mut self, kind: Kind) -> &mut Growing {
+        match kind {
+            Kind::New => &mut self.new,
+            Kind::Kept => &mut self.kept,
+        }
+    }
+
+    fn is_active(&self, number: u32) -> bool {
+        let is = |growing: &Growing| growing.active.as_ref().is_some_and(|(active, _)| *active == number);
+        is(&self.new) || is(&self.kept)
+    }
 }
 
 impl Disk {
@@ -58,15 +86,12 @@ impl Disk {
 
     /// The frame, unverified.
     pub(crate) fn read(&self, id: FrameId) -> Option<Sealed> {
-        let location = self.locations.find(id)?;
+        let location = self.locations.use_of(id)?;
         // none where it was evicted just now
         let segment = self.segments.read().get(&location.segment).cloned()?;
         let frame = segment::read(&segment.file, u64::from(location.offset), location.header(id));
         match frame {
-            Ok(Some(sealed)) => {
-                segment.used_at.store(self.tick(), Ordering::Relaxed);
-                Some(sealed)
-            }
+            Ok(Some(sealed)) => Some(sealed),
             Ok(None) => {
                 add(&self.counters.verify_failures, 1);
                 self.locations.forget(id, location);
@@ -96,27 +121,42 @@ impl Disk {
             if self.contains(*id) {
                 continue;
             }
-            self.append_one(&mut writing, *id, sealed);
-            if writing.unindexed.len() == BATCH_MAX - 1 {
-                self.index_active(&mut writing);
+            let kind = if writing.ghosts.remove(*id) { Kind::Kept } else { Kind::New };
+            if self.make_room(&mut writing, record_len(sealed)) {
+                let written = self.append_one(&mut writing, kind, (*id, sealed), 0);
+                add(&self.counters.written_frames, written.into());
+            } else {
+                add(&self.counters.write_dropped, 1);
             }
         }
-        self.index_active(&mut writing);
+        self.index_all(&mut writing);
     }
 
     /// Indexes what was written and closes the index. Afterwards nothing is found here.
     pub(crate) fn close(&self) {
-        self.index_active(&mut self.writer.lock());
+        self.index_all(&mut self.writer.lock());
         self.index.close();
         let _ = rustix::fs::flock(&self.lock, rustix::fs::FlockOperation::Unlock);
     }
 
-    fn append_one(&self, writing: &mut Writing, id: FrameId, sealed: &Sealed) {
-        let record_len = (RECORD_HEADER_BYTES + sealed.bytes().len()) as u64;
-        if !self.make_room(writing, record_len) {
-            return;
+    /// Appends a record if it fits under the cap; whether it is on disk now.
+    fn append_one(
+        &self,
+        writing: &mut Writing,
+        kind: Kind,
+        (id, sealed): (FrameId, &Sealed),
+        heat: u8,
+    ) -> bool {
+        let record_len = record_len(sealed);
+        self.roll_if_full(writing, kind, record_len);
+        let header = if writing.of(kind).active.is_none() { SEGMENT_HEADER_BYTES } else { 0 };
+        if self.used() + header + record_len > self.bytes_max {
+            return false;
         }
-        let Some((number, segment)) = writing.active.clone() else { return };
+        if header > 0 && !self.begin(writing, kind) {
+            return false;
+        }
+        let Some((number, segment)) = writing.of(kind).active.clone() else { return false };
         let (offset, record) = (segment.len.load(Ordering::Relaxed), RecordHeader::record(id, sealed));
         if let Err(error) = segment.file.write_all_at(&record, offset) {
             self.write_failed(&error);
@@ -125,14 +165,12 @@ impl Disk {
                 let len = segment.file.metadata().map_or(offset + record_len, |meta| meta.len());
                 segment.len.store(len.max(offset), Ordering::Relaxed);
                 self.counters.disk_used_bytes.fetch_add(len.saturating_sub(offset), Ordering::Relaxed);
-                self.roll(writing);
+                self.roll(writing, kind);
             }
-            return;
+            return false;
         }
         segment.len.store(offset + record_len, Ordering::Relaxed);
-        segment.used_at.store(self.tick(), Ordering::Relaxed);
         self.counters.disk_used_bytes.fetch_add(record_len, Ordering::Relaxed);
-        add(&self.counters.written_frames, 1);
         let small = |len: usize| u32::try_from(len).expect("frames are at most 256 KiB");
         let location = Location {
             segment: number,
@@ -140,44 +178,31 @@ impl Disk {
             sealed_len: small(sealed.bytes().len()),
             plain_len: small(sealed.plain_len()),
         };
-        self.locations.insert(id, location);
-        writing.unindexed.push((id, location));
+        self.locations.insert(id, location, heat);
+        let growing = writing.of(kind);
+        growing.unindexed.push((id, location));
+        if growing.unindexed.len() == BATCH_MAX - 1 {
+            self.index_active(growing);
+        }
+        true
     }
 
-    /// Rolls and evicts until a record of `record_len` bytes may be written to the active segment.
-    fn make_room(&self, writing: &mut Writing, record_len: u64) -> bool {
-        if record_len + SEGMENT_HEADER_BYTES > self.bytes_max {
-            return false;
-        }
-        let full = writing.active.as_ref().is_some_and(|(_, segment)| {
+    fn roll_if_full(&self, writing: &mut Writing, kind: Kind, record_len: u64) {
+        let full = writing.of(kind).active.as_ref().is_some_and(|(_, segment)| {
             let len = segment.len.load(Ordering::Relaxed);
             len > SEGMENT_HEADER_BYTES && len + record_len > self.segment_bytes
         });
         if full {
-            self.roll(writing);
+            self.roll(writing, kind);
         }
-        loop {
-            let header = if writing.active.is_none() { SEGMENT_HEADER_BYTES } else { 0 };
-            let used = self.counters.disk_used_bytes.load(Ordering::Relaxed);
-            if used + header + record_len <= self.bytes_max {
-                break;
-            }
-            let active = writing.active.as_ref().map(|(number, _)| *number);
-            match self.coldest(active) {
-                Some(number) => self.evict(number),
-                None if active.is_some() => self.roll(writing),
-                None => return false,
-            }
-        }
-        writing.active.is_some() || self.begin(writing)
     }
 
     /// Begins a new active segment.
-    fn begin(&self, writing: &mut Writing) -> bool {
+    fn begin(&self, writing: &mut Writing, kind: Kind) -> bool {
         let number = writing.next;
         let path = segment_path(&self.segments_directory, number);
         let created = File::options().read(true).write(true).create_new(true).open(&path);
-        let file = match created.and_then(|file| segment::begin(&file).map(|()| file)) {
+        let file = match created.and_then(|file| segment::begin(&file, kind).map(|()| file)) {
             Ok(file) => file,
             Err(error) => {
                 self.write_failed(&error);
@@ -186,58 +211,35 @@ impl Disk {
             }
         };
         writing.next += 1;
-        let segment = Arc::new(Segment {
-            file,
-            len: AtomicU64::new(SEGMENT_HEADER_BYTES),
-            used_at: AtomicU64::new(self.tick()),
-        });
+        let segment = Arc::new(Segment { file, len: AtomicU64::new(SEGMENT_HEADER_BYTES), kind });
         self.counters.disk_used_bytes.fetch_add(SEGMENT_HEADER_BYTES, Ordering::Relaxed);
         self.segments.write().insert(number, segment.clone());
-        writing.active = Some((number, segment));
+        writing.of(kind).active = Some((number, segment));
         true
     }
 
-    /// Ends the active segment.
-    fn roll(&self, writing: &mut Writing) {
-        self.index_active(writing);
-        writing.active = None;
+    /// Ends an active segment.
+    fn roll(&self, writing: &mut Writing, kind: Kind) {
+        let growing = writing.of(kind);
+        self.index_active(growing);
+        growing.active = None;
     }
 
-    fn index_active(&self, writing: &mut Writing) {
-        let records = std::mem::take(&mut writing.unindexed);
-        if let (false, Some((number, segment))) = (records.is_empty(), &writing.active) {
+    fn index_all(&self, writing: &mut Writing) {
+        self.index_active(&mut writing.new);
+        self.index_active(&mut writing.kept);
+    }
+
+    fn index_active(&self, growing: &mut Growing) {
+        let records = std::mem::take(&mut growing.unindexed);
+        if let (false, Some((number, segment))) = (records.is_empty(), &growing.active) {
             self.count(self.index.add(&records, *number, segment.len.load(Ordering::Relaxed)));
         }
     }
 
-    /// The segment that was used least recently, `active` aside.
-    fn coldest(&self, active: Option<u32>) -> Option<u32> {
-        let segments = self.segments.read();
-        let others = segments.iter().filter(|(number, _)| Some(**number) != active);
-        others
-            .min_by_key(|(number, segment)| (segment.used_at.load(Ordering::Relaxed), **number))
-            .map(|(n, _)| *n)
-    }
-
-    /// Removes a whole segment. Readers that have it open finish undisturbed.
-    fn evict(&self, number: u32) {
-        let Some(segment) = self.segments.write().remove(&number) else { return };
-        let len = segment.len.load(Ordering::Relaxed);
-        let gone =
-            self.locations.forget_segment(segment::scan(&segment.file, SEGMENT_HEADER_BYTES, len).0, number);
-        self.count(self.index.forget(&gone, number));
-        if let Err(error) = fs::remove_file(segment_path(&self.segments_directory, number)) {
-            // its bytes stay counted, so that the cap still holds
-            self.write_failed(&error);
-            return;
-        }
-        self.counters.disk_used_bytes.fetch_sub(len, Ordering::Relaxed);
-        add(&self.counters.evicted_segments, 1);
-        self.counters.evicted_bytes.fetch_add(len, Ordering::Relaxed);
-    }
-
-    fn tick(&self) -> u64 {
-        self.clock.fetch_add(1, Ordering::Relaxed)
+    /// What the segment files take now, in bytes.
+    fn used(&self) -> u64 {
+        self.counters.disk_used_bytes.load(Ordering::Relaxed)
     }
 
     fn write_failed(&self, error: &std::io::Error) {
@@ -253,6 +255,11 @@ impl Disk {
             warn!(%error, "the cache's index fails; going on without");
         }
     }
+}
+
+/// What a frame takes in a segment, in bytes.
+fn record_len(sealed: &Sealed) -> u64 {
+    (RECORD_HEADER_BYTES + sealed.bytes().len()) as u64
 }
 
 /// The file of a segment.

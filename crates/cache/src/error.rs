@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use lamina_chunk::FrameId;
 
-use crate::SourceError;
+use crate::{SourceError, Unfit};
 
 /// Why a cache cannot be opened, or a frame not be had.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -27,6 +27,14 @@ pub enum CacheError {
         directory: PathBuf,
         /// What the system said.
         cause: Arc<io::Error>,
+    },
+    /// The directory must not be used, and was not touched.
+    #[error("cache directory {directory:?} cannot be used: {why}")]
+    Unfit {
+        /// The directory.
+        directory: PathBuf,
+        /// Why, and what to do.
+        why: Unfit,
     },
     /// The source failed. Its own error says whether retrying can help.
     #[error("frame {id} not fetched: {cause}")]
@@ -50,4 +58,11 @@ pub enum CacheError {
     /// The process is stopping.
     #[error("frame {0} not fetched: the cache is closing")]
     Stopped(FrameId),
+}
+
+impl CacheError {
+    /// Whether the same read may succeed soon: nobody said no, it only did not come.
+    pub fn is_passing(&self) -> bool {
+        matches!(self, Self::Source { cause: SourceError::Unreachable { .. }, .. } | Self::Deadline { .. })
+    }
 }

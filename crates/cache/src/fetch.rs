@@ -124,8 +124,22 @@ async fn fly(shared: Arc<Shared>, job: Job, class: Class) {
     if legs.is_empty() {
         return;
     }
+    let mut left = legs.clone();
     let mut claimed = Claimed { shared: shared.clone(), legs };
-    let damaged = receive(&mut claimed, job.pack, class).await;
+    let begun = Instant::now();
+    let mut damaged = Vec::new();
+    loop {
+        let before = left.len();
+        let received = receive(&mut claimed, job.pack, left, class, begun).await;
+        damaged.extend(received.damaged);
+        left = received.left;
+        let Some(error) = received.error else { break };
+        // a connection that breaks off may hold the next time: as long as frames come, the rest is asked for again
+        if !error.is_passing() || left.len() == before {
+            fail(&mut claimed, &left, &error);
+            break;
+        }
+    }
     for leg in damaged {
         again(&shared, &leg, class).await;
         claimed.landed(&leg);
@@ -133,37 +147,44 @@ async fn fly(shared: Arc<Shared>, job: Job, class: Class) {
     drop(slot);
 }
 
-/// One request: each frame is opened and landed as soon as its last byte has come. Returns what did not verify or did
-/// not come, which stays claimed.
-async fn receive(claimed: &mut Claimed, pack: PackId, class: Class) -> Vec<Leg> {
+/// What one request came to. The legs in it stay claimed.
+#[derive(Default)]
+struct Received {
+    /// What did not verify.
+    damaged: Vec<Leg>,
+    /// What did not come.
+    left: Vec<Leg>,
+    /// Why it did not.
+    error: Option<RequestError>,
+}
+
+/// One request: each frame is opened and landed as soon as its last byte has come.
+async fn receive(
+    claimed: &mut Claimed,
+    pack: PackId,
+    legs: Vec<Leg>,
+    class: Class,
+    begun: Instant,
+) -> Received {
     let shared = claimed.shared.clone();
-    let mut waiting: VecDeque<Leg> = claimed.legs.iter().cloned().collect();
+    let mut waiting = VecDeque::from(legs);
     let frames: Vec<Frame> = waiting.iter().map(Leg::frame).collect();
     let range = span(&frames);
-    let begun = Instant::now();
-    let mut damaged = Vec::new();
+    let mut received = Received::default();
     let mut body = BytesMut::with_capacity(usize::try_from(range.end - range.start).unwrap_or(0));
     add(&shared.counters.source_requests, 1);
-    let mut answer =
-        match shared.within(begun, waiting[0].flight.source.stream(pack, range.clone(), class)).await {
-            Ok(answer) => answer,
+    let source = waiting[0].flight.source.clone();
+    let mut answer = match shared.within(begun, source.stream(pack, range.clone(), class)).await {
+        Ok(answer) => answer,
+        Err(error) => return Received { left: waiting.into(), error: Some(error), ..received },
+    };
+    while !waiting.is_empty() {
+        let next = async { answer.next().await.unwrap_or_else(|| Err(ended_early(pack))) };
+        let piece = match shared.within(begun, next).await {
+            Ok(piece) => piece,
             Err(error) => {
-                fail(claimed, &error);
-                return damaged;
-            }
-        };
-    loop {
-        let next = async { Ok(answer.next().await.transpose()) };
-        let piece = match shared.within(begun, async { next.await.and_then(|piece| piece) }).await {
-            Ok(Some(piece)) => piece,
-            Ok(None) => break,
-            // a connection that breaks off may hold the next time: what has not come is asked for once more, alone
-            Err(RequestError::Source(crate::SourceError::Unreachable { .. })) => break,
-            Err(error) => {
-                claimed.legs.retain(|leg| damaged.iter().all(|other: &Leg| other.want.id != leg.want.id));
-                fail(claimed, &error);
-                claimed.legs.extend(damaged.iter().cloned());
-                return damaged;
+                received.error = Some(error);
+                break;
             }
         };
         add(&shared.counters.source_bytes, piece.len());
@@ -174,18 +195,32 @@ async fn receive(claimed: &mut Claimed, pack: PackId, class: Class) -> Vec<Leg> 
             ready.push(leg);
         }
         if !ready.is_empty() {
-            damaged.extend(deliver(claimed, ready, &body, range.start, class).await);
+            let damaged = deliver(claimed, ready, &body, range.start, class).await;
+            if !damaged.is_empty() {
+                source.distrust(pack, answer.origin);
+            }
+            received.damaged.extend(damaged);
         }
     }
-    let wanted: usize = frames.iter().map(|frame| frame.sealed_len as usize).sum();
+    let come = frames.len() - waiting.len();
+    let wanted: usize = frames[..come].iter().map(|frame| frame.sealed_len as usize).sum();
     add(&shared.counters.source_gap_bytes, body.len().saturating_sub(wanted));
-    damaged.extend(waiting);
-    damaged
+    received.left = waiting.into();
+    received
 }
 
-/// Tells everybody who still waits that the request failed.
-fn fail(claimed: &mut Claimed, error: &RequestError) {
-    for leg in claimed.legs.drain(..) {
+/// What a source did whose answer is shorter than it said.
+fn ended_early(pack: PackId) -> crate::SourceError {
+    #[derive(Debug, thiserror::Error)]
+    #[error("the answer ended before its last byte")]
+    struct EndedEarly;
+    crate::SourceError::Unreachable { pack, cause: Arc::new(EndedEarly) }
+}
+
+/// Tells everybody who waits for `legs` that the request failed.
+fn fail(claimed: &mut Claimed, legs: &[Leg], error: &RequestError) {
+    for leg in legs {
+        claimed.landed(leg);
         claimed.shared.flights.land(&leg.flight, Err(error.of(leg.want.id)));
     }
 }
@@ -295,6 +330,11 @@ pub(crate) enum RequestError {
 }
 
 impl RequestError {
+    /// Whether asking again may help. Not after the deadline: whoever has time left asks by itself.
+    fn is_passing(&self) -> bool {
+        matches!(self, Self::Source(crate::SourceError::Unreachable { .. }))
+    }
+
     fn of(&self, id: FrameId) -> CacheError {
         match self {
             Self::Source(cause) => CacheError::Source { id, cause: cause.clone() },

@@ -21,6 +21,7 @@ mod writer;
 
 pub use cache::Cache;
 pub use config::{CacheConfig, Class, InFlight};
+pub use disk::{Unfit, check_directory};
 pub use error::CacheError;
 pub use fetch::Want;
 pub use metrics::Snapshot;

@@ -59,6 +59,8 @@ counters! {
     verify_failures,
     /// Readers that joined a fetch which another had started.
     joined,
+    /// Readers that wait right now.
+    waiting,
     /// Frames that readers had to wait for.
     waits,
     /// How long they waited, summed.
@@ -67,8 +69,10 @@ counters! {
     wait_us_max,
     /// Frames written to disk.
     written_frames,
-    /// Frames not kept on disk because the disk was slower than the network.
+    /// Frames not kept on disk because the disk was slower than the network, or everything there is pinned.
     write_dropped,
+    /// Frames that were in an evicted segment and were written again, because they had been read or are pinned.
+    kept_frames,
     /// Failures of the disk: full, broken, or its index in error. The cache works on without it.
     disk_failures,
     /// Whole segments evicted to stay below the cap.
@@ -77,6 +81,10 @@ counters! {
     evicted_bytes,
     /// Bytes that segment files take now.
     disk_used_bytes,
+    /// Bytes that they may take.
+    disk_max_bytes,
+    /// Bytes of frames on disk that are pinned.
+    pinned_bytes,
 }
 
 /// Adds to a counter.

@@ -1,7 +1,9 @@
 //! The seam to the network.
 
 use std::ops::Range;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
@@ -31,12 +33,42 @@ pub trait Source: Send + Sync {
         class: Class,
     ) -> BoxFuture<'_, Result<Pieces, SourceError>> {
         let whole = self.fetch(pack, range, class);
-        async move { Ok(stream::iter([Ok(whole.await?)]).boxed()) }.boxed()
+        async move { Ok(Pieces::new(stream::iter([Ok(whole.await?)]).boxed())) }.boxed()
+    }
+
+    /// Says that bytes of `pack` which came from an origin of this source did not verify: others, where there are any, should
+    /// be asked first.
+    fn distrust(&self, pack: PackId, origin: usize) {
+        let _ = (pack, origin);
     }
 }
 
 /// An answer on its way.
-pub type Pieces = BoxStream<'static, Result<Bytes, SourceError>>;
+pub struct Pieces {
+    bytes: BoxStream<'static, Result<Bytes, SourceError>>,
+    /// Which of the places that the source asks this came from. It means something to the source only.
+    pub origin: usize,
+}
+
+impl Pieces {
+    /// The answer of a source that has one place to ask.
+    pub fn new(bytes: BoxStream<'static, Result<Bytes, SourceError>>) -> Self {
+        Self { bytes, origin: 0 }
+    }
+
+    /// The same answer, from `origin`.
+    pub fn from(self, origin: usize) -> Self {
+        Self { origin, ..self }
+    }
+}
+
+impl stream::Stream for Pieces {
+    type Item = Result<Bytes, SourceError>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.bytes.poll_next_unpin(context)
+    }
+}
 
 /// What went wrong at the other end.
 type Cause = Arc<dyn std::error::Error + Send + Sync>;

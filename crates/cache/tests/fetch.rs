@@ -8,9 +8,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, join_all};
-use lamina_cache::{Cache, CacheConfig, CacheError, Class, Source, SourceError, Want};
+use futures_util::{FutureExt, StreamExt, stream};
+use lamina_cache::{Cache, CacheConfig, CacheError, Class, Pieces, Source, SourceError, Want};
 use lamina_chunk::{Chunk, Level, PackBuilder, PackId, PackedChunk, Place, Sealer};
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
@@ -23,6 +23,10 @@ enum Fault {
     FlipBits,
     CutShort,
     Hang,
+    /// Nobody is there.
+    Down,
+    /// Half of it comes, then the connection breaks.
+    BreakOff,
 }
 
 /// Packs in memory.
@@ -57,10 +61,36 @@ impl Source for MemorySource {
                 Some(Fault::FlipBits) => Ok(body.iter().map(|byte| byte ^ 1).collect()),
                 Some(Fault::CutShort) => Ok(body.slice(..body.len() / 2)),
                 Some(Fault::Hang) => std::future::pending().await,
+                Some(Fault::Down | Fault::BreakOff) => Err(unreachable(PackId::from_bytes([7; 32]))),
             }
         }
         .boxed()
     }
+
+    fn stream(
+        &self,
+        pack: PackId,
+        range: Range<u64>,
+        class: Class,
+    ) -> BoxFuture<'_, Result<Pieces, SourceError>> {
+        async move {
+            let breaks = matches!(self.faults.lock().last(), Some(Fault::BreakOff));
+            if breaks {
+                self.faults.lock().pop();
+            }
+            let body = self.fetch(pack, range, class).await?;
+            let pieces = match breaks {
+                true => vec![Ok(body.slice(..body.len() / 2)), Err(unreachable(pack))],
+                false => vec![Ok(body)],
+            };
+            Ok(Pieces::new(stream::iter(pieces).boxed()))
+        }
+        .boxed()
+    }
+}
+
+fn unreachable(pack: PackId) -> SourceError {
+    SourceError::Unreachable { pack, cause: Arc::new(std::io::Error::other("nobody is there")) }
 }
 
 struct Rig {
@@ -316,4 +346,56 @@ async fn another_mounts_failing_source_does_not_fail_this_one() {
     rig.memory.gate.add_permits(OPEN);
     assert!(first.await.expect("ended").is_err());
     assert_eq!(second.await.expect("ended").expect("fetched"), [rig.chunks[3].clone()]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_waits_for_a_source_that_is_down_until_it_is_back() {
+    let rig = rig();
+    rig.memory.faults.lock().extend([Fault::Down; 4]);
+    let fetched = rig.cache.fetch(&rig.source, &rig.wants[..1], &[], Class::Demand).await;
+    assert_eq!(fetched.expect("it came back"), rig.chunks[..1]);
+    let seen = rig.cache.snapshot();
+    assert_eq!((seen.source_failures, seen.waiting), (4, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_stays_down_is_an_error_at_the_readers_deadline_and_readahead_does_not_wait() {
+    let rig = rig_with(OPEN, |config| config.deadline = Duration::from_millis(200));
+    rig.memory.faults.lock().extend([Fault::Down; 1000]);
+    let begun = std::time::Instant::now();
+    let error = rig.cache.fetch(&rig.source, &rig.wants[..1], &[], Class::Demand).await.expect_err("down");
+    assert!(matches!(error, CacheError::Deadline { .. }), "{error}");
+    assert!(begun.elapsed() >= Duration::from_millis(200));
+    let asked = rig.memory.requests.lock().len();
+    let ahead = rig.cache.fetch(&rig.source, &rig.wants[1..2], &[], Class::Background).await;
+    assert!(matches!(ahead, Err(CacheError::Source { cause: SourceError::Unreachable { .. }, .. })));
+    assert_eq!(rig.memory.requests.lock().len(), asked + 1);
+    rig.memory.faults.lock().clear();
+    rig.cache.fetch(&rig.source, &rig.wants[..1], &[], Class::Demand).await.expect("back");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_that_joins_a_failing_fetch_late_still_has_its_whole_deadline() {
+    let rig = rig_with(0, |config| config.deadline = Duration::from_secs(20));
+    rig.cache.prefetch(&rig.source, &rig.wants[..1], Class::Background);
+    until(|| rig.memory.begun.load(Ordering::SeqCst) == 1).await;
+    rig.memory.faults.lock().push(Fault::Down);
+    let (cache, source, want) = (rig.cache.clone(), rig.source.clone(), rig.wants[0]);
+    let reader = tokio::spawn(async move { cache.fetch(&source, &[want], &[], Class::Demand).await });
+    until(|| rig.cache.snapshot().joined == 1).await;
+    rig.memory.gate.add_permits(OPEN);
+    assert_eq!(reader.await.expect("ended").expect("fetched"), rig.chunks[..1]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_an_answer_that_breaks_off_only_the_rest_is_asked_for_again() {
+    let rig = rig();
+    rig.memory.faults.lock().push(Fault::BreakOff);
+    let fetched = rig.cache.fetch(&rig.source, &rig.wants[..40], &[], Class::Demand).await;
+    assert_eq!(fetched.expect("fetched"), rig.chunks[..40]);
+    let requests = rig.memory.requests.lock();
+    let (first, second) = (&requests[0].0, &requests[1].0);
+    assert_eq!(requests.len(), 2);
+    assert_eq!(second.end, first.end);
+    assert_eq!(second.start, u64::from(rig.wants[20].place.frame.offset));
 }

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Seek};
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -50,10 +51,18 @@ pub(crate) async fn run(arguments: MountArguments, common: Common) -> Result<()>
     Ok(())
 }
 
-/// Makes the cache directory, where it is not there yet.
+/// Makes the cache directory, where it is not there yet; only this user may look into it, as what is cached may come from images
+/// that are not for everybody.
 pub(crate) fn make_cache(cache: &CacheArguments) -> Result<()> {
-    std::fs::create_dir_all(&cache.directory)
-        .with_context(|| format!("the cache directory {} cannot be made", cache.directory.display()))
+    let directory = &cache.directory;
+    let made = || {
+        if directory.exists() {
+            return Ok(());
+        }
+        directory.parent().map_or(Ok(()), std::fs::create_dir_all)?;
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)
+    };
+    made().with_context(|| format!("the cache directory {} cannot be made", directory.display()))
 }
 
 /// Has the daemon of the cache directory, which must exist, mount something; starts one where there is none.
@@ -106,6 +115,13 @@ async fn alone(
 }
 
 fn report(arguments: &MountArguments, mounted: &MountResponse) {
+    if !mounted.offline.is_empty() {
+        let (reference, manifest) = (&arguments.reference, &mounted.manifest);
+        eprintln!("lamina: {}", mounted.offline);
+        eprintln!(
+            "lamina: nobody says what {reference} is now; mounted what it was when last asked, {manifest}"
+        );
+    }
     if arguments.json {
         let report = serde_json::json!({
             "reference": arguments.reference.to_string(),
@@ -113,6 +129,7 @@ fn report(arguments: &MountArguments, mounted: &MountResponse) {
             "tree": mounted.tree,
             "elapsed_us": mounted.elapsed_us,
             "requests": mounted.requests,
+            "offline": Some(&mounted.offline).filter(|reason| !reason.is_empty()),
         });
         println!("{report}");
     }
@@ -146,6 +163,9 @@ async fn start_daemon(cache: &CacheArguments, settings: &NodeSettings, common: &
         .process_group(0);
     if let Some(kib) = settings.read_ahead_kb {
         command.args(["--read-ahead-kb", &kib.to_string()]);
+    }
+    for (registry, mirror) in &settings.mirrors {
+        command.args(["--mirror", &format!("{registry}={mirror}")]);
     }
     let mut child = command.spawn().context("the node cannot be started")?;
     let mut stdout = BufReader::new(child.stdout.take().expect("it is piped"));

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use lamina_cache::CacheConfig;
-use lamina_node::{Controller, Node, NodeConfig};
+use lamina_node::{Controller, Mirrors, Node, NodeConfig};
 use tokio::runtime::Handle;
 
 use super::{client_config, interrupted};
@@ -35,8 +35,12 @@ pub(crate) async fn open(
     let mut cache = CacheConfig::new(cache.directory.clone(), settings.cache_mib << 20);
     cache.deadline = Duration::from_secs(settings.deadline);
     let read_ahead_kb = settings.read_ahead_kb;
-    let config =
-        NodeConfig { cache, client: client_config(common), platform: host_platform(), read_ahead_kb };
+    let mut mirrors = Mirrors::new();
+    for (registry, mirror) in &settings.mirrors {
+        mirrors.entry(registry.clone()).or_default().push(mirror.clone());
+    }
+    let client = client_config(common);
+    let config = NodeConfig { cache, client, mirrors, platform: host_platform(), read_ahead_kb };
     let handle = Handle::current();
     let node = tokio::task::spawn_blocking(move || Node::open(config, handle)).await??;
     Ok(Arc::new(node))

@@ -8,7 +8,8 @@ use crate::args::StatsArguments;
 
 /// Prints the counters of a daemon and of its mounts.
 pub(crate) async fn run(arguments: StatsArguments) -> Result<()> {
-    let mut stats = Controller::new(&arguments.cache.directory).stats().await?;
+    let controller = Controller::new(&arguments.cache.directory);
+    let mut stats = controller.stats().await?;
     if let Some(directory) = &arguments.directory {
         let wanted = std::path::absolute(directory)?.display().to_string();
         stats.mounts.retain(|mount| mount.directory == wanted.trim_end_matches('/'));
@@ -24,11 +25,30 @@ pub(crate) async fn run(arguments: StatsArguments) -> Result<()> {
             })
         });
         let mounts: Vec<_> = mounts.collect();
-        println!("{}", serde_json::json!({ "pid": stats.pid, "cache": stats.cache, "mounts": mounts }));
+        let sources = stats.sources.iter().map(|source| {
+            serde_json::json!({
+                "url": source.url,
+                "state": source.state,
+                "reason": source.reason,
+                "away_ms": source.away_ms,
+                "counters": source.counters,
+            })
+        });
+        let sources: Vec<_> = sources.collect();
+        let all = serde_json::json!({ "pid": stats.pid, "cache": stats.cache, "sources": sources, "mounts": mounts });
+        println!("{all}");
         return Ok(());
     }
     println!("node {}", stats.pid);
     print_counters(&stats.cache);
+    for source in &stats.sources {
+        let away = match source.away_ms {
+            0 => String::new(),
+            ms => format!(" for {}.{} s: {}", ms / 1000, ms / 100 % 10, source.reason),
+        };
+        println!("\n{} {}{away}", source.url, source.state);
+        print_counters(&source.counters);
+    }
     for mount in &stats.mounts {
         println!("\n{} at {}", mount.reference, mount.directory);
         print_counters(&mount.counters);

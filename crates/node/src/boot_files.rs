@@ -20,7 +20,7 @@ use lamina_cache::{Class, Pieces, Source, SourceError};
 use lamina_chunk::PackId;
 use parking_lot::Mutex;
 
-use crate::RegistrySource;
+use crate::sources::Sources;
 
 /// The directory of boot packs.
 #[derive(Clone, Debug)]
@@ -88,14 +88,14 @@ struct Part {
 /// A registry whose boot packs are kept.
 #[derive(Debug)]
 pub(crate) struct KeptBoot {
-    registry: RegistrySource,
+    registry: Sources,
     files: BootFiles,
     parts: Mutex<HashMap<PackId, Part>>,
 }
 
 impl KeptBoot {
     /// Keeps the boot packs of `registry` in `files`.
-    pub(crate) fn new(registry: RegistrySource, files: BootFiles) -> Self {
+    pub(crate) fn new(registry: Sources, files: BootFiles) -> Self {
         Self { registry, files, parts: Mutex::default() }
     }
 
@@ -179,21 +179,28 @@ impl Source for KeptSource {
     ) -> BoxFuture<'_, Result<Pieces, SourceError>> {
         self.0.registry.stream(pack, range, class)
     }
+
+    fn distrust(&self, pack: PackId, origin: usize) {
+        self.0.registry.distrust(pack, origin);
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use lamina_image::Digest;
-    use lamina_wire::{Client, ClientConfig};
+    use lamina_wire::ClientConfig;
 
     use super::*;
+    use crate::sources::Hosts;
 
     fn kept(bytes_max: u64) -> (tempfile::TempDir, KeptBoot) {
         let directory = tempfile::tempdir().expect("a directory");
         let files = BootFiles::open(directory.path().join("boot"), bytes_max).expect("opened");
         // nothing listens there, and nobody asks
-        let client = Client::new("127.0.0.1:1", ClientConfig::default()).expect("a client");
-        (directory, KeptBoot::new(RegistrySource::new(client, "app".to_owned()), files))
+        let hosts = Hosts::new(ClientConfig::default(), HashMap::new());
+        let reference = "127.0.0.1:1/app:t".parse().expect("a reference");
+        let registry = hosts.sources(&reference, false).expect("a client");
+        (directory, KeptBoot::new(registry, files))
     }
 
     fn pack(number: u8) -> PackId {

@@ -3,28 +3,35 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use lamina_cache::{Cache, CacheConfig};
 use lamina_image::{BootPack, Digest, Platform, Tree};
 use lamina_mount::{Mount, MountConfig, Record};
-use lamina_wire::proto::{MountRequest, MountResponse, MountStats, StatsResponse, UnmountResponse};
-use lamina_wire::{Client, ClientConfig, Reference, Scheme};
+use lamina_wire::proto::{
+    MountRequest, MountResponse, MountStats, SourceStats, StatsResponse, UnmountResponse,
+};
+use lamina_wire::{ClientConfig, Reference};
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::boot_files::{BootFiles, KeptBoot, KeptSource};
+use crate::known::Known;
+use crate::resolve::resolve;
+use crate::sources::{Hosts, Mirrors, Sources, State};
 use crate::start::{Report, Starting};
 use crate::trees::Trees;
-use crate::{Found, NodeError, RegistrySource, find_image};
+use crate::{Found, NodeError};
 
 /// One daemon takes no more mounts.
 const MOUNTS_MAX: usize = 4096;
 /// A tree's blob over 1 GiB is refused: some ten million files.
 const TREE_BLOB_BYTES_MAX: u64 = 1 << 30;
 
+/// A tree that takes longer to come is given up: the largest one over 100 Mbit/s.
+const TREE: Duration = Duration::from_secs(90);
 /// Boot packs get this part of what the cache may take, beside it.
 const BOOT_PART: u64 = 10;
 
@@ -35,6 +42,8 @@ pub struct NodeConfig {
     pub cache: CacheConfig,
     /// How registries are spoken to.
     pub client: ClientConfig,
+    /// Who else has what a registry has.
+    pub mirrors: Mirrors,
     /// Which image of an index is taken.
     pub platform: Platform,
     /// The kernel's readahead while a start runs, in KiB; `None` for what was measured to be best.
@@ -45,6 +54,8 @@ pub struct NodeConfig {
 pub struct Node {
     config: NodeConfig,
     cache: Arc<Cache>,
+    hosts: Hosts,
+    known: Known,
     trees: Trees,
     boot_files: BootFiles,
     mounts: Mutex<BTreeMap<PathBuf, Mounted>>,
@@ -74,15 +85,21 @@ struct Mounted {
 impl Node {
     /// Opens the cache and the trees beside it. Blocks.
     pub fn open(config: NodeConfig, handle: Handle) -> Result<Self, NodeError> {
-        let trees = Trees::open(config.cache.directory.join("trees"))?;
+        // it locks and checks the directory, so it comes first
         let cache = Arc::new(Cache::open(config.cache.clone(), handle)?);
-        let directory = config.cache.directory.join("boot");
-        let boot_files = BootFiles::open(directory.clone(), config.cache.bytes_max / BOOT_PART)
-            .map_err(|error| NodeError::File { path: directory, error })?;
+        let trees = Trees::open(config.cache.directory.join("trees"))?;
+        let part = |name| config.cache.directory.join(name);
+        let failed = |path| move |error| NodeError::File { path, error };
+        let boot_files = BootFiles::open(part("boot"), config.cache.bytes_max / BOOT_PART);
+        let boot_files = boot_files.map_err(failed(part("boot")))?;
+        let known = Known::open(part("images")).map_err(failed(part("images")))?;
+        let hosts = Hosts::new(config.client, config.mirrors.clone());
         let (count, _) = watch::channel(0);
         Ok(Self {
             config,
             cache,
+            hosts,
+            known,
             trees,
             boot_files,
             mounts: Mutex::default(),
@@ -108,14 +125,15 @@ impl Node {
             return Err(NodeError::TooManyMounts(MOUNTS_MAX));
         }
         let reference: Reference = request.reference.parse()?;
-        let scheme = if request.plain_http { Scheme::PlainHttp } else { self.config.client.scheme };
-        let client = Client::new(&reference.host, ClientConfig { scheme, ..self.config.client })?;
-        let found = find_image(&client, &reference, &self.config.platform, request.require_bound).await?;
+        let sources = self.hosts.sources(&reference, request.plain_http)?;
+        let (platform, deadline) = (&self.config.platform, self.config.cache.deadline);
+        let resolved =
+            resolve(&sources, &self.known, &reference, platform, request.require_bound, deadline).await?;
+        let found = resolved.found;
         let mut requests = found.requests;
-        let registry = RegistrySource::new(client.clone(), reference.repository.clone());
-        let kept = Arc::new(KeptBoot::new(registry, self.boot_files.clone()));
+        let kept = Arc::new(KeptBoot::new(sources.clone(), self.boot_files.clone()));
         let starting = Starting {
-            client: client.clone(),
+            client: sources.registry(),
             repository: reference.repository.clone(),
             manifest: found.manifest,
             tree: found.tree,
@@ -125,7 +143,7 @@ impl Node {
         // a boot pack is the registry's word, so an image that must be bound does without
         let boot = !request.no_boot && !request.record && !request.require_bound;
         let boot = boot.then(|| starting.find_boot());
-        let tree = self.tree(&client, &reference, &found, &mut requests).await?;
+        let tree = self.tree(&sources, &reference, &found, &mut requests).await?;
         let source = Arc::new(KeptSource(kept));
         let mut config = MountConfig::new(PathBuf::from(&request.directory));
         config.name = reference.to_string();
@@ -140,7 +158,8 @@ impl Node {
         self.keep(Arc::new(mount), &reference, starting, boot);
         let elapsed_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
         let (manifest, tree) = (found.manifest.to_string(), found.tree.to_string());
-        Ok(MountResponse { manifest, tree, elapsed_us, requests })
+        let offline = resolved.offline.unwrap_or_default();
+        Ok(MountResponse { manifest, tree, elapsed_us, requests, offline })
     }
 
     /// Remembers a mount, and forgets it when it is gone, whoever unmounted it.
@@ -180,7 +199,7 @@ impl Node {
 
     async fn tree(
         &self,
-        client: &Client,
+        sources: &Sources,
         reference: &Reference,
         found: &Found,
         requests: &mut u32,
@@ -195,7 +214,11 @@ impl Node {
             Some(tree) => tree,
             None => {
                 *requests += 1;
-                let blob = client.blob(&reference.repository, digest, TREE_BLOB_BYTES_MAX).await?;
+                let blob = sources
+                    .ask(TREE, |client| async move {
+                        Ok(client.blob(&reference.repository, digest, TREE_BLOB_BYTES_MAX).await?)
+                    })
+                    .await?;
                 let (trees, name) = (self.trees.clone(), reference.to_string());
                 blocking(move || trees.store(&name, digest, &blob)).await?
             }
@@ -248,7 +271,23 @@ impl Node {
             counters: named(mounted.mount.snapshot().named()),
         });
         let mounts = mounts.collect();
-        StatsResponse { pid: std::process::id(), cache: named(self.cache.snapshot().named()), mounts }
+        let sources = self.hosts.all().into_iter().map(|(url, host)| {
+            let (state, reason, away_ms) = match host.state() {
+                State::Here => ("here", String::new(), 0),
+                State::Doubted => ("doubted", String::new(), 0),
+                State::Away(since, reason) => ("away", reason, since.elapsed().as_millis()),
+            };
+            let away_ms = u64::try_from(away_ms).unwrap_or(u64::MAX);
+            SourceStats {
+                url,
+                state: state.to_owned(),
+                reason,
+                away_ms,
+                counters: named(host.counters.named()),
+            }
+        });
+        let cache = named(self.cache.snapshot().named());
+        StatsResponse { pid: std::process::id(), cache, mounts, sources: sources.collect() }
     }
 }
 

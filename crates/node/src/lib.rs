@@ -8,8 +8,10 @@ mod client;
 mod daemon;
 mod error;
 mod image;
+mod known;
+mod resolve;
 mod server;
-mod source;
+mod sources;
 mod start;
 mod trees;
 
@@ -18,4 +20,6 @@ pub use daemon::{Node, NodeConfig};
 pub use error::NodeError;
 pub use image::{Found, find_image};
 pub use server::serve;
-pub use source::RegistrySource;
+pub use sources::Mirrors;
+
+pub use lamina_cache::check_directory as check_cache_directory;

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use backon::{ExponentialBuilder, Retryable};
 use bytes::{Bytes, BytesMut};
@@ -64,6 +64,15 @@ impl std::fmt::Debug for Blob {
     }
 }
 
+/// What a registry answers when it is only asked whether it is there.
+#[derive(Clone, Copy, Debug)]
+pub struct Pong {
+    /// The HTTP status: 200, or 401 where it wants to know who asks.
+    pub status: u16,
+    /// Its clock, to the second.
+    pub date: Option<SystemTime>,
+}
+
 /// A manifest or index as it came, matched against its digest where one was asked for.
 #[derive(Clone, Debug)]
 pub struct Fetched {
@@ -99,6 +108,24 @@ impl Client {
             WireError::Unreachable { url: base.clone(), reason }
         })?;
         Ok(Self { http: Arc::new(http), base, config })
+    }
+
+    /// The same client, over the same connections, that sends a request at most `tries` times: for whoever decides itself
+    /// when to ask again, and whom.
+    pub fn with_tries(&self, tries: usize) -> Self {
+        Self { config: ClientConfig { tries, ..self.config }, ..self.clone() }
+    }
+
+    /// Whether anybody who speaks HTTP is there and well, whatever it says of us. One small request.
+    pub async fn ping(&self) -> Result<Pong, WireError> {
+        let url = format!("{}/v2/", self.base);
+        let answer = self.call(Request::get(&url), no_body()).await?;
+        let status = answer.status().as_u16();
+        if status >= 500 {
+            return Err(WireError::Status { url, status, message: "it is not well".into() });
+        }
+        let date = answer.header(header::DATE).and_then(|date| httpdate::parse_http_date(date).ok());
+        Ok(Pong { status, date })
     }
 
     /// `http[s]://host[:port]`.

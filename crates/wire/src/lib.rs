@@ -12,7 +12,7 @@ mod push;
 mod reference;
 mod referrers;
 
-pub use client::{Blob, Client, ClientConfig, Fetched, Scheme};
+pub use client::{Blob, Client, ClientConfig, Fetched, Pong, Scheme};
 pub use error::WireError;
 pub use profile::{read_trace, write_trace};
 pub use push::{KnownLayer, write_places};

@@ -11,17 +11,18 @@ use parking_lot::{Mutex, RwLock};
 use rustix::fs::FlockOperation;
 use tracing::{info, warn};
 
+use super::evict::Marks;
 use super::index::{BATCH_MAX, Index, Location};
 use super::locations::Locations;
-use super::segment::{self, RecordHeader, SEGMENT_HEADER_BYTES, Segment};
-use super::{Disk, Writing, segment_path};
+use super::segment::{self, Kind, RecordHeader, SEGMENT_HEADER_BYTES, Segment};
+use super::{Disk, Writing, directory, segment_path};
 use crate::CacheError;
 use crate::metrics::{Counters, add};
 
-/// A segment is this part of the cap, so that evicting one loses little,
+/// A segment is this part of the cap, so that evicting one loses little and few files are open,
 const SEGMENTS_PER_CAP: u64 = 64;
-/// but not so small that there are too many files open,
-const SEGMENT_BYTES_MIN: u64 = 256 << 10;
+/// but not so small that it holds only one frame,
+const SEGMENT_BYTES_MIN: u64 = 64 << 10;
 /// nor so large that offsets overflow.
 const SEGMENT_BYTES_MAX: u64 = 2 << 30;
 
@@ -38,22 +39,26 @@ impl Disk {
         let failed =
             |cause| CacheError::Directory { directory: directory.to_owned(), cause: Arc::new(cause) };
         let segments_directory = directory.join("segments");
-        fs::create_dir_all(&segments_directory).map_err(failed)?;
+        directory::prepare(directory)?;
         let lock = lock(directory)?;
+        directory::stamp(directory);
+        fs::create_dir_all(&segments_directory).map_err(failed)?;
         let index = Index::open(&directory.join("index")).unwrap_or_else(|error| {
             warn!(%error, "no index can be made; the cache works without its disk");
             add(&counters.disk_failures, 1);
             Index::none()
         });
+        let segment_bytes = (bytes_max / SEGMENTS_PER_CAP).clamp(SEGMENT_BYTES_MIN, SEGMENT_BYTES_MAX);
         let disk = Self {
             segments_directory,
             bytes_max,
-            segment_bytes: (bytes_max / SEGMENTS_PER_CAP).clamp(SEGMENT_BYTES_MIN, SEGMENT_BYTES_MAX),
             index,
             locations: Locations::default(),
             segments: RwLock::default(),
-            writer: Mutex::new(Writing { active: None, next: 1, unindexed: Vec::new() }),
-            clock: AtomicU64::new(1),
+            marks: Marks::of(bytes_max, segment_bytes),
+            segment_bytes,
+            writer: Mutex::new(Writing { next: 1, ..Writing::default() }),
+            pins: Mutex::default(),
             counters,
             lock,
         };
@@ -62,9 +67,9 @@ impl Disk {
             scanned.extend(disk.adopt(number).map_err(failed)?);
         }
         disk.load(scanned);
-        while disk.counters.disk_used_bytes.load(Ordering::Relaxed) > bytes_max {
-            let Some(number) = disk.coldest(None) else { break };
-            disk.evict(number);
+        {
+            let mut writing = disk.writer.lock();
+            disk.evict_down_to(&mut writing, disk.marks.high, disk.marks.low);
         }
         disk.resume();
         Ok(disk)
@@ -88,11 +93,11 @@ impl Disk {
         let file = File::options().read(true).write(true).open(&path)?;
         let len = file.metadata()?.len();
         self.writer.lock().next = number.saturating_add(1);
-        if !segment::begins(&file) || len > u64::from(u32::MAX) {
+        let Some(kind) = segment::begins(&file).filter(|_| len <= u64::from(u32::MAX)) else {
             info!(path = %path.display(), "removing a file that is no segment");
             fs::remove_file(&path)?;
             return Ok(Vec::new());
-        }
+        };
         let indexed = self.index.indexed(number).unwrap_or_default();
         let from = indexed.filter(|indexed| (SEGMENT_HEADER_BYTES..=len).contains(indexed));
         let (records, end) = segment::scan(&file, from.unwrap_or(SEGMENT_HEADER_BYTES), len);
@@ -105,7 +110,7 @@ impl Disk {
         for batch in records.chunks(BATCH_MAX - 1) {
             self.count(self.index.add(batch, number, end));
         }
-        let segment = Segment { file, len: AtomicU64::new(end), used_at: AtomicU64::new(self.tick()) };
+        let segment = Segment { file, len: AtomicU64::new(end), kind };
         self.segments.write().insert(number, Arc::new(segment));
         self.counters.disk_used_bytes.fetch_add(end, Ordering::Relaxed);
         Ok(records)
@@ -122,19 +127,22 @@ impl Disk {
             let end = u64::from(location.offset) + location.header(id).record_len();
             let segment = segments.get(&location.segment);
             if segment.is_some_and(|segment| end <= segment.len.load(Ordering::Relaxed)) {
-                self.locations.insert(id, location);
+                self.locations.insert(id, location, 0);
             }
         }
     }
 
-    /// Goes on with the newest segment while it is not full.
+    /// Goes on with the newest segment of each kind while it is not full.
     fn resume(&self) {
         let segments = self.segments.read();
-        let newest = segments.iter().max_by_key(|(number, _)| **number);
-        if let Some((number, segment)) = newest
-            && segment.len.load(Ordering::Relaxed) < self.segment_bytes
-        {
-            self.writer.lock().active = Some((*number, segment.clone()));
+        let mut writing = self.writer.lock();
+        for kind in [Kind::New, Kind::Kept] {
+            let of_kind = segments.iter().filter(|(_, segment)| segment.kind == kind);
+            if let Some((number, segment)) = of_kind.max_by_key(|(number, _)| **number)
+                && segment.len.load(Ordering::Relaxed) < self.segment_bytes
+            {
+                writing.of(kind).active = Some((*number, segment.clone()));
+            }
         }
     }
 }

@@ -13,7 +13,7 @@ pub(crate) const SEGMENT_HEADER_BYTES: u64 = 16;
 /// What a record begins with, in bytes.
 pub(crate) const RECORD_HEADER_BYTES: usize = 64;
 
-const SEGMENT_HEADER: [u8; SEGMENT_HEADER_BYTES as usize] = *b"LAMSEG01\0\0\0\0\0\0\0\0";
+const SEGMENT_MAGIC: [u8; 8] = *b"LAMSEG01";
 const RECORD_MAGIC: [u8; 8] = *b"LAMFRM01";
 
 /// An open segment.
@@ -22,8 +22,28 @@ pub(crate) struct Segment {
     pub(crate) file: File,
     /// Bytes in use; only the writer changes it.
     pub(crate) len: AtomicU64,
-    /// The cache's clock when a frame was last written or read here.
-    pub(crate) used_at: AtomicU64,
+    pub(crate) kind: Kind,
+}
+
+/// What lies in a segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// What was fetched, in the order of fetching.
+    New,
+    /// What was in a segment that was evicted, and deserved to stay.
+    Kept,
+}
+
+impl Kind {
+    fn header(self) -> [u8; SEGMENT_HEADER_BYTES as usize] {
+        let mut header = [0; SEGMENT_HEADER_BYTES as usize];
+        header[..8].copy_from_slice(&SEGMENT_MAGIC);
+        header[8] = match self {
+            Self::New => 0,
+            Self::Kept => 1,
+        };
+        header
+    }
 }
 
 /// What a record's header says.
@@ -74,14 +94,15 @@ fn check(header: &[u8]) -> [u8; 16] {
 }
 
 /// Writes the header of a new segment.
-pub(crate) fn begin(file: &File) -> io::Result<()> {
-    file.write_all_at(&SEGMENT_HEADER, 0)
+pub(crate) fn begin(file: &File, kind: Kind) -> io::Result<()> {
+    file.write_all_at(&kind.header(), 0)
 }
 
-/// Whether `file` begins as a segment of this version does.
-pub(crate) fn begins(file: &File) -> bool {
-    let mut header = [0; SEGMENT_HEADER.len()];
-    file.read_exact_at(&mut header, 0).is_ok() && header == SEGMENT_HEADER
+/// What kind of segment `file` is; `None` where it does not begin as one of this version does.
+pub(crate) fn begins(file: &File) -> Option<Kind> {
+    let mut header = [0; SEGMENT_HEADER_BYTES as usize];
+    file.read_exact_at(&mut header, 0).ok()?;
+    [Kind::New, Kind::Kept].into_iter().find(|kind| kind.header() == header)
 }
 
 /// The frame whose record begins at `offset`, if it is the one of `expected`. The frame itself is not verified.

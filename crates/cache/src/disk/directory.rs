@@ -1,0 +1,128 @@
+//! Whether a directory can be a cache's: before anything in it is touched.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::CacheError;
+
+/// The file that says whose the directory is.
+const STAMP_FILE: &str = "version";
+/// What it says. Another text is of a version that keeps other things here, and is left alone.
+const STAMP: &str = "lamina cache 1\n";
+/// A stamp is never longer, in bytes.
+const STAMP_BYTES_MAX: u64 = 64;
+
+/// File systems that live on another machine, by `statfs(2)`'s number (linux/magic.h).
+const REMOTE: [(i64, &str); 8] = [
+    (0x6969, "nfs"),
+    (0x517b, "smb"),
+    (0xff53_4d42, "cifs"),
+    (0xfe53_4d42, "smb2"),
+    (0x00c3_6400, "ceph"),
+    (0x0102_1997, "9p"),
+    (0x5346_414f, "afs"),
+    (0x0bd0_0bd0, "lustre"),
+];
+
+/// Why a directory will not do, and what to do about it.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum Unfit {
+    /// Another version's. Nothing in it was touched.
+    #[error(
+        "it was made by another version of lamina (it says {0:?}); use that version, another directory, or remove it"
+    )]
+    Version(String),
+    /// Somebody else could change what is read from it.
+    #[error("it belongs to user {owner}, and this process runs as user {user}; chown it or use another one")]
+    Owner {
+        /// Whose it is.
+        owner: u32,
+        /// Who asks.
+        user: u32,
+    },
+    /// Two machines could own it at once, and a link that breaks would take running programs with it.
+    #[error("it is on {0}, a network file system; use a directory on a local disk")]
+    Remote(&'static str),
+}
+
+/// Makes the directory where it is missing, and checks that it can be a cache's. Changes nothing in it.
+pub fn prepare(directory: &Path) -> Result<(), CacheError> {
+    let failed = |cause| CacheError::Directory { directory: directory.to_owned(), cause: Arc::new(cause) };
+    let unfit = |why| CacheError::Unfit { directory: directory.to_owned(), why };
+    // what is cached may come from images that are not for everybody
+    if !directory.exists() {
+        directory.parent().map_or(Ok(()), fs::create_dir_all).map_err(failed)?;
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(failed)?;
+    }
+    let (owner, user) = (fs::metadata(directory).map_err(failed)?.uid(), rustix::process::geteuid().as_raw());
+    if owner != user {
+        return Err(unfit(Unfit::Owner { owner, user }));
+    }
+    let kind = rustix::fs::statfs(directory).map_err(|error| failed(error.into()))?.f_type;
+    if let Some((_, name)) = REMOTE.iter().find(|(number, _)| *number == kind) {
+        return Err(unfit(Unfit::Remote(name)));
+    }
+    match File::open(directory.join(STAMP_FILE)) {
+        Ok(file) => {
+            let mut text = String::new();
+            let read = file.take(STAMP_BYTES_MAX).read_to_string(&mut text);
+            match read {
+                // a disk that was full when it was written
+                Ok(_) if text == STAMP || text.is_empty() => Ok(()),
+                Ok(_) => Err(unfit(Unfit::Version(text.trim().to_owned()))),
+                Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                    Err(unfit(Unfit::Version("something unreadable".to_owned())))
+                }
+                Err(error) => Err(failed(error)),
+            }
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(failed(error)),
+    }
+}
+
+/// Says whose the directory is, once it is locked. A full disk must not keep the cache from opening.
+pub(super) fn stamp(directory: &Path) {
+    let path = directory.join(STAMP_FILE);
+    if !path.exists() {
+        let _ = File::create(path).and_then(|mut file| file.write_all(STAMP.as_bytes()));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_of_another_version_or_user_is_refused_and_left_as_it_is() {
+        let root = tempfile::tempdir().expect("a directory");
+        let directory = root.path().join("a/cache");
+        prepare(&directory).expect("made");
+        stamp(&directory);
+        prepare(&directory).expect("its own");
+        fs::write(directory.join(STAMP_FILE), "lamina cache 2\n").expect("written");
+        let error = prepare(&directory).expect_err("another version");
+        assert!(error.to_string().contains("lamina cache 2"), "{error}");
+        fs::write(directory.join(STAMP_FILE), b"\xff\xfe").expect("written");
+        assert!(prepare(&directory).is_err());
+        fs::write(directory.join(STAMP_FILE), STAMP).expect("written");
+        std::os::unix::fs::chown(&directory, Some(12345), None).expect("these tests need root");
+        let error = prepare(&directory).expect_err("another user's");
+        assert!(error.to_string().contains("user 12345"), "{error}");
+        assert_eq!(fs::read(directory.join(STAMP_FILE)).expect("read"), STAMP.as_bytes());
+    }
+
+    #[test]
+    fn a_read_only_disk_is_named() {
+        let root = tempfile::tempdir().expect("a directory");
+        let flags = rustix::mount::MountFlags::RDONLY;
+        rustix::mount::mount("tmpfs", root.path(), "tmpfs", flags, c"size=1m").expect("mounting needs root");
+        let error = prepare(&root.path().join("cache")).expect_err("read-only");
+        rustix::mount::unmount(root.path(), rustix::mount::UnmountFlags::DETACH).expect("unmounted");
+        let (said, path) = (error.to_string(), root.path().display().to_string());
+        assert!(said.contains(&path) && said.contains("Read-only"), "{said}");
+    }
+}

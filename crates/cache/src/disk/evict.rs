@@ -1,0 +1,209 @@
+//! What goes when the disk is full, and what stays.
+//!
+//! The policy is S3-FIFO (Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023) with segments in the
+//! place of objects. What is fetched goes into *new* segments. The oldest of these is evicted first: what was read from it
+//! since moves to a *kept* segment, the rest goes, so that a scan through an image pushes out only other scans, and not what
+//! every start reads. Only where new segments hold less than a tenth of the cap the oldest kept one is evicted, and there too
+//! what was read since stays. A frame that is fetched again soon after it went is kept at once.
+//!
+//! Reads are those of the disk: the memory in front of it takes the many reads of one frame that belong together.
+//! Pinned frames always stay.
+
+use std::collections::{HashSet, VecDeque};
+use std::fs;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use lamina_chunk::{FrameId, Sealed};
+
+use super::index::Location;
+use super::locations::key;
+use super::segment::{self, Kind, SEGMENT_HEADER_BYTES, Segment};
+use super::{Disk, Writing, record_len, segment_path};
+use crate::metrics::add;
+
+/// New segments hold at least this part of the cap, as in the paper.
+const NEW_PART: u64 = 10;
+/// Frames that are remembered for a while after they went, 16 bytes each: 4 GB of frames of 64 KiB.
+const GHOSTS_MAX: usize = 64 << 10;
+/// Survivors are copied in batches of so many bytes. The last one is held in memory while the old segment is removed, so that
+/// small caches need no room for copies.
+const COPY_BYTES: u64 = 4 << 20;
+
+/// The watermarks, in bytes of segment files.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Marks {
+    /// A write that would go above this evicts first.
+    pub(super) high: u64,
+    /// Eviction ends here.
+    pub(super) low: u64,
+}
+
+impl Marks {
+    /// Between the high mark and the cap there is room for the survivors of a whole segment.
+    pub(super) fn of(bytes_max: u64, segment_bytes: u64) -> Self {
+        let room = if segment_bytes > COPY_BYTES { 2 * segment_bytes } else { 0 };
+        let high = bytes_max.saturating_sub(room);
+        // small caches evict as little as they can
+        let low = if segment_bytes > COPY_BYTES { high.saturating_sub(segment_bytes) } else { high };
+        Self { high, low }
+    }
+}
+
+/// Frames that were evicted lately.
+#[derive(Default)]
+pub(super) struct Ghosts {
+    known: HashSet<u64>,
+    order: VecDeque<u64>,
+}
+
+impl Ghosts {
+    fn insert(&mut self, id: FrameId) {
+        if self.known.insert(key(id)) {
+            self.order.push_back(key(id));
+        }
+        while self.order.len() > GHOSTS_MAX {
+            if let Some(oldest) = self.order.pop_front() {
+                self.known.remove(&oldest);
+            }
+        }
+    }
+
+    /// Whether the frame went lately. It is not asked about twice.
+    pub(super) fn remove(&mut self, id: FrameId) -> bool {
+        self.known.remove(&key(id))
+    }
+}
+
+impl Disk {
+    /// Keeps these frames, whether they are here or still to come, until they are unpinned as often.
+    pub(crate) fn pin(&self, ids: impl IntoIterator<Item = FrameId>) {
+        let mut pins = self.pins.lock();
+        for id in ids {
+            *pins.entry(key(id)).or_default() += 1;
+        }
+    }
+
+    /// Takes one pin off each.
+    pub(crate) fn unpin(&self, ids: impl IntoIterator<Item = FrameId>) {
+        let mut pins = self.pins.lock();
+        for id in ids {
+            if let Some(count) = pins.get_mut(&key(id)) {
+                *count -= 1;
+                if *count == 0 {
+                    pins.remove(&key(id));
+                }
+            }
+        }
+    }
+
+    /// Evicts until a record of `record_len` bytes fits; whether it does.
+    pub(super) fn make_room(&self, writing: &mut Writing, record_len: u64) -> bool {
+        let needed = record_len + SEGMENT_HEADER_BYTES;
+        if needed > self.bytes_max {
+            return false;
+        }
+        let above = |mark: u64| mark.saturating_sub(needed);
+        if self.used() > above(self.marks.high) {
+            self.evict_down_to(writing, above(self.marks.high), above(self.marks.low));
+        }
+        self.used() + needed <= self.bytes_max
+    }
+
+    /// Evicts down to `low`, where more than `high` is used. Gives up where everything is pinned.
+    pub(super) fn evict_down_to(&self, writing: &mut Writing, high: u64, low: u64) {
+        if self.used() <= high {
+            return;
+        }
+        // each segment is looked at a few times at most: until what was read has cooled down
+        let mut rounds = 4 * (self.segments.read().len() + 1);
+        while self.used() > low && rounds > 0 {
+            rounds -= 1;
+            let Some((number, segment)) = self.victim() else { return };
+            if writing.is_active(number) {
+                self.roll(writing, segment.kind);
+            }
+            self.evict(writing, number, &segment);
+        }
+    }
+
+    /// Which segment goes first.
+    fn victim(&self) -> Option<(u32, Arc<Segment>)> {
+        let segments = self.segments.read();
+        let new_bytes: u64 = segments
+            .values()
+            .filter(|segment| segment.kind == Kind::New)
+            .map(|segment| segment.len.load(Ordering::Relaxed))
+            .sum();
+        let kind = if new_bytes > self.bytes_max / NEW_PART { Kind::New } else { Kind::Kept };
+        let oldest = |kind| {
+            let of_kind = segments.iter().filter(|(_, segment)| segment.kind == kind);
+            of_kind.min_by_key(|(number, _)| **number)
+        };
+        let (number, segment) = oldest(kind).or_else(|| oldest(Kind::New))?;
+        Some((*number, segment.clone()))
+    }
+
+    /// Removes a whole segment but for what survives. Readers that have it open finish undisturbed.
+    fn evict(&self, writing: &mut Writing, number: u32, segment: &Segment) {
+        let len = segment.len.load(Ordering::Relaxed);
+        let (records, _) = segment::scan(&segment.file, SEGMENT_HEADER_BYTES, len);
+        let (mut batch, mut batch_bytes, mut gone) = (Vec::new(), 0, Vec::new());
+        for (offset, record) in records {
+            let offset = u32::try_from(offset).expect("segments stay below 4 GiB");
+            let (id, sealed_len, plain_len) = (record.id, record.sealed_len, record.plain_len);
+            let location = Location { segment: number, offset, sealed_len, plain_len };
+            let Some(heat) = self.locations.heat(id, location) else { continue };
+            let pinned = self.pins.lock().contains_key(&key(id));
+            let sealed = match heat > 0 || pinned {
+                true => segment::read(&segment.file, offset.into(), record).ok().flatten(),
+                false => None,
+            };
+            let Some(sealed) = sealed else {
+                self.locations.forget(id, location);
+                writing.ghosts.insert(id);
+                gone.push(id);
+                continue;
+            };
+            if batch_bytes + record_len(&sealed) > COPY_BYTES {
+                gone.extend(self.survive(writing, std::mem::take(&mut batch), location.segment));
+                batch_bytes = 0;
+            }
+            batch_bytes += record_len(&sealed);
+            batch.push((location, id, sealed, heat.saturating_sub(1)));
+        }
+        self.segments.write().remove(&number);
+        let removed = fs::remove_file(segment_path(&self.segments_directory, number));
+        match &removed {
+            Ok(()) => {
+                self.counters.disk_used_bytes.fetch_sub(len, Ordering::Relaxed);
+                add(&self.counters.evicted_segments, 1);
+                self.counters.evicted_bytes.fetch_add(len, Ordering::Relaxed);
+            }
+            // its bytes stay counted, so that the cap still holds
+            Err(error) => self.write_failed(error),
+        }
+        gone.extend(self.survive(writing, batch, number));
+        self.count(self.index.forget(&gone, number));
+    }
+
+    /// Appends survivors of a segment again. Gives those that found no room.
+    fn survive(
+        &self,
+        writing: &mut Writing,
+        batch: Vec<(Location, FrameId, Sealed, u8)>,
+        number: u32,
+    ) -> Vec<FrameId> {
+        let mut gone = Vec::new();
+        for (location, id, sealed, heat) in batch {
+            debug_assert_eq!(location.segment, number);
+            if self.append_one(writing, Kind::Kept, (id, &sealed), heat) {
+                add(&self.counters.kept_frames, 1);
+                continue;
+            }
+            self.locations.forget(id, location);
+            gone.push(id);
+        }
+        gone
+    }
+}

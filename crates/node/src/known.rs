@@ -1,0 +1,139 @@
+//! Images that this node has found before: what each reference meant when a registry last said so.
+//!
+//! One small JSON file a reference. A digest never means anything else, so an image named by digest is found here without asking
+//! anybody; what is named by tag only where nobody answers. Every file can be deleted; it is written again at the next mount.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use lamina_image::Digest;
+use lamina_wire::{Reference, Version};
+use serde::{Deserialize, Serialize};
+
+use crate::Found;
+
+/// References that are remembered, half a kilobyte each; the oldest are forgotten.
+const KNOWN_MAX: usize = 4096;
+/// A file is never longer.
+const FILE_BYTES_MAX: u64 = 16 << 10;
+
+/// The directory of known images.
+#[derive(Clone, Debug)]
+pub(crate) struct Known(PathBuf);
+
+/// What a file says.
+#[derive(Debug, Serialize, Deserialize)]
+struct Entry {
+    reference: String,
+    manifest: String,
+    tree: String,
+    bound: bool,
+}
+
+impl Known {
+    /// Takes the directory, creating it where it is missing.
+    pub(crate) fn open(directory: PathBuf) -> io::Result<Self> {
+        fs::create_dir_all(&directory)?;
+        Ok(Self(directory))
+    }
+
+    fn path(&self, reference: &str) -> PathBuf {
+        self.0.join(format!("{}.json", Digest::of(reference.as_bytes()).hex()))
+    }
+
+    /// What `reference` meant when it was last found. Blocks for one small read.
+    pub(crate) fn find(&self, reference: &Reference) -> Option<Found> {
+        let reference = reference.to_string();
+        let entry = read(&self.path(&reference)).ok()?;
+        if entry.reference != reference {
+            return None;
+        }
+        let (manifest, tree) = (entry.manifest.parse().ok()?, entry.tree.parse().ok()?);
+        Some(Found { manifest, tree, bound: entry.bound, requests: 0 })
+    }
+
+    /// Remembers what `reference` means, under its digest as well. A failure costs a request later, and nothing else.
+    pub(crate) fn remember(&self, reference: &Reference, found: &Found) {
+        let pinned = Reference { version: Version::Digest(found.manifest), ..reference.clone() };
+        for reference in [reference, &pinned] {
+            if let Err(error) = self.write(&reference.to_string(), found) {
+                tracing::debug!(%reference, %error, "cannot be remembered");
+            }
+        }
+    }
+
+    fn write(&self, reference: &str, found: &Found) -> io::Result<()> {
+        let path = self.path(reference);
+        let (manifest, tree) = (found.manifest.to_string(), found.tree.to_string());
+        let entry = Entry { reference: reference.to_owned(), manifest, tree, bound: found.bound };
+        if !path.exists() {
+            self.shrink()?;
+        }
+        let mut file = tempfile::Builder::new().prefix(".tmp").tempfile_in(&self.0)?;
+        file.write_all(&serde_json::to_vec(&entry)?)?;
+        file.persist(path).map_err(|error| error.error)?;
+        Ok(())
+    }
+
+    /// Forgets the oldest until one more has room.
+    fn shrink(&self) -> io::Result<()> {
+        let files: io::Result<Vec<PathBuf>> =
+            fs::read_dir(&self.0)?.map(|entry| entry.map(|entry| entry.path())).collect();
+        let files = files?;
+        if files.len() < KNOWN_MAX {
+            return Ok(());
+        }
+        let modified = |path: &PathBuf| {
+            fs::metadata(path).and_then(|metadata| metadata.modified()).unwrap_or(SystemTime::UNIX_EPOCH)
+        };
+        let mut aged: Vec<_> = files.into_iter().map(|path| (modified(&path), path)).collect();
+        aged.sort();
+        aged.truncate(aged.len() + 1 - KNOWN_MAX);
+        aged.into_iter().try_for_each(|(_, path)| fs::remove_file(path))
+    }
+}
+
+fn read(path: &Path) -> io::Result<Entry> {
+    let file = File::open(path)?;
+    Ok(serde_json::from_reader(io::Read::take(file, FILE_BYTES_MAX))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn known() -> (tempfile::TempDir, Known) {
+        let directory = tempfile::tempdir().expect("a directory");
+        let known = Known::open(directory.path().join("images")).expect("opened");
+        (directory, known)
+    }
+
+    #[test]
+    fn an_image_is_found_again_by_its_tag_and_by_its_digest() {
+        let (_directory, known) = known();
+        let (manifest, tree) = (Digest::of(b"manifest"), Digest::of(b"tree"));
+        let found = Found { manifest, tree, bound: true, requests: 2 };
+        let tag: Reference = "localhost:5000/a:t".parse().expect("a reference");
+        let digest: Reference = format!("localhost:5000/a@{manifest}").parse().expect("a reference");
+        known.remember(&tag, &found);
+        for reference in [tag, digest] {
+            let again = known.find(&reference).expect("known");
+            assert_eq!((again.manifest, again.tree, again.bound, again.requests), (manifest, tree, true, 0));
+        }
+        assert!(known.find(&"localhost:5000/b:t".parse().expect("a reference")).is_none());
+    }
+
+    #[test]
+    fn a_damaged_file_is_an_unknown_image() {
+        let (_directory, known) = known();
+        let found = Found { manifest: Digest::of(b"m"), tree: Digest::of(b"t"), bound: false, requests: 1 };
+        let tag: Reference = "localhost:5000/a:t".parse().expect("a reference");
+        known.remember(&tag, &found);
+        for damage in [&b""[..], b"{}", b"\xff\xfe", b"{\"reference\":\"localhost:5000/a:t\"}"] {
+            fs::write(known.path(&tag.to_string()), damage).expect("written");
+            assert!(known.find(&tag).is_none());
+        }
+    }
+}

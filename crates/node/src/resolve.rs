@@ -1,0 +1,51 @@
+//! From a reference to an image, whoever answers: its mirrors, its registry, or what was known of it before.
+
+use std::time::Duration;
+
+use lamina_image::Platform;
+use lamina_wire::{Reference, Version};
+
+use crate::known::Known;
+use crate::sources::Sources;
+use crate::{Found, NodeError, find_image};
+
+/// An image that is known is not waited for longer than this, however long readers wait: its mount is what a node restarts with.
+const KNOWN_WAIT: Duration = Duration::from_secs(5);
+
+/// An image, and how it was found.
+#[derive(Debug)]
+pub(crate) struct Resolved {
+    pub(crate) found: Found,
+    /// Why nobody said what the tag means now, where it is mounted as it was last known.
+    pub(crate) offline: Option<String>,
+}
+
+/// Finds an image within `deadline`. *Errors*: the registry's, unless the image is known and nobody answers.
+pub(crate) async fn resolve(
+    sources: &Sources,
+    known: &Known,
+    reference: &Reference,
+    platform: &Platform,
+    require_bound: bool,
+    deadline: Duration,
+) -> Result<Resolved, NodeError> {
+    let before = known.find(reference).filter(|found| found.bound || !require_bound);
+    if let (Version::Digest(_), Some(found)) = (&reference.version, &before) {
+        return Ok(Resolved { found: found.clone(), offline: None });
+    }
+    let within = if before.is_some() { deadline.min(KNOWN_WAIT) } else { deadline };
+    let asked = sources
+        .ask(within, |client| async move { find_image(&client, reference, platform, require_bound).await })
+        .await;
+    match (asked, before) {
+        (Ok(found), _) => {
+            known.remember(reference, &found);
+            Ok(Resolved { found, offline: None })
+        }
+        (Err(NodeError::Wire(error)), Some(found)) if error.is_passing() => {
+            tracing::warn!(%reference, manifest = %found.manifest, %error, "mounting the image last known");
+            Ok(Resolved { found, offline: Some(error.to_string()) })
+        }
+        (Err(error), _) => Err(error),
+    }
+}

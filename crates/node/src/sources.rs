@@ -1,0 +1,256 @@
+//! Where an image's packs come from: the mirrors of its registry in the order given, then the registry.
+//!
+//! A demand read is answered by whoever answers first. The next source is asked when one fails, and also when one takes longer
+//! than it usually does, within a budget. When nobody answers, a demand read waits: its deadline is the cache's, which drops the
+//! future. Everything else gives up at once, so that it is not in the way when somebody is back.
+
+mod host;
+mod pace;
+mod race;
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::{Bytes, BytesMut};
+use futures_util::future::{BoxFuture, select_all};
+use futures_util::{FutureExt, TryStreamExt};
+use lamina_cache::{Class, Pieces, Source, SourceError};
+use lamina_chunk::PackId;
+use lamina_wire::{Client, ClientConfig, Reference, Scheme, WireError};
+use parking_lot::Mutex;
+use tokio::time::timeout;
+
+pub(crate) use self::host::{Host, State};
+use self::race::Race;
+use crate::NodeError;
+
+/// A reader asks again after this long, then twice as long each time,
+const PAUSE_MIN: Duration = Duration::from_millis(50);
+/// up to this long, in case that looking for a host says nothing of it.
+const PAUSE_MAX: Duration = Duration::from_secs(4);
+/// A host that sent wrong bytes, failed, or was overtaken is asked last for so long.
+const DEMOTED: Duration = Duration::from_secs(60);
+/// How often what nobody waits for is asked for at most.
+const ROUNDS_UNURGENT: u32 = 4;
+/// Hosts that are remembered though nothing is mounted from them any more.
+const HOSTS_MAX: usize = 256;
+
+/// Which other hosts have what a registry has, by its `host[:port]`, in the order in which they are asked.
+pub type Mirrors = HashMap<String, Vec<String>>;
+
+/// All hosts that this node has to do with.
+#[derive(Debug)]
+pub(crate) struct Hosts {
+    config: ClientConfig,
+    mirrors: Mirrors,
+    hosts: Mutex<HashMap<(String, bool), Arc<Host>>>,
+}
+
+impl Hosts {
+    pub(crate) fn new(config: ClientConfig, mirrors: Mirrors) -> Self {
+        Self { config, mirrors, hosts: Mutex::default() }
+    }
+
+    /// Who has the image `reference`.
+    pub(crate) fn sources(&self, reference: &Reference, plain_http: bool) -> Result<Sources, NodeError> {
+        let mut hosts = Vec::new();
+        for mirror in self.mirrors.get(&reference.host).into_iter().flatten() {
+            let (name, plain) = match mirror.strip_prefix("http://") {
+                Some(name) => (name, true),
+                None => (mirror.trim_start_matches("https://"), false),
+            };
+            hosts.push(self.host(name, plain)?);
+        }
+        hosts.push(self.host(&reference.host, plain_http)?);
+        let (repository, demoted) = (reference.repository.as_str().into(), Arc::default());
+        Ok(Sources { hosts: hosts.into(), repository, demoted })
+    }
+
+    fn host(&self, name: &str, plain_http: bool) -> Result<Arc<Host>, NodeError> {
+        let mut hosts = self.hosts.lock();
+        if let Some(host) = hosts.get(&(name.to_owned(), plain_http)) {
+            return Ok(Arc::clone(host));
+        }
+        if hosts.len() >= HOSTS_MAX {
+            hosts.retain(|_, host| Arc::strong_count(host) > 1);
+        }
+        let scheme = if plain_http { Scheme::PlainHttp } else { self.config.scheme };
+        let host = Arc::new(Host::new(name.to_owned(), ClientConfig { scheme, ..self.config })?);
+        hosts.insert((name.to_owned(), plain_http), Arc::clone(&host));
+        Ok(host)
+    }
+
+    /// All of them, by URL.
+    pub(crate) fn all(&self) -> Vec<(String, Arc<Host>)> {
+        let hosts = self.hosts.lock();
+        let mut all: Vec<_> =
+            hosts.values().map(|host| (host.client().base().to_owned(), host.clone())).collect();
+        all.sort_by(|one, other| one.0.cmp(&other.0));
+        all
+    }
+}
+
+/// Who has one image's packs, the registry itself last.
+#[derive(Clone, Debug)]
+pub(crate) struct Sources {
+    hosts: Arc<[Arc<Host>]>,
+    repository: Arc<str>,
+    /// Hosts that are asked last, by position, and since when.
+    demoted: Arc<Mutex<HashMap<usize, Instant>>>,
+}
+
+impl Sources {
+    /// The registry that the reference names.
+    pub(crate) fn registry(&self) -> Client {
+        self.hosts.last().expect("the registry is one").client()
+    }
+
+    /// Asks one host after the other, those that are away last, until one answers as hoped, each for its part of `within`.
+    /// *Errors*: the registry's own.
+    pub(crate) async fn ask<T, F>(&self, within: Duration, ask: impl Fn(Client) -> F) -> Result<T, NodeError>
+    where
+        F: Future<Output = Result<T, NodeError>>,
+    {
+        let share = within / u32::try_from(self.hosts.len()).unwrap_or(u32::MAX);
+        let (last, mirrors) = self.hosts.split_last().expect("the registry is one");
+        let one = async |host: &Arc<Host>| {
+            let client = host.client();
+            let url = client.base().to_owned();
+            let asked = timeout(share, ask(client)).await;
+            let result = asked.unwrap_or_else(|_| Err(WireError::Timeout { url, waited: share }.into()));
+            if let Err(NodeError::Wire(error @ (WireError::Unreachable { .. } | WireError::Timeout { .. }))) =
+                &result
+            {
+                host.doubt(&error.to_string());
+            }
+            result
+        };
+        for host in mirrors.iter().filter(|host| !host.is_away()) {
+            match one(host).await {
+                Ok(answer) => return Ok(answer),
+                Err(error) => tracing::debug!(?host, %error, "asking the next"),
+            }
+        }
+        one(last).await
+    }
+
+    /// Hosts by position, in the order in which they are asked; with `all` even those that are away.
+    fn order(&self, all: bool) -> Vec<(usize, Arc<Host>)> {
+        let mut demoted = self.demoted.lock();
+        demoted.retain(|_, since| since.elapsed() < DEMOTED);
+        let hosts = self.hosts.iter().cloned().enumerate();
+        let mut hosts: Vec<_> = hosts.filter(|(_, host)| all || !host.is_away()).collect();
+        hosts.sort_by_key(|(position, _)| demoted.contains_key(position));
+        hosts
+    }
+
+    /// Asks a host last for a while.
+    fn demote(&self, position: usize, reason: &str) {
+        if let Some(host) = self.hosts.get(position).filter(|_| self.hosts.len() > 1)
+            && self.demoted.lock().insert(position, Instant::now()).is_none()
+        {
+            tracing::warn!(?host, reason, "others are asked first for a while");
+        }
+    }
+
+    /// Returns when any host is back, or after `pause`.
+    async fn back(&self, pause: Duration) {
+        let any = select_all(self.hosts.iter().map(|host| host.back().boxed()));
+        let _ = timeout(pause, any).await;
+    }
+
+    async fn open(&self, pack: PackId, range: Range<u64>, class: Class) -> Result<Pieces, SourceError> {
+        let (mut pause, mut round) = (PAUSE_MIN, 0);
+        loop {
+            let waited_long = pause == PAUSE_MAX;
+            let hosts = self.order(waited_long);
+            let error = match hosts.is_empty() {
+                true => self.nobody(pack),
+                false => match Race::new(&self.repository, pack, range.clone(), class).run(hosts).await {
+                    Ok((pieces, beaten)) => {
+                        if let Some(position) = beaten {
+                            self.demote(position, "it is slow or fails");
+                        }
+                        return Ok(pieces);
+                    }
+                    Err(error) => error,
+                },
+            };
+            round += 1;
+            let hopeful = matches!(error, SourceError::Unreachable { .. });
+            let patient =
+                class == Class::Demand || (round < ROUNDS_UNURGENT && !self.order(false).is_empty());
+            if !hopeful || !patient {
+                return Err(error);
+            }
+            self.back(jitter(pause)).await;
+            pause = (pause * 2).min(PAUSE_MAX);
+        }
+    }
+
+    /// Why nobody is asked.
+    fn nobody(&self, pack: PackId) -> SourceError {
+        let away = self.hosts.iter().rev().find_map(|host| match host.state() {
+            State::Away(_, reason) => Some(reason),
+            _ => None,
+        });
+        let reason = away.unwrap_or_default();
+        SourceError::Unreachable { pack, cause: Arc::new(std::io::Error::other(reason)) }
+    }
+}
+
+impl Source for Sources {
+    fn fetch(
+        &self,
+        pack: PackId,
+        range: Range<u64>,
+        class: Class,
+    ) -> BoxFuture<'_, Result<Bytes, SourceError>> {
+        let len = usize::try_from(range.end - range.start).unwrap_or(usize::MAX);
+        async move {
+            let mut round = 0;
+            loop {
+                let mut bytes = BytesMut::with_capacity(len.min(RESERVED_BYTES));
+                let mut pieces = self.open(pack, range.clone(), class).await?;
+                let error = loop {
+                    match pieces.try_next().await {
+                        Ok(Some(piece)) => bytes.extend_from_slice(&piece),
+                        Ok(None) => return Ok(bytes.freeze()),
+                        Err(error) => break error,
+                    }
+                };
+                round += 1;
+                if round >= ROUNDS_UNURGENT || !matches!(error, SourceError::Unreachable { .. }) {
+                    return Err(error);
+                }
+            }
+        }
+        .boxed()
+    }
+
+    fn stream(
+        &self,
+        pack: PackId,
+        range: Range<u64>,
+        class: Class,
+    ) -> BoxFuture<'_, Result<Pieces, SourceError>> {
+        self.open(pack, range, class).boxed()
+    }
+
+    fn distrust(&self, pack: PackId, origin: usize) {
+        self.demote(origin, &format!("it sent wrong bytes of {pack}"));
+    }
+}
+
+/// A buffer is reserved at once up to this, in bytes; beyond it grows with what comes.
+const RESERVED_BYTES: usize = 1 << 20;
+
+/// `pause` and up to half as much again, so that many who were sent away at once do not come back at once.
+fn jitter(pause: Duration) -> Duration {
+    use std::hash::{BuildHasher, RandomState};
+    // keyed by the system's randomness, anew each time
+    let chance = RandomState::new().hash_one(0);
+    pause + pause.mul_f64((chance % 1000) as f64 / 2000.0)
+}
