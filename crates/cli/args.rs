@@ -65,6 +65,8 @@ pub(crate) enum Command {
     Inspect(InspectArguments),
     /// Show what mounts have read, from where, and how long it took
     Stats(StatsArguments),
+    /// Look at this machine: what works, what does not, and what to do
+    Doctor(DoctorArguments),
     /// See, record and exchange what starts of an image touch: boot packs are made from it
     Profile(ProfileArguments),
     /// Print a completion script for a shell
@@ -216,7 +218,29 @@ pub(crate) struct StatsArguments {
     pub(crate) directory: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) cache: CacheArguments,
+    /// Show rates, drawn anew every second, until Ctrl-C
+    #[arg(short, long, conflicts_with_all = ["json", "directory"])]
+    pub(crate) watch: bool,
+    /// The seconds between two pictures of --watch
+    #[arg(long, default_value_t = 1, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub(crate) interval: u64,
     /// Print them as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct DoctorArguments {
+    /// Registries to look at, host[:port], or images on them [default: those that the running node has to do with]
+    #[arg(value_name = "REGISTRY|IMAGE")]
+    pub(crate) registries: Vec<String>,
+    #[command(flatten)]
+    pub(crate) cache: CacheArguments,
+    /// The most that cached frames take on disk, in MiB
+    #[arg(long, env = "LAMINA_CACHE_MIB", default_value_t = 20 << 10, value_name = "MIB",
+        value_parser = clap::value_parser!(u64).range(16..))]
+    pub(crate) cache_mib: u64,
+    /// Print it as JSON
     #[arg(long)]
     pub(crate) json: bool,
 }

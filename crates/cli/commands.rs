@@ -1,6 +1,7 @@
 //! One file a command.
 
 mod artifact;
+pub(crate) mod doctor;
 pub(crate) mod inspect;
 pub(crate) mod mount;
 pub(crate) mod node;

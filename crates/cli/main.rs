@@ -55,6 +55,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Node(it) => commands::node::run(it, common).await,
         Command::Inspect(it) => commands::inspect::run(it, common).await,
         Command::Stats(it) => commands::stats::run(it).await,
+        Command::Doctor(it) => commands::doctor::run(it, common).await,
         Command::Profile(it) => commands::profile::run(it, common).await,
         Command::Completions(it) => commands::completions(it),
     }

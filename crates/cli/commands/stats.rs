@@ -1,5 +1,9 @@
 //! `lamina stats`.
 
+mod watch;
+
+use std::time::Duration;
+
 use anyhow::{Result, ensure};
 use lamina_node::Controller;
 
@@ -9,6 +13,9 @@ use crate::args::StatsArguments;
 /// Prints the counters of a daemon and of its mounts.
 pub(crate) async fn run(arguments: StatsArguments) -> Result<()> {
     let controller = Controller::new(&arguments.cache.directory);
+    if arguments.watch {
+        return watch::run(&controller, Duration::from_secs(arguments.interval)).await;
+    }
     let mut stats = controller.stats().await?;
     if let Some(directory) = &arguments.directory {
         let wanted = std::path::absolute(directory)?.display().to_string();
