@@ -224,7 +224,22 @@ impl Push {
             // a config that names another tar than the layer has is found out by reading it
             layers[number].diff_id.is_none_or(|diff_id| diff_id == found.diff_id).then_some(*found)
         };
-        Ok(Home { known: (0..layers.len()).map(find).collect(), earlier })
+        let found: Vec<Option<KnownLayer>> = (0..layers.len()).map(find).collect();
+        let mut usable = Vec::with_capacity(found.len());
+        for layer in found {
+            usable.push(match layer {
+                Some(layer) if self.reaches(layer.recipe).await? => Some(layer),
+                _ => None,
+            });
+        }
+        Ok(Home { known: usable, earlier })
+    }
+
+    /// Whether a blob is in the repository, or can be had from another one.
+    async fn reaches(&self, digest: Digest) -> Result<bool> {
+        let repository = &self.reference.repository;
+        Ok(self.client.has_blob(repository, digest).await?
+            || self.client.mount_blob(repository, digest).await?)
     }
 
     /// The recipe of each layer: fetched where the registry has it, made from the layer where not.

@@ -87,7 +87,7 @@ fn choose<'a>(name: &str, index: &'a Index, tag: Option<&str>) -> Result<&'a Des
 }
 
 fn blob_path(digest: Digest) -> String {
-    format!("blobs/sha256/{}", digest.hex())
+    format!("blobs/{}/{}", digest.algorithm(), digest.hex())
 }
 
 fn blob(files: &dyn Files, digest: Digest) -> Result<Vec<u8>> {

@@ -9,8 +9,10 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 
+use lamina_chunk::PackId;
+
 use crate::profile::{PAGE_BYTES, PROFILE_ITEMS_MAX, PROFILE_PAGES_MAX, file_size};
-use crate::{BOOT_ANNOTATION, BOOT_BYTES_ANNOTATION, Digest, Ino, TREE_ANNOTATION, Tree};
+use crate::{Algorithm, BOOT_ANNOTATION, BOOT_BYTES_ANNOTATION, Digest, Ino, TREE_ANNOTATION, Tree};
 
 mod build;
 mod plan;
@@ -65,10 +67,16 @@ pub struct BootPack {
 impl BootPack {
     /// The one that these annotations name. `None` where they name none, or not all of it.
     pub fn named_by(annotations: &BTreeMap<String, String>) -> Option<Self> {
-        let blob = annotations.get(BOOT_ANNOTATION)?.parse().ok()?;
+        let sha256 = |digest: &Digest| digest.algorithm() == Algorithm::Sha256;
+        let blob = annotations.get(BOOT_ANNOTATION)?.parse().ok().filter(sha256)?;
         let bytes = annotations.get(BOOT_BYTES_ANNOTATION)?.parse().ok()?;
-        let tree = annotations.get(TREE_ANNOTATION)?.parse().ok()?;
+        let tree = annotations.get(TREE_ANNOTATION)?.parse().ok().filter(sha256)?;
         Some(Self { blob, bytes, tree })
+    }
+
+    /// Its blob as what caches fetch from. It is named by a sha256, as packs are.
+    pub fn pack(&self) -> PackId {
+        PackId::try_from(self.blob).expect("a boot pack is read and made under a sha256 only")
     }
 
     /// The annotations that name it.

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::Digest;
+use crate::{Algorithm, Digest};
 
 /// Manifests and indexes up to 4 MiB are taken: distribution-spec 1.1 asks for at least that.
 pub const MANIFEST_BYTES_MAX: usize = 4 << 20;
@@ -144,8 +144,13 @@ impl Manifest {
     /// The tree that the manifest binds, where it names one.
     pub fn bound_tree(&self) -> Result<Option<Digest>, DocumentError> {
         let annotation = self.annotations.get(TREE_ANNOTATION);
-        let parsed = annotation.map(|text| text.parse()).transpose();
-        parsed.map_err(|_| DocumentError::Annotation(TREE_ANNOTATION))
+        let parsed: Result<Option<Digest>, _> = annotation.map(|text| text.parse()).transpose();
+        match parsed {
+            Ok(Some(digest)) if digest.algorithm() != Algorithm::Sha256 => {
+                Err(DocumentError::Annotation(TREE_ANNOTATION))
+            }
+            parsed => parsed.map_err(|_| DocumentError::Annotation(TREE_ANNOTATION)),
+        }
     }
 }
 
@@ -264,7 +269,7 @@ pub enum DocumentError {
         config: usize,
     },
     /// One of Lamina's annotations does not hold what it should.
-    #[error("annotation {0} does not hold a digest")]
+    #[error("annotation {0} does not hold a sha256 digest")]
     Annotation(&'static str),
 }
 

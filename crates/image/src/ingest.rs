@@ -264,7 +264,7 @@ impl Stages<'_> {
     /// Names finished packs and hands them to the sink, until no more come.
     fn put(self, finished: &Mutex<Receiver<FinishedPack>>) {
         while let Some(pack) = receive(finished) {
-            let id = PackId::from(Digest::of(&pack.bytes));
+            let id = PackId::try_from(Digest::of(&pack.bytes)).expect("a sha256");
             let len = pack.bytes.len();
             if let Err(error) = self.sink.put(id, pack.bytes, &pack.records) {
                 return self.failure.set(IngestError::Sink(error));

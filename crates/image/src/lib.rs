@@ -21,7 +21,7 @@ pub use boot::{
     BOOT_BYTES_MAX, BOOT_HEAD_BYTES, BootError, BootFrame, BootHead, BootPack, BootRun, BootTable,
     BuildError, build_boot,
 };
-pub use digest::{Digest, Hasher, ParseDigestError};
+pub use digest::{Algorithm, Digest, Hasher, NoPackError, ParseDigestError};
 pub use document::*;
 pub use ingest::{
     BATCH_CHUNKS, ChunkSink, Compression, IngestError, IngestOptions, LayerInput, Progress, SinkError, ingest,

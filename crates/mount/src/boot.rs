@@ -254,7 +254,7 @@ impl Booting<'_> {
     /// Fetches and stores a boot pack. Returns when everything is in the page cache, or with what went wrong.
     pub(crate) async fn run(self, pack: BootPack) -> Result<(), BootFailure> {
         let (table, first) = self.table(pack).await?;
-        let coming = Arc::new(Coming::new(pack.blob.into(), &table));
+        let coming = Arc::new(Coming::new(pack.pack(), &table));
         if self.boot.0.set(coming.clone()).is_err() {
             return Ok(());
         }
@@ -268,7 +268,7 @@ impl Booting<'_> {
     }
 
     async fn range(&self, pack: BootPack, range: Range<u64>) -> Result<Bytes, BootFailure> {
-        let bytes = self.source.fetch(pack.blob.into(), range, Class::Boot).await?;
+        let bytes = self.source.fetch(pack.pack(), range, Class::Boot).await?;
         add(&self.counters.boot_bytes, bytes.len() as u64);
         Ok(bytes)
     }

@@ -204,7 +204,7 @@ mod tests {
     }
 
     fn pack(number: u8) -> PackId {
-        Digest::of(&[number]).into()
+        PackId::try_from(Digest::of(&[number])).unwrap()
     }
 
     #[test]

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use lamina_chunk::PackId;
 use lamina_image::{BootPack, Digest, Trace, media_type};
 use lamina_mount::Mount;
 use lamina_wire::{Client, WireError, write_trace};
@@ -79,7 +78,7 @@ impl Starting {
     /// Keeps a boot pack for the next start, if it was right.
     async fn keep(&self, pack: BootPack, right: bool) {
         let kept = Arc::clone(&self.kept);
-        let blob = PackId::from(pack.blob);
+        let blob = pack.pack();
         let done = tokio::task::spawn_blocking(move || {
             if right {
                 return kept.finish(blob, pack.bytes);

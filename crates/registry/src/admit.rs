@@ -2,16 +2,17 @@
 //!
 //! Otherwise a scanner, which reads layers, would see one file system, and a program, which reads the tree, another.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use lamina_image::{
     Descriptor, Digest, Manifest, RECIPE_ANNOTATION, Recipe, TREE_BYTES_MAX, derive_tree, media_type,
     parse_config, unpack_tree,
 };
-use lamina_store::{Blob, ImageRecord, ImageState, LayerRecord, Proof, StoreError};
+use lamina_store::{Blob, ImageRecord, ImageState, LayerRecord, Proof, Repo, StoreError};
 
-use crate::ApiError;
 use crate::api::Api;
+use crate::{Absent, ApiError};
 
 /// Configs are small; one over 4 MiB is refused by its parser too.
 const CONFIG_BYTES_MAX: u64 = 4 << 20;
@@ -23,11 +24,13 @@ struct Admitted {
 }
 
 impl Api {
-    /// Checks a manifest that binds a tree, and remembers its layers. `None` where it binds none.
+    /// Checks a manifest that binds a tree, remembers its layers, and makes all that it is made of belong to the
+    /// repository but its config, which has to come by itself. `None` where it binds none.
     ///
     /// Cost: each layer that was never rebuilt from this recipe is, once.
     pub(crate) async fn admit(
         &self,
+        repo: &Repo,
         digest: Digest,
         manifest: &Manifest,
     ) -> Result<Option<ImageRecord>, ApiError> {
@@ -35,13 +38,18 @@ impl Api {
         if let Some(known) = self.store.image(digest).await?
             && known.state == ImageState::Done
         {
+            let mut recipes = Vec::with_capacity(manifest.layers.len());
+            for layer in &manifest.layers {
+                recipes.push(self.recipe_of(layer).await?);
+            }
+            self.link(repo, tree, recipes.iter().map(|(digest, recipe)| (*digest, recipe))).await?;
             return Ok(Some(known));
         }
         let _permit = self.admissions.acquire().await.expect("never closed");
         let now = self.config().now();
         let config = self.store.small_blob(manifest.config.digest, CONFIG_BYTES_MAX).await.map_err(
             |error| match error {
-                StoreError::Missing(digest) => ApiError::ManifestBlobUnknown { what: "the config", digest },
+                StoreError::Missing(digest) => absent("the config", digest),
                 other => other.into(),
             },
         )?;
@@ -58,9 +66,25 @@ impl Api {
         for layer in &layers {
             self.store.know_layer(&layer.record, None).await?;
         }
+        self.link(repo, tree, layers.iter().map(|layer| (layer.record.recipe, &layer.recipe))).await?;
         let tree = Descriptor::named(media_type::TREE, tree, size);
         let (state, finished_at) = (ImageState::Done, Some(now));
         Ok(Some(ImageRecord { state, tree: Some(tree), finished_at, ..ImageRecord::queued(now) }))
+    }
+
+    /// What an image with its tree is made of belongs to the repository from now on.
+    async fn link(
+        &self,
+        repo: &Repo,
+        tree: Digest,
+        recipes: impl Iterator<Item = (Digest, &Arc<Recipe>)>,
+    ) -> Result<(), ApiError> {
+        let mut parts = BTreeSet::from([tree]);
+        for (digest, recipe) in recipes {
+            parts.extend([digest, recipe.diff_id()]);
+            parts.extend(recipe.frames().iter().map(|(_, place)| Digest::from(place.pack)));
+        }
+        Ok(self.store.link_blobs(repo, parts).await?)
     }
 
     async fn admit_layer(
@@ -70,22 +94,10 @@ impl Api {
         proof: &Arc<Proof>,
     ) -> Result<Admitted, ApiError> {
         let invalid = |text: String| ApiError::ManifestInvalid(format!("layer {}: {text}", layer.digest));
-        let Some(recipe) = layer.annotations.get(RECIPE_ANNOTATION) else {
-            return Err(invalid(format!(
-                "the manifest names a tree, so it must name a recipe in {RECIPE_ANNOTATION}"
-            )));
-        };
-        let digest: Digest = recipe.parse().map_err(|error| invalid(format!("its recipe: {error}")))?;
+        let (digest, recipe) = self.recipe_of(layer).await?;
         if layer.digest != diff_id {
             return Err(invalid(format!("the config says that its plain tar is {diff_id}")));
         }
-        let recipe = match self.store.recipe(digest).await {
-            Ok(recipe) => Arc::new(recipe),
-            Err(StoreError::Missing(digest)) => {
-                return Err(ApiError::ManifestBlobUnknown { what: "the recipe", digest });
-            }
-            Err(error) => return Err(refusal(error, invalid)),
-        };
         if recipe.diff_id() != diff_id || recipe.tar_bytes() != layer.size {
             let text = format!("its recipe is for {} of {} bytes", recipe.diff_id(), recipe.tar_bytes());
             return Err(invalid(text));
@@ -98,11 +110,27 @@ impl Api {
         Ok(Admitted { recipe, record })
     }
 
+    /// The recipe that a layer's annotation names.
+    async fn recipe_of(&self, layer: &Descriptor) -> Result<(Digest, Arc<Recipe>), ApiError> {
+        let invalid = |text: String| ApiError::ManifestInvalid(format!("layer {}: {text}", layer.digest));
+        let Some(recipe) = layer.annotations.get(RECIPE_ANNOTATION) else {
+            return Err(invalid(format!(
+                "the manifest names a tree, so it must name a recipe in {RECIPE_ANNOTATION}"
+            )));
+        };
+        let digest: Digest = recipe.parse().map_err(|error| invalid(format!("its recipe: {error}")))?;
+        match self.store.recipe(digest).await {
+            Ok(recipe) => Ok((digest, Arc::new(recipe))),
+            Err(StoreError::Missing(digest)) => Err(absent("the recipe", digest)),
+            Err(error) => Err(refusal(error, invalid)),
+        }
+    }
+
     /// Compares the client's tree with the one that the recipes make. Gives the length of its blob in bytes.
     async fn check_tree(&self, tree: Digest, recipes: Vec<Arc<Recipe>>) -> Result<u64, ApiError> {
         let invalid = |text: String| ApiError::ManifestInvalid(format!("tree {tree}: {text}"));
         let Some(Blob::Stored { size }) = self.store.blob(tree).await? else {
-            return Err(ApiError::ManifestBlobUnknown { what: "the tree", digest: tree });
+            return Err(absent("the tree", tree));
         };
         let blob = self.store.small_blob(tree, TREE_BYTES_MAX).await?;
         let same = tokio::task::spawn_blocking(move || {
@@ -117,6 +145,10 @@ impl Api {
             Err(text) => Err(invalid(text)),
         }
     }
+}
+
+fn absent(what: &'static str, digest: Digest) -> ApiError {
+    ApiError::ManifestBlobUnknown(vec![Absent { what, digest }])
 }
 
 /// What is wrong with what the client sent is told to the client; what is wrong here stays an error of the store.

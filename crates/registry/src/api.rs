@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, header};
 use hyper::body::Incoming;
+use lamina_image::Digest;
 use lamina_store::Store;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
@@ -43,10 +44,28 @@ pub(crate) struct Head {
 }
 
 impl Head {
+    /// Whether the client says that it has what has this digest.
+    pub(crate) fn knows(&self, digest: Digest) -> bool {
+        let tags = self.header(header::IF_NONE_MATCH).unwrap_or_default().split(',').map(str::trim);
+        let etag = etag_of(digest);
+        tags.into_iter().any(|tag| tag == "*" || tag.strip_prefix("W/").unwrap_or(tag) == etag)
+    }
+
     /// A header's text; `None` where it is absent or not text.
     pub(crate) fn header(&self, name: HeaderName) -> Option<&str> {
         self.headers.get(name)?.to_str().ok()
     }
+}
+
+/// The entity tag of what has this digest: it never changes.
+pub(crate) fn etag_of(digest: Digest) -> String {
+    format!("\"{digest}\"")
+}
+
+/// An answer for whoever has it already (RFC 9110, 13.1.2).
+pub(crate) fn not_modified(digest: Digest) -> Response<Body> {
+    let headers = [("etag", etag_of(digest)), ("docker-content-digest", digest.to_string())];
+    empty(StatusCode::NOT_MODIFIED, &headers)
 }
 
 /// What every handler gives.
@@ -84,16 +103,15 @@ impl Api {
         let reads = [Method::GET, Method::HEAD].contains(&head.method);
         match (route, head.method.as_str()) {
             (Route::Base, _) if reads => Ok(json(StatusCode::OK, "{}")),
-            (Route::Blob(_, digest), _) if reads => self.read_blob(&head, digest).await,
-            (Route::Blob(..), "DELETE") => {
-                Err(ApiError::Unsupported("blobs are removed by garbage collection, once nothing names them"))
-            }
+            (Route::Catalog, "GET") => self.list_repositories(&head).await,
+            (Route::Blob(repo, digest), _) if reads => self.read_blob(&head, &repo, digest).await,
+            (Route::Blob(repo, digest), "DELETE") => self.delete_blob(&repo, digest).await,
             (Route::Uploads(repo), "POST") => self.begin_upload(&head, &repo, body).await,
             (Route::Upload(repo, id), "PATCH") => self.append_upload(&head, &repo, id, body).await,
             (Route::Upload(repo, id), "PUT") => self.finish_upload(&head, &repo, id, body).await,
             (Route::Upload(repo, id), "GET") => self.upload_status(&repo, id),
             (Route::Upload(repo, id), "DELETE") => self.cancel_upload(&repo, id).await,
-            (Route::Manifest(repo, target), _) if reads => self.read_manifest(&repo, &target).await,
+            (Route::Manifest(repo, target), _) if reads => self.read_manifest(&head, &repo, &target).await,
             (Route::Manifest(repo, target), "PUT") => self.put_manifest(&head, &repo, target, body).await,
             (Route::Manifest(repo, target), "DELETE") => self.delete_manifest(&repo, target).await,
             (Route::Tags(repo), "GET") => self.list_tags(&head, &repo).await,

@@ -45,7 +45,7 @@ impl Artifact {
     }
 }
 
-/// Hangs an artifact that was written on its image in one repository.
+/// Hangs an artifact that was written on its image in one repository, which has all that it carries from now on.
 pub(crate) async fn hang(
     store: &Store,
     repo: &Repo,
@@ -55,6 +55,10 @@ pub(crate) async fn hang(
     let digest = artifact.digest;
     let bytes = store.small_blob(digest, artifact.size).await?;
     let media_type = media_type::OCI_MANIFEST.to_owned();
+    if let Ok(Document::Manifest(manifest)) = Document::parse(&media_type, &bytes) {
+        let carried = manifest.layers.iter().chain([&manifest.config]);
+        store.link_blobs(repo, carried.map(|blob| blob.digest)).await?;
+    }
     let referrer = Some(Referrer { subject: image, descriptor: artifact.clone() });
     store.put_manifest(repo, ManifestPut { digest, media_type, bytes, referrer }).await
 }

@@ -1,19 +1,25 @@
-//! Downloads of blobs.
+//! Downloads of blobs, and their end.
 
 use http::{HeaderValue, Response, StatusCode, header};
 use lamina_image::Digest;
+use lamina_store::Repo;
 
 use crate::ApiError;
-use crate::api::{Answer, Api, Head};
+use crate::api::{Answer, Api, Head, empty, etag_of, not_modified};
 use crate::body::{full, streamed};
 use crate::range::{Wanted, wanted};
 
 impl Api {
     /// `GET` and `HEAD`, whole or in part.
-    pub(crate) async fn read_blob(&self, head: &Head, digest: Digest) -> Answer {
-        let blob = self.store.blob(digest).await?.ok_or(ApiError::BlobUnknown(digest))?;
+    pub(crate) async fn read_blob(&self, head: &Head, repo: &Repo, digest: Digest) -> Answer {
+        let blob = self.store.blob_in(repo, digest).await?.ok_or(ApiError::BlobUnknown(digest))?;
+        if head.knows(digest) {
+            return Ok(not_modified(digest));
+        }
         let size = blob.size();
-        let (status, range) = match wanted(head.header(header::RANGE), size) {
+        // a range of something else than this is no use to the client
+        let same = head.header(header::IF_RANGE).is_none_or(|tag| tag == etag_of(digest));
+        let (status, range) = match wanted(head.header(header::RANGE).filter(|_| same), size) {
             Wanted::Whole => (StatusCode::OK, 0..size),
             Wanted::Part(range) => (StatusCode::PARTIAL_CONTENT, range),
             Wanted::Outside => return Err(ApiError::Range(size)),
@@ -29,7 +35,7 @@ impl Api {
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
         headers.insert(header::CONTENT_LENGTH, (range.end - range.start).into());
         headers.insert(header::ACCEPT_RANGES, HeaderValue::from_static("bytes"));
-        headers.insert(header::ETAG, ours(format!("\"{digest}\"")));
+        headers.insert(header::ETAG, ours(etag_of(digest)));
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("max-age=31536000, immutable"));
         headers.insert("docker-content-digest", ours(digest.to_string()));
         if status == StatusCode::PARTIAL_CONTENT {
@@ -37,5 +43,12 @@ impl Api {
             headers.insert(header::CONTENT_RANGE, ours(content_range));
         }
         Ok(response)
+    }
+    /// `DELETE`: the repository has it no more. Others that have it keep it; the bytes stay until they are collected.
+    pub(crate) async fn delete_blob(&self, repo: &Repo, digest: Digest) -> Answer {
+        match self.store.unlink_blob(repo, digest).await? {
+            true => Ok(empty(StatusCode::ACCEPTED, &[])),
+            false => Err(ApiError::BlobUnknown(digest)),
+        }
     }
 }

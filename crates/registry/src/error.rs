@@ -7,6 +7,26 @@ use serde_json::json;
 
 use crate::body::{Body, full};
 
+/// What a manifest names and the repository lacks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Absent {
+    /// What it is to the manifest.
+    pub what: &'static str,
+    /// Its digest.
+    pub digest: Digest,
+}
+
+impl std::fmt::Display for Absent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { what, digest } = self;
+        write!(f, "the manifest names {what} {digest}, which is not in this repository; push it first")
+    }
+}
+
+fn absent(absent: &[Absent]) -> String {
+    absent.iter().map(Absent::to_string).collect::<Vec<_>>().join("; ")
+}
+
 /// Why a request was refused, after distribution-spec 1.1, "Error Codes".
 #[derive(Debug, thiserror::Error)]
 pub enum ApiError {
@@ -25,17 +45,15 @@ pub enum ApiError {
     /// No such blob.
     #[error("there is no blob {0}")]
     BlobUnknown(Digest),
+    /// No upload has this name, or not in this repository.
+    #[error("there is no upload {0:?} in this repository: it has ended, expired, or never began")]
+    UploadUnknown(String),
     /// No such manifest.
     #[error("there is no manifest {0}")]
     ManifestUnknown(String),
     /// A manifest names something that is not here.
-    #[error("the manifest names {what} {digest}, which is not here; push it first")]
-    ManifestBlobUnknown {
-        /// What it is to the manifest.
-        what: &'static str,
-        /// Its digest.
-        digest: Digest,
-    },
+    #[error("{}", absent(.0))]
+    ManifestBlobUnknown(Vec<Absent>),
     /// A manifest that cannot be taken.
     #[error("{0}")]
     ManifestInvalid(String),
@@ -88,8 +106,9 @@ impl ApiError {
             Self::Name(_) => (StatusCode::BAD_REQUEST, "NAME_INVALID"),
             Self::NameUnknown(_) => (StatusCode::NOT_FOUND, "NAME_UNKNOWN"),
             Self::BlobUnknown(_) => (StatusCode::NOT_FOUND, "BLOB_UNKNOWN"),
+            Self::UploadUnknown(_) => (StatusCode::NOT_FOUND, "BLOB_UPLOAD_UNKNOWN"),
             Self::ManifestUnknown(_) => (StatusCode::NOT_FOUND, "MANIFEST_UNKNOWN"),
-            Self::ManifestBlobUnknown { .. } => (StatusCode::NOT_FOUND, "MANIFEST_BLOB_UNKNOWN"),
+            Self::ManifestBlobUnknown(_) => (StatusCode::NOT_FOUND, "MANIFEST_BLOB_UNKNOWN"),
             Self::ManifestInvalid(_) => (StatusCode::BAD_REQUEST, "MANIFEST_INVALID"),
             Self::DigestInvalid(_) => (StatusCode::BAD_REQUEST, "DIGEST_INVALID"),
             Self::OutOfOrder { .. } => (StatusCode::RANGE_NOT_SATISFIABLE, "BLOB_UPLOAD_INVALID"),
@@ -102,14 +121,30 @@ impl ApiError {
         }
     }
 
+    /// What the client reads: one entry for each thing that is wrong.
+    fn documents(&self, code: &str) -> Vec<serde_json::Value> {
+        let digest_of = |digest: &Digest| json!({ "digest": digest });
+        match self {
+            Self::ManifestBlobUnknown(absent) => {
+                let entries = absent.iter().map(|absent| {
+                    json!({ "code": code, "message": absent.to_string(), "detail": digest_of(&absent.digest) })
+                });
+                entries.collect()
+            }
+            Self::BlobUnknown(digest) => {
+                vec![json!({ "code": code, "message": self.to_string(), "detail": digest_of(digest) })]
+            }
+            other => vec![json!({ "code": code, "message": other.to_string(), "detail": null })],
+        }
+    }
+
     /// The answer to the request. What is our own fault is logged here, in full; the client gets the same words.
     pub(crate) fn response(&self) -> Response<Body> {
         let (status, code) = self.parts();
         if status.is_server_error() {
             tracing::error!(%status, code, error = %self, "a request failed");
         }
-        let document = json!({ "errors": [{ "code": code, "message": self.to_string(), "detail": null }] });
-        let mut response = Response::new(full(document.to_string()));
+        let mut response = Response::new(full(json!({ "errors": self.documents(code) }).to_string()));
         *response.status_mut() = status;
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));

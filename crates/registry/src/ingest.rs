@@ -6,8 +6,9 @@ use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use lamina_image::{
-    Descriptor, Digest, ImageConfig, LAYERS_MAX, LayerInput, Manifest, Progress, Recipe, TREE_ANNOTATION,
-    TREE_BYTES_ANNOTATION, derive_tree, ingest, media_type, pack_tree, parse_config,
+    Algorithm, Descriptor, Digest, Document, ImageConfig, LAYERS_MAX, LayerInput, Manifest, Progress, Recipe,
+    TREE_ANNOTATION, TREE_BYTES_ANNOTATION, TREE_BYTES_MAX, Tree, derive_tree, ingest, media_type, pack_tree,
+    parse_config, unpack_tree,
 };
 use lamina_store::{Blob, BlobReader, ImageRecord, LayerCounts, LayerRecord, Repo, StoreError, StoreSink};
 use tokio::runtime::Handle;
@@ -67,6 +68,11 @@ impl Converter {
         let wrong = |error: &dyn std::fmt::Display| ConvertError::Image(error.to_string());
         let config = self.store.small_blob(manifest.config.digest, CONFIG_BYTES_MAX).await?;
         let config = parse_config(manifest, &config).map_err(|error| wrong(&error))?;
+        if config.rootfs.diff_ids.iter().any(|diff_id| diff_id.algorithm() != Algorithm::Sha256) {
+            let text =
+                "its config names plain layers by another digest than sha256, and recipes prove sha256";
+            return Err(ConvertError::Image(text.to_owned()));
+        }
         let mut known = self.known_layers(manifest, &config).await?;
         let layers_known = known.len() as u64;
         let cut = self.cut_layers(manifest, &config, &known, progress).await?;
@@ -177,14 +183,33 @@ impl Converter {
         Artifact { kind: media_type::TREE, subject, blobs, annotations }.write(&self.store).await
     }
 
-    /// Hangs the tree of an image on it in one repository.
+    /// Hangs the tree of an image on it in one repository, which has its packs and plain layers from now on.
     pub(crate) async fn attach(
         &self,
         repo: &Repo,
         image: Digest,
         record: &ImageRecord,
     ) -> Result<(), StoreError> {
-        let Some(artifact) = &record.artifact else { return Ok(()) };
+        let (Some(artifact), Some(tree)) = (&record.artifact, &record.tree) else { return Ok(()) };
+        // it may have been deleted while it was converted
+        let Some((media_type, bytes)) = self.store.manifest(repo, image).await? else { return Ok(()) };
+        let diff_ids = self.diff_ids(&media_type, &bytes).await?;
+        let blob = self.store.small_blob(tree.digest, TREE_BYTES_MAX).await?;
+        let packs = tokio::task::spawn_blocking(move || {
+            let tree = unpack_tree(&blob).ok().and_then(|flat| Tree::open(flat.into()).ok());
+            tree.map(|tree| tree.packs().map(Digest::from).collect::<Vec<_>>())
+        });
+        let packs = packs.await.expect("opening does not panic").unwrap_or_default();
+        self.store.link_blobs(repo, packs.into_iter().chain(diff_ids)).await?;
         hang(&self.store, repo, image, artifact).await
+    }
+
+    /// The plain layers of an image, which can be read once it is converted.
+    async fn diff_ids(&self, media_type: &str, manifest: &[u8]) -> Result<Vec<Digest>, StoreError> {
+        let Ok(Document::Manifest(manifest)) = Document::parse(media_type, manifest) else {
+            return Ok(Vec::new());
+        };
+        let config = self.store.small_blob(manifest.config.digest, CONFIG_BYTES_MAX).await?;
+        Ok(parse_config(&manifest, &config).map(|config| config.rootfs.diff_ids).unwrap_or_default())
     }
 }

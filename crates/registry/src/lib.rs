@@ -20,6 +20,7 @@ mod lists;
 mod manifests;
 mod messages;
 mod profiles;
+mod put;
 mod query;
 mod queue;
 mod range;
@@ -29,5 +30,5 @@ mod stall;
 mod uploads;
 
 pub use config::RegistryConfig;
-pub use error::ApiError;
+pub use error::{Absent, ApiError};
 pub use server::serve;

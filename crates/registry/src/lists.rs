@@ -1,23 +1,35 @@
-//! Lists: tags of a repository, and what hangs on a manifest.
+//! Lists: repositories, tags of a repository, and what hangs on a manifest.
 
-use http::{HeaderValue, StatusCode, header};
+use http::{HeaderValue, Response, StatusCode, header};
 use lamina_image::{Digest, Index, media_type};
 use lamina_store::Repo;
 use serde_json::json;
 
 use crate::ApiError;
 use crate::api::{Answer, Api, Head, json};
+use crate::body::Body;
+use crate::query::encode;
+use crate::route::parse_digest;
 
-/// Tags in one answer, whatever was asked for.
-const TAGS_MAX: usize = 10_000;
+/// Tags or repositories in one answer, whatever was asked for.
+const NAMES_MAX: usize = 10_000;
 
 impl Api {
+    /// `GET _catalog`, in pages: the repositories that have manifests.
+    pub(crate) async fn list_repositories(&self, head: &Head) -> Answer {
+        let (n, last) = page(head)?;
+        let (repositories, more) = self.store.repositories(last, n).await?;
+        let names: Vec<&str> = repositories.iter().map(Repo::as_str).collect();
+        let mut response = json(StatusCode::OK, json!({ "repositories": &names }).to_string());
+        if let (true, Some(last)) = (more, names.last()) {
+            next(&mut response, &format!("/v2/_catalog?n={n}&last={last}"));
+        }
+        Ok(response)
+    }
+
     /// `GET tags/list`, in pages.
     pub(crate) async fn list_tags(&self, head: &Head, repo: &Repo) -> Answer {
-        let wrong = |_| ApiError::Invalid("the parameter n is not a number".to_owned());
-        let n = head.query.value("n").map(str::parse::<usize>).transpose().map_err(wrong)?;
-        let n = n.unwrap_or(TAGS_MAX).min(TAGS_MAX);
-        let last = head.query.value("last").unwrap_or_default();
+        let (n, last) = page(head)?;
         let all = self.store.tags(repo).await?;
         if all.is_empty() && !self.store.has_repository(repo).await? {
             return Err(ApiError::NameUnknown(repo.to_string()));
@@ -27,15 +39,16 @@ impl Api {
         tags.truncate(n);
         let mut response = json(StatusCode::OK, json!({ "name": repo.as_str(), "tags": &tags }).to_string());
         if let (true, Some(last)) = (more, tags.last()) {
-            let link = format!("</v2/{repo}/tags/list?n={n}&last={last}>; rel=\"next\"");
-            response.headers_mut().insert(header::LINK, link.parse().expect("validated names and digits"));
+            next(&mut response, &format!("/v2/{repo}/tags/list?n={n}&last={last}"));
         }
         Ok(response)
     }
 
     /// `GET referrers`: an index of what hangs on a manifest, which itself need not be here.
     pub(crate) async fn list_referrers(&self, head: &Head, repo: &Repo, subject: Digest) -> Answer {
-        let mut manifests = self.store.referrers(repo, subject).await?;
+        let last = head.query.value("last").map(parse_digest).transpose()?;
+        let (mut manifests, more) = self.store.referrers_after(repo, subject, last).await?;
+        let last = manifests.last().filter(|_| more).map(|manifest| manifest.digest);
         let filter = head.query.value("artifactType");
         if let Some(filter) = filter {
             manifests.retain(|manifest| manifest.artifact_type.as_deref() == Some(filter));
@@ -55,6 +68,23 @@ impl Api {
         if filter.is_some() {
             headers.insert("oci-filters-applied", HeaderValue::from_static("artifactType"));
         }
+        if let Some(last) = last {
+            let filter = filter.map(|kind| format!("&artifactType={}", encode(kind))).unwrap_or_default();
+            next(&mut response, &format!("/v2/{repo}/referrers/{subject}?last={last}{filter}"));
+        }
         Ok(response)
     }
+}
+
+/// How many names are wanted, and after which.
+fn page(head: &Head) -> Result<(usize, &str), ApiError> {
+    let wrong = |_| ApiError::Invalid("the parameter n is not a number".to_owned());
+    let n = head.query.value("n").map(str::parse::<usize>).transpose().map_err(wrong)?;
+    Ok((n.unwrap_or(NAMES_MAX).min(NAMES_MAX), head.query.value("last").unwrap_or_default()))
+}
+
+/// Says where the list goes on.
+fn next(response: &mut Response<Body>, path: &str) {
+    let link = format!("<{path}>; rel=\"next\"");
+    response.headers_mut().insert(header::LINK, link.parse().expect("validated names and digits"));
 }

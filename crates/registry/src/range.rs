@@ -21,7 +21,8 @@ pub(crate) fn wanted(header: Option<&str>, size: u64) -> Wanted {
     let Some((first, last)) = ranges.split_once('-') else { return Wanted::Whole };
     let (first, last) = (first.trim(), last.trim());
     let part = match (number(first), number(last)) {
-        (Some(first), Some(last)) if first <= last => first..last.saturating_add(1).min(size),
+        // RFC 9110 lets a server ignore or refuse a range whose end comes first: a client that asked so is better told
+        (Some(first), Some(last)) => first..last.saturating_add(1).min(size),
         (Some(first), None) if last.is_empty() => first..size,
         (None, Some(suffix)) if first.is_empty() => size.saturating_sub(suffix)..size,
         _ => return Wanted::Whole,
@@ -66,7 +67,8 @@ mod tests {
             ("bytes=10-", Outside),
             ("bytes=10-20", Outside),
             ("bytes=99999999999999999999999-", Outside),
-            ("bytes=5-2", Whole),
+            ("bytes=5-2", Outside),
+            ("bytes=5-4", Outside),
             ("bytes=-", Whole),
             ("bytes=+1-2", Whole),
             ("bytes=0-1,3-4", Whole),

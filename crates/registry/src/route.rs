@@ -26,6 +26,7 @@ impl std::fmt::Display for Target {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Route {
     Base,
+    Catalog,
     Blob(Repo, Digest),
     Uploads(Repo),
     Upload(Repo, Uuid),
@@ -44,6 +45,7 @@ impl Route {
     pub(crate) fn parse(path: &str) -> Result<Self, ApiError> {
         match path {
             "/v2/" | "/v2" => return Ok(Self::Base),
+            "/v2/_catalog" => return Ok(Self::Catalog),
             "/lamina/v1/chunks" => return Ok(Self::Chunks),
             "/lamina/v1/layers" => return Ok(Self::Layers),
             _ => {}
@@ -66,8 +68,7 @@ impl Route {
                 Ok(Self::Uploads(parse_repo(repo)?))
             }
             [repo @ .., "blobs", "uploads", id] => {
-                let unknown =
-                    |_| ApiError::Invalid("the upload's id is not one that was given out".to_owned());
+                let unknown = |_| ApiError::UploadUnknown(id.chars().take(64).collect());
                 Ok(Self::Upload(parse_repo(repo)?, id.parse().map_err(unknown)?))
             }
             [repo @ .., "blobs", digest] => Ok(Self::Blob(parse_repo(repo)?, parse_digest(digest)?)),
@@ -106,6 +107,7 @@ mod tests {
         let id = Uuid::from_bytes([7; 16]);
         for (path, expected) in [
             ("/v2/".to_owned(), Route::Base),
+            ("/v2/_catalog".to_owned(), Route::Catalog),
             (format!("/v2/a/b/blobs/sha256:{HEX}"), Route::Blob(repo.clone(), digest)),
             ("/v2/a/b/blobs/uploads/".to_owned(), Route::Uploads(repo.clone())),
             (format!("/v2/a/b/blobs/uploads/{id}"), Route::Upload(repo.clone(), id)),
@@ -140,6 +142,7 @@ mod tests {
             "/v2/manifests/v1",
             "/v2/a/blobs/sha256:xyz",
             "/v2/a/blobs/sha512:00",
+            "/v2/a/blobs/sha384:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
             "/v2/a/blobs/uploads/7",
             "/v1/a",
             "/lamina/v1/traces",

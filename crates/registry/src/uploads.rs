@@ -1,7 +1,7 @@
 //! Uploads of blobs: in one request, in two, or part by part.
 
 use http::{StatusCode, header};
-use lamina_image::Digest;
+use lamina_image::{Algorithm, Digest};
 use lamina_store::{Repo, Session};
 use uuid::Uuid;
 
@@ -38,18 +38,19 @@ impl Api {
     /// `POST`: begins an upload, does all of it where the digest is given, or finds the blob of `mount`.
     pub(crate) async fn begin_upload(&self, head: &Head, repo: &Repo, body: Upstream) -> Answer {
         if let Some(mount) = head.query.value("mount") {
-            // blobs belong to no repository, so `from` does not matter
             let digest = parse_digest(mount)?;
-            if self.store.blob(digest).await?.is_some() {
+            let from = head.query.value("from").filter(|from| !from.is_empty());
+            let from = from.map(str::parse::<Repo>).transpose()?;
+            if self.mount(repo, digest, from).await? {
                 return created(repo, digest);
             }
         }
         let Some(digest) = head.query.value("digest") else {
-            let session = self.store.begin_upload(repo)?;
+            let session = self.store.begin_upload_by(repo, algorithm(head)?)?;
             return accepted(StatusCode::ACCEPTED, repo, &session);
         };
         let digest = parse_digest(digest)?;
-        let mut session = self.store.begin_upload(repo)?;
+        let mut session = self.store.begin_upload_by(repo, digest.algorithm())?;
         match receive(&mut session, body).await {
             Ok(()) => drop(session.finish(digest).await?),
             // nobody knows its id, so nobody could go on
@@ -59,6 +60,21 @@ impl Api {
             }
         }
         created(repo, digest)
+    }
+
+    /// Makes a blob of another repository belong to this one too; of any repository, where none is named. False where it
+    /// is not there.
+    async fn mount(&self, repo: &Repo, digest: Digest, from: Option<Repo>) -> Result<bool, ApiError> {
+        let from = match from {
+            Some(from) => Some(from),
+            None => self.store.repositories_of(digest, 1).await?.pop(),
+        };
+        let Some(from) = from else { return Ok(false) };
+        let found = self.store.blob_in(&from, digest).await?.is_some();
+        if found {
+            self.store.link_blobs(repo, [digest]).await?;
+        }
+        Ok(found)
     }
 
     /// `PATCH`: the next part.
@@ -91,6 +107,20 @@ impl Api {
     pub(crate) async fn cancel_upload(&self, repo: &Repo, id: Uuid) -> Answer {
         self.store.resume_upload(repo, id)?.cancel().await;
         Ok(empty(StatusCode::NO_CONTENT, &[]))
+    }
+}
+
+/// What the client will name the blob by, where it says so.
+fn algorithm(head: &Head) -> Result<Algorithm, ApiError> {
+    match head.query.value("digest-algorithm") {
+        None | Some("sha256") => Ok(Algorithm::Sha256),
+        Some("sha512") => Ok(Algorithm::Sha512),
+        Some(other) => {
+            let other: String = other.chars().take(32).collect();
+            Err(ApiError::DigestInvalid(format!(
+                "{other:?} is not a digest algorithm here; use sha256 or sha512"
+            )))
+        }
     }
 }
 

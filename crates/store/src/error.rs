@@ -38,6 +38,9 @@ pub enum StoreError {
     /// Another request is writing to this upload.
     #[error("upload {0} is in use by another request")]
     UploadBusy(Uuid),
+    /// What an upload had written was gone when it ended. Begin another one.
+    #[error("the bytes of the upload are gone; begin it again")]
+    Staged,
     /// Too many uploads are open. Retrying later will help.
     #[error("{0} uploads are open already")]
     UploadsFull(usize),

@@ -1,19 +1,20 @@
 //! Every object key, made and parsed in this one file.
 //!
 //! ```text
-//! blobs/sha256/<hex>                       bytes that hash to it
+//! blobs/<algorithm>/<hex>                  bytes that hash to it
 //! uploads/<uuid>                           bytes on their way; worthless once their upload has ended
 //! packs/<hex>                              the blob is a pack, and every frame in it was opened
 //! arrived/<hex>                            the blob ends like a pack, and was not opened yet
 //! layers/<hex>                             how to rebuild a layer, by compressed digest and by diff ID
 //! images/<hex>                             what became of an image's tree
 //! jobs/<hex>/<repo>                        an image that waits for its tree, and the repository that wants it
+//! links/<hex>/<repo>                       the blob belongs to the repository
 //! repos/<repo>/manifests/<hex>             the manifest belongs to the repository
 //! repos/<repo>/referrers/<subject>/<hex>   the manifest hangs on the subject
 //! refs/<repo>/<tag>/<20 digits>            the values that the tag had; the highest number counts
 //! ```
 //!
-//! A repository's name is one part of a key: its slashes become `!`, which no name can hold. So listing one
+//! `<hex>` is a digest without its algorithm, which its length tells. A repository's name is one part of a key: its slashes become `!`, which no name can hold. So listing one
 //! repository never meets another one.
 
 use lamina_chunk::PackId;
@@ -36,7 +37,7 @@ fn key<const N: usize>(parts: [&str; N]) -> Path {
 }
 
 pub(crate) fn blob(digest: Digest) -> Path {
-    key(["blobs", "sha256", &digest.hex()])
+    key(["blobs", digest.algorithm().as_str(), &digest.hex()])
 }
 
 pub(crate) fn uploads() -> Path {
@@ -79,6 +80,19 @@ pub(crate) fn job(manifest: Digest, repo: &Repo) -> Path {
     key(["jobs", &manifest.hex(), &flat(repo)])
 }
 
+pub(crate) fn links(digest: Digest) -> Path {
+    key(["links", &digest.hex()])
+}
+
+pub(crate) fn link(digest: Digest, repo: &Repo) -> Path {
+    key(["links", &digest.hex(), &flat(repo)])
+}
+
+/// Every repository that something was ever pushed to lies below it.
+pub(crate) fn repositories() -> Path {
+    key(["repos"])
+}
+
 pub(crate) fn manifests(repo: &Repo) -> Path {
     key(["repos", &flat(repo), "manifests"])
 }
@@ -109,15 +123,28 @@ pub(crate) fn tag_value(repo: &Repo, tag: &Tag, number: u64) -> Path {
 
 /// The digest that a key ends with.
 pub(crate) fn parse_digest(path: &Path) -> Option<Digest> {
-    format!("sha256:{}", path.filename()?).parse().ok()
+    Digest::from_hex(path.filename()?)
 }
 
 /// The image and the repository of a job's key.
 pub(crate) fn parse_job(path: &Path) -> Option<(Digest, Repo)> {
-    let (jobs, rest) = path.as_ref().split_once('/')?;
+    parse_pair("jobs", path)
+}
+
+/// The blob and the repository of a link's key.
+pub(crate) fn parse_link(path: &Path) -> Option<(Digest, Repo)> {
+    parse_pair("links", path)
+}
+
+fn parse_pair(prefix: &str, path: &Path) -> Option<(Digest, Repo)> {
+    let (found, rest) = path.as_ref().split_once('/')?;
     let (digest, repo) = rest.split_once('/')?;
-    let digest = format!("sha256:{digest}").parse().ok()?;
-    (jobs == "jobs").then_some((digest, unflat(repo)?))
+    (found == prefix).then_some((Digest::from_hex(digest)?, unflat(repo)?))
+}
+
+/// The repository of a prefix below [`repositories`].
+pub(crate) fn parse_repository(prefix: &Path) -> Option<Repo> {
+    unflat(prefix.as_ref().strip_prefix("repos/")?)
 }
 
 /// The tag and the number of a tag value's key.
@@ -147,6 +174,7 @@ mod tests {
             let tag: Tag = tag.parse().unwrap();
             prop_assert_eq!(parse_tag_value(&tag_value(&repo, &tag, number)), Some((tag, number)));
             prop_assert_eq!(parse_job(&job(digest, &repo)), Some((digest, repo.clone())));
+            prop_assert_eq!(parse_link(&link(digest, &repo)), Some((digest, repo.clone())));
             prop_assert_eq!(parse_digest(&blob(digest)), Some(digest));
             prop_assert_eq!(parse_digest(&referrer(&repo, digest, digest)), Some(digest));
         }
@@ -162,6 +190,7 @@ mod tests {
             let path = Path::from(text);
             prop_assert_eq!(parse_tag_value(&path), None);
             prop_assert_eq!(parse_job(&path), None);
+            prop_assert_eq!(parse_link(&path), None);
         }
     }
 }

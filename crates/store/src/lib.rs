@@ -15,6 +15,7 @@ mod images;
 mod index;
 mod keys;
 mod layers;
+mod links;
 mod local;
 mod manifests;
 mod name;

@@ -7,10 +7,13 @@ use lamina_image::{Descriptor, Digest, MANIFEST_BYTES_MAX};
 use crate::record::ManifestLink;
 use crate::{Repo, Store, StoreError, keys};
 
-/// Referrers of one manifest in an answer. The newest tools put a handful there.
+/// Referrers of one manifest in an answer, which is not longer than a manifest may be. The newest tools put a handful
+/// there.
 const REFERRERS_MAX: usize = 1_000;
 /// Records that are read at the same time.
 const READS: usize = 16;
+/// Referrers that are read at the same time: each may carry annotations of 4 MiB.
+const REFERRER_READS: usize = 4;
 
 /// That a manifest hangs on another one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -91,16 +94,64 @@ impl Store {
         Ok(self.objects.list(&keys::manifests(repo)).try_next().await?.is_some())
     }
 
-    /// What hangs on a manifest, in the order of digests.
+    /// The repositories that have manifests, sorted by name, after `last`; at most `limit`, and whether there are more.
+    ///
+    /// Cost: a listing of all names, and one of one manifest for each that is looked at.
+    pub async fn repositories(&self, last: &str, limit: usize) -> Result<(Vec<Repo>, bool), StoreError> {
+        let prefixes = self.objects.prefixes(&keys::repositories()).await?;
+        let mut names: Vec<Repo> = prefixes.iter().filter_map(keys::parse_repository).collect();
+        names.retain(|repo| repo.as_str() > last);
+        names.sort_unstable();
+        let has = |repo: Repo| async move {
+            let has = self.has_repository(&repo).await?;
+            Ok::<_, StoreError>(has.then_some(repo))
+        };
+        let found = stream::iter(names.into_iter().map(has)).buffered(READS);
+        let found = found.try_filter_map(|repo| async move { Ok(repo) });
+        let mut found: Vec<Repo> = found.take(limit.saturating_add(1)).try_collect().await?;
+        let more = found.len() > limit;
+        found.truncate(limit);
+        Ok((found, more))
+    }
+
+    /// What hangs on a manifest, in the order of digests; the first page of it.
     pub async fn referrers(&self, repo: &Repo, subject: Digest) -> Result<Vec<Descriptor>, StoreError> {
-        let listing = self.objects.list(&keys::referrers(repo, subject)).take(REFERRERS_MAX);
+        Ok(self.referrers_after(repo, subject, None).await?.0)
+    }
+
+    /// What hangs on a manifest after `last`, in the order of digests, as much as fits into one answer; and whether there
+    /// is more.
+    pub async fn referrers_after(
+        &self,
+        repo: &Repo,
+        subject: Digest,
+        last: Option<Digest>,
+    ) -> Result<(Vec<Descriptor>, bool), StoreError> {
+        let listing = self.objects.list(&keys::referrers(repo, subject));
         let mut digests: Vec<Digest> = listing
             .try_filter_map(|object| async move { Ok(keys::parse_digest(&object.location)) })
             .try_collect()
             .await?;
+        digests.retain(|digest| Some(*digest) > last);
         digests.sort_unstable();
         let read = |digest| async move { self.objects.json(&keys::referrer(repo, subject, digest)).await };
-        let found = stream::iter(digests.into_iter().map(read)).buffered(READS);
-        found.try_filter_map(|descriptor| async move { Ok(descriptor) }).try_collect().await
+        let mut read = stream::iter(digests.into_iter().map(read)).buffered(REFERRER_READS);
+        let (mut found, mut bytes) = (Vec::<Descriptor>::new(), 0);
+        while let Some(descriptor) = read.next().await {
+            // whoever was deleted meanwhile hangs no more
+            let Some(descriptor) = descriptor? else { continue };
+            bytes += len_of(&descriptor);
+            if !found.is_empty() && (found.len() == REFERRERS_MAX || bytes > MANIFEST_BYTES_MAX) {
+                return Ok((found, true));
+            }
+            found.push(descriptor);
+        }
+        Ok((found, false))
     }
+}
+
+/// About how long a descriptor is in JSON, in bytes.
+fn len_of(descriptor: &Descriptor) -> usize {
+    let notes = descriptor.annotations.iter().map(|(name, value)| name.len() + value.len() + 6);
+    512 + notes.sum::<usize>()
 }

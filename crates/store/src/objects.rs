@@ -106,6 +106,13 @@ impl Objects {
         Ok(())
     }
 
+    /// The prefixes one level below a prefix, sorted.
+    pub(crate) async fn prefixes(&self, prefix: &Path) -> Result<Vec<Path>, StoreError> {
+        let mut prefixes = self.0.list_with_delimiter(Some(prefix)).await?.common_prefixes;
+        prefixes.sort_unstable();
+        Ok(prefixes)
+    }
+
     /// Every object below a prefix.
     pub(crate) fn list(&self, prefix: &Path) -> BoxStream<'static, Result<ObjectMeta, StoreError>> {
         self.0.list(Some(prefix)).map_err(StoreError::from).boxed()

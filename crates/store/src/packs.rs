@@ -96,7 +96,7 @@ impl Store {
         let packs = listing.try_filter_map(|object| async move { Ok(keys::parse_digest(&object.location)) });
         let packs: Vec<Digest> = packs.try_collect().await?;
         let recall = |pack: Digest| async move {
-            let pack = PackId::from(pack);
+            let Ok(pack) = PackId::try_from(pack) else { return Ok(()) };
             match self.pack_records(pack).await {
                 Ok(records) => drop(self.arrivals.add(pack, Arc::new(records))),
                 Err(StoreError::Pack { .. } | StoreError::Missing(_)) => self.forget_arrival(pack).await?,
@@ -168,7 +168,7 @@ impl Store {
     pub(crate) async fn index_packs(&self) -> Result<(), StoreError> {
         let listing = self.objects.list(&keys::packs());
         let packs = listing.try_filter_map(|object| async move {
-            let pack = keys::parse_digest(&object.location).map(PackId::from);
+            let pack = keys::parse_digest(&object.location).and_then(|digest| PackId::try_from(digest).ok());
             Ok(pack.filter(|pack| !self.index.has(*pack)))
         });
         let packs: Vec<PackId> = packs.try_collect().await?;
@@ -217,6 +217,9 @@ impl ChunkSink for StoreSink {
 impl Store {
     /// Whether the pack's frames were all opened once.
     pub async fn is_pack(&self, digest: Digest) -> Result<bool, StoreError> {
-        self.objects.exists(&keys::pack(digest.into())).await
+        match PackId::try_from(digest) {
+            Ok(pack) => self.objects.exists(&keys::pack(pack)).await,
+            Err(_) => Ok(false),
+        }
     }
 }

@@ -11,7 +11,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::TryStreamExt;
 use lamina_chunk::{FOOTER_BYTES, PACK_BYTES_MAX, PackFooter, PackId};
-use lamina_image::{Digest, Hasher};
+use lamina_image::{Algorithm, Digest, Hasher};
+use object_store::path::Path;
 use object_store::{MultipartUpload, ObjectStoreExt};
 use parking_lot::Mutex;
 use tokio::task::JoinHandle;
@@ -60,15 +61,25 @@ pub struct Session {
 }
 
 impl Store {
-    /// Begins an upload into a repository.
+    /// Begins an upload into a repository, which is hashed by sha256 as it comes.
     pub fn begin_upload(&self, repo: &Repo) -> Result<Session, StoreError> {
+        self.begin_upload_by(repo, Algorithm::Sha256)
+    }
+
+    /// The same by another algorithm. Where it ends under a digest of another one than was said here, it is read once
+    /// more.
+    pub fn begin_upload_by(&self, repo: &Repo, algorithm: Algorithm) -> Result<Session, StoreError> {
         let mut open = self.uploads.open.lock();
         if open.len() >= self.uploads.open_max {
             return Err(StoreError::UploadsFull(open.len()));
         }
         let id = Uuid::new_v4();
         open.insert(id, Slot::Busy);
-        Ok(Session { id, store: self.clone(), upload: Some(Box::new(Upload::new(id, repo.clone()))) })
+        Ok(Session {
+            id,
+            store: self.clone(),
+            upload: Some(Box::new(Upload::new(id, repo.clone(), algorithm))),
+        })
     }
 
     /// Goes on with an upload that was begun in the same repository.
@@ -142,17 +153,20 @@ impl Session {
         upload.write(&self.store.objects, bytes).await
     }
 
-    /// Ends the upload: once it returns, the blob is durable under `expected`, and where it is a pack, whoever asks
-    /// for one of its chunks is told of it. Gives the blob's length in bytes.
+    /// Ends the upload: once it returns, the blob is durable under `expected` and belongs to the repository, and where
+    /// it is a pack, whoever asks for one of its chunks is told of it. Gives the blob's length in bytes.
     ///
     /// # Errors
     /// [`StoreError::Digest`] where other bytes came; the upload is gone then too.
     pub async fn finish(mut self, expected: Digest) -> Result<u64, StoreError> {
         let upload = self.upload.take().ok_or(StoreError::UploadUnknown(self.id))?;
-        let (size, tail) = (upload.received, upload.tail.clone());
+        let (size, tail, repo) = (upload.received, upload.tail.clone(), upload.repo.clone());
         upload.finish(&self.store.objects, expected).await?;
-        if size <= PACK_BYTES_MAX as u64 && PackFooter::read(&tail, size).is_ok() {
-            let pack = PackId::from(expected);
+        self.store.link_blobs(&repo, [expected]).await?;
+        if let Ok(pack) = PackId::try_from(expected)
+            && size <= PACK_BYTES_MAX as u64
+            && PackFooter::read(&tail, size).is_ok()
+        {
             match self.store.arrive(pack).await {
                 Ok(()) => {}
                 // as a blob it is what was asked for; as a pack nobody will rely on it
@@ -203,7 +217,7 @@ struct Upload {
 }
 
 impl Upload {
-    fn new(id: Uuid, repo: Repo) -> Self {
+    fn new(id: Uuid, repo: Repo, algorithm: Algorithm) -> Self {
         Self {
             id,
             repo,
@@ -212,7 +226,7 @@ impl Upload {
             pending: Vec::new(),
             pending_bytes: 0,
             parts: None,
-            hasher: Some(Hasher::default()),
+            hasher: Some(Hasher::new(algorithm)),
             writing: None,
             touched: Instant::now(),
         }
@@ -272,7 +286,8 @@ impl Upload {
         };
         if self.parts.is_none() {
             let pieces = std::mem::take(&mut self.pending);
-            let hasher = self.hasher.take().ok_or(StoreError::UploadUnknown(self.id))?;
+            // all of it is in memory, so nothing was hashed yet
+            let hasher = Hasher::new(expected.algorithm());
             check(hash(hasher, pieces.clone()).await.finish())?;
             return objects.put(&keys::blob(expected), pieces.into_iter().collect()).await;
         }
@@ -280,15 +295,25 @@ impl Upload {
             self.flush(objects).await?;
         }
         self.settle().await?;
-        check(self.hasher.take().ok_or(StoreError::UploadUnknown(self.id))?.finish())?;
+        let hasher = self.hasher.take().ok_or(StoreError::UploadUnknown(self.id))?;
+        let hashed = hasher.algorithm() == expected.algorithm();
+        if hashed {
+            check(hasher.finish())?;
+        }
         let mut parts = self.parts.take().expect("checked above");
         let staging = keys::upload(self.id);
         parts.complete().await?;
-        if let Err(error) = objects.raw().rename(&staging, &keys::blob(expected)).await {
+        let named = async {
+            if !hashed {
+                check(rehash(objects, &staging, self.received, expected.algorithm()).await?)?;
+            }
+            Ok(objects.raw().rename(&staging, &keys::blob(expected)).await?)
+        };
+        let named: Result<(), StoreError> = named.await;
+        if named.is_err() {
             let _ = objects.delete(&staging).await;
-            return Err(error.into());
         }
-        Ok(())
+        named
     }
 
     async fn abort(mut self: Box<Self>) {
@@ -300,6 +325,21 @@ impl Upload {
             tracing::warn!(upload = %self.id, %error, "the bytes of an upload that was given up were not removed");
         }
     }
+}
+
+/// Reads what was staged once more, for an algorithm that nobody had announced.
+async fn rehash(
+    objects: &Objects,
+    staging: &Path,
+    len: u64,
+    algorithm: Algorithm,
+) -> Result<Digest, StoreError> {
+    let mut hasher = Hasher::new(algorithm);
+    let mut staged = objects.stream(staging, 0..len).await?.ok_or(StoreError::Staged)?;
+    while let Some(piece) = staged.try_next().await? {
+        hasher = hash(hasher, vec![piece]).await;
+    }
+    Ok(hasher.finish())
 }
 
 async fn hash(mut hasher: Hasher, pieces: Vec<Bytes>) -> Hasher {

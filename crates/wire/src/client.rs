@@ -78,7 +78,7 @@ pub struct Pong {
 pub struct Fetched {
     /// What the registry calls it.
     pub media_type: String,
-    /// The sha256 of the bytes.
+    /// The digest that was asked for; of a tag, the sha256 of the bytes.
     pub digest: Digest,
     /// The document.
     pub bytes: Bytes,
@@ -148,12 +148,12 @@ impl Client {
             let media_type = answer.header(header::CONTENT_TYPE).unwrap_or_default();
             let media_type = media_type.split(';').next().unwrap_or_default().trim().to_owned();
             let bytes = answer.bytes(MANIFEST_BYTES_MAX as u64).await?;
-            let digest = Digest::of(&bytes);
             match version {
-                Version::Digest(wanted) if *wanted != digest => {
+                Version::Digest(wanted) if !wanted.names(&bytes) => {
                     Err(WireError::WrongBytes { url: url.clone(), digest: *wanted })
                 }
-                _ => Ok(Fetched { media_type, digest, bytes }),
+                Version::Digest(digest) => Ok(Fetched { media_type, digest: *digest, bytes }),
+                Version::Tag(_) => Ok(Fetched { media_type, digest: Digest::of(&bytes), bytes }),
             }
         })
         .await
@@ -181,7 +181,7 @@ impl Client {
         self.retrying(|| async {
             let answer = self.following(&url, None).await?.expect(&[StatusCode::OK]).await?;
             let bytes = answer.bytes(max).await?;
-            match Digest::of(&bytes) == digest {
+            match digest.names(&bytes) {
                 true => Ok(bytes),
                 false => Err(WireError::WrongBytes { url: url.clone(), digest }),
             }
@@ -195,7 +195,7 @@ impl Client {
         let open = || async { self.following(&url, None).await?.expect(&[StatusCode::OK]).await };
         let answer = self.retrying(open).await?;
         let len = answer.header(header::CONTENT_LENGTH).and_then(|len| len.parse().ok());
-        let state = (answer.stream(), Some(Hasher::default()), url);
+        let state = (answer.stream(), Some(Hasher::new(digest.algorithm())), url);
         let bytes = futures_util::stream::unfold(state, move |(mut stream, hasher, url)| async move {
             let mut hasher = hasher?;
             match stream.next().await {

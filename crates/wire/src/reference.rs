@@ -62,7 +62,7 @@ impl FromStr for Reference {
         let wrong = |reason| ParseReferenceError { text: text.chars().take(300).collect(), reason };
         let (name, version) = match text.split_once('@') {
             Some((name, digest)) => {
-                let digest = digest.parse().map_err(|_| wrong("the digest is not sha256"))?;
+                let digest = digest.parse().map_err(|_| wrong("the digest is neither sha256 nor sha512"))?;
                 // a tag beside a digest says nothing more
                 (without_tag(name).0, Version::Digest(digest))
             }

@@ -140,7 +140,7 @@ pub(crate) fn is_unserved(error: &WireError) -> bool {
 }
 
 fn tag_of(subject: Digest) -> String {
-    subject.to_string().replace(':', "-")
+    format!("{}-{:.64}", subject.algorithm(), subject.hex())
 }
 
 fn empty_index() -> Index {

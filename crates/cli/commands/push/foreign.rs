@@ -177,7 +177,8 @@ async fn pack_index(
             false => client.blob_range(repository, pack, range).await?,
         };
         let records = footer.records(&index)?;
-        Ok(records.iter().flat_map(|record| record.places(PackId::from(pack))).collect())
+        let name = PackId::try_from(pack)?;
+        Ok(records.iter().flat_map(|record| record.places(name)).collect())
     };
     (pack, read.await)
 }

@@ -44,7 +44,7 @@ impl Packs {
     /// Serves another blob as well.
     pub(crate) fn add(&self, blob: Bytes) -> Digest {
         let digest = Digest::of(&blob);
-        self.packs.lock().insert(digest.into(), blob);
+        self.packs.lock().insert(digest.try_into().unwrap(), blob);
         digest
     }
 

@@ -206,7 +206,7 @@ async fn a_recipe_that_lies_about_a_place_is_refused() {
         },
     };
     let records = lamina_chunk::pack_records(&honest.packs[0]).unwrap();
-    let pack = PackId::from(Digest::of(&honest.packs[0]));
+    let pack = PackId::try_from(Digest::of(&honest.packs[0])).unwrap();
     sink.packs.lock().unwrap().push((pack, honest.packs[0].clone(), records));
     let recipes = cut(&tars[1..], &sink);
     let mut bound = Bound::new(&tars[1..]);
@@ -281,7 +281,7 @@ async fn a_pack_whose_index_gives_a_chunk_another_name_is_refused() {
     let pack = with_a_lying_index(&honest.packs[0]);
     // by the honest index, which the frames still fit
     let records = lamina_chunk::pack_records(&honest.packs[0]).unwrap();
-    let recipes = cut(&tars, &Moved { records, pack: PackId::from(Digest::of(&pack)) });
+    let recipes = cut(&tars, &Moved { records, pack: PackId::try_from(Digest::of(&pack)).unwrap() });
     let mut bound = Bound::new(&tars);
     bound.packs = vec![pack];
     bound.tree = pack_tree(&derive_tree(&recipes).unwrap()).into();

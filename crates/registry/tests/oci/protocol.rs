@@ -69,7 +69,7 @@ async fn ranges_of_a_blob_are_exact() {
     let registry = Registry::start().await;
     let bytes = Bytes::from(noise(5_000_000, 4));
     let digest = registry.push_blob("a", &bytes).await.digest;
-    let path = format!("/v2/b/blobs/{digest}");
+    let path = format!("/v2/a/blobs/{digest}");
     for (range, expected) in [
         ("bytes=0-0", 0..1),
         ("bytes=1048570-3000000", 1_048_570..3_000_001),

@@ -1,0 +1,52 @@
+//! Which blobs belong to which repositories.
+//!
+//! A blob's bytes are stored once, however many repositories have it. Whoever asks for it names a repository, and gets
+//! it only if it belongs there: because it was uploaded or mounted into it, or because an image there is made of it.
+
+use futures_util::stream::{self, StreamExt, TryStreamExt};
+use lamina_image::Digest;
+
+use crate::{Blob, Repo, Store, StoreError, keys};
+
+/// Links that are written at the same time: an image of a hundred packs needs no more than a few round trips.
+const WRITES: usize = 16;
+
+impl Store {
+    /// Makes blobs belong to a repository. They must be durable. What belongs to it already stays so.
+    pub async fn link_blobs(
+        &self,
+        repo: &Repo,
+        digests: impl IntoIterator<Item = Digest>,
+    ) -> Result<(), StoreError> {
+        let links: Vec<_> = digests.into_iter().map(|digest| keys::link(digest, repo)).collect();
+        let write = |link| async move {
+            match self.objects.exists(&link).await? {
+                true => Ok(()),
+                false => self.objects.put(&link, "{}".into()).await,
+            }
+        };
+        stream::iter(links.into_iter().map(write)).buffer_unordered(WRITES).try_collect().await
+    }
+
+    /// Takes a blob out of a repository. The bytes stay until they are collected. False where it was not in it.
+    pub async fn unlink_blob(&self, repo: &Repo, digest: Digest) -> Result<bool, StoreError> {
+        let link = keys::link(digest, repo);
+        let linked = self.objects.exists(&link).await?;
+        self.objects.delete(&link).await?;
+        Ok(linked)
+    }
+
+    /// How to read a blob of a repository; `None` where it is not known or does not belong to it.
+    pub async fn blob_in(&self, repo: &Repo, digest: Digest) -> Result<Option<Blob>, StoreError> {
+        let link = keys::link(digest, repo);
+        let (linked, blob) = tokio::try_join!(self.objects.exists(&link), self.blob(digest))?;
+        Ok(blob.filter(|_| linked))
+    }
+
+    /// The repositories that a blob belongs to, at most `limit` of them.
+    pub async fn repositories_of(&self, digest: Digest, limit: usize) -> Result<Vec<Repo>, StoreError> {
+        let listing = self.objects.list(&keys::links(digest));
+        let repos = listing.try_filter_map(|object| async move { Ok(keys::parse_link(&object.location)) });
+        repos.map_ok(|(_, repo)| repo).take(limit).try_collect().await
+    }
+}
