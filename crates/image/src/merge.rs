@@ -19,6 +19,9 @@ const WHITEOUT: &[u8] = b".wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
 /// Names that AUFS used for itself.
 const RESERVED: &[u8] = b".wh..wh.";
+/// Files and directories that layers bring, replaced ones included. Each takes some 300 bytes while layers are merged, and a tar
+/// of a few MiB can name any number of directories: so one image costs at most 2.5 GiB of memory.
+const NODES_MAX: usize = 8 << 20;
 
 /// Why layers do not make a file system. Another try with the same layers will not help.
 #[derive(Debug, thiserror::Error)]
@@ -47,10 +50,17 @@ pub enum MergeError {
     Tree(#[from] TreeError),
 }
 
+/// Why a file is refused that is one too many.
+const MANY: &str = "is one file more than an image may have";
+
 /// Derives the flat tree of an image from the recipes of its layers, lowest first. The same recipes always give
 /// the same bytes: that is how a registry checks a tree which somebody else made.
 pub fn derive_tree(recipes: &[Recipe]) -> Result<Vec<u8>, MergeError> {
-    let mut merge = Merge::new();
+    merge(recipes, NODES_MAX)
+}
+
+fn merge(recipes: &[Recipe], nodes_max: usize) -> Result<Vec<u8>, MergeError> {
+    let mut merge = Merge::new(nodes_max);
     for (layer, recipe) in recipes.iter().enumerate() {
         merge.layer = layer;
         merge.cleared.clear();
@@ -112,6 +122,7 @@ impl Node {
 
 struct Merge {
     nodes: Vec<Node>,
+    nodes_max: usize,
     layer: usize,
     frames: Vec<(FrameId, Place)>,
     numbers: HashMap<FrameId, u32>,
@@ -121,9 +132,10 @@ struct Merge {
 }
 
 impl Merge {
-    fn new() -> Self {
+    fn new(nodes_max: usize) -> Self {
         Self {
             nodes: vec![Node::implied()],
+            nodes_max,
             layer: 0,
             frames: Vec::new(),
             numbers: HashMap::new(),
@@ -190,12 +202,18 @@ impl Merge {
             EntryKind::Special(kind, device) => Contents::Special(*kind, *device),
             EntryKind::HardLink(_) => unreachable!("links are not added but found"),
         };
-        let mut node = Node::implied();
-        node.contents = contents;
-        self.nodes.push(node);
-        let id = self.nodes.len() - 1;
+        let id = self.new_node(contents).ok_or_else(|| self.wrong(path, MANY))?;
         self.describe(id, entry);
         Ok(id)
+    }
+
+    /// One more file or directory, without attributes; `None` where an image has enough.
+    fn new_node(&mut self, contents: Contents) -> Option<NodeId> {
+        if self.nodes.len() >= self.nodes_max {
+            return None;
+        }
+        self.nodes.push(Node { contents, ..Node::implied() });
+        Some(self.nodes.len() - 1)
     }
 
     /// Lays the stored pieces over the segments of a file; what no segment covers is a hole.
@@ -362,5 +380,24 @@ impl Node {
             Contents::Symlink(_) => FileKind::Symlink,
             Contents::Special(kind, _) => *kind,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_of_too_many_files_is_refused_before_it_fills_the_memory() {
+        let mut merge = Merge::new(4);
+        let (path, parts) = (b"a/b/c/d", [&b"a"[..], b"b", b"c", b"d"]);
+        merge.make_parents(path, &parts[..3]).expect("the root and three more");
+        merge.make_parents(path, &parts[..3]).expect("they are there already");
+        let error = merge.make_parents(path, &parts).expect_err("a fifth");
+        assert_eq!(
+            error.to_string(),
+            "layer 0 has an entry \"a/b/c/d\" that is one file more than an image may have"
+        );
+        assert_eq!(merge.nodes.len(), 4);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use super::{Contents, Link, Merge, MergeError, Node, NodeId, ROOT};
+use super::{Contents, Link, MANY, Merge, MergeError, NodeId, ROOT};
 use crate::tar::path_parts;
 
 /// As many symbolic links as Linux follows in one path (`MAXSYMLINKS`).
@@ -98,8 +98,9 @@ impl Merge {
                 if !make {
                     return Walk::Missing;
                 }
-                self.nodes.push(Node::implied());
-                let node = self.nodes.len() - 1;
+                let Some(node) = self.new_node(Contents::Directory(BTreeMap::new())) else {
+                    return Walk::Stuck(MANY);
+                };
                 self.link(current, &part, node);
                 here.push(node);
                 continue;
