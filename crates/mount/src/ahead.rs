@@ -34,7 +34,7 @@ pub(crate) struct Ahead {
     pub(crate) cache: Arc<Cache>,
     pub(crate) source: Arc<dyn Source>,
     pub(crate) counters: Arc<Counters>,
-    config: MountConfig,
+    pub(crate) config: MountConfig,
     handle: Handle,
     /// Known some milliseconds after the mount; until then nothing is read ahead across files.
     order: Arc<OnceLock<PackOrder>>,
@@ -116,9 +116,10 @@ impl Ahead {
         near
     }
 
-    /// Takes note of a read of `range` in `ino`, which touched parts of frames, and fetches ahead.
-    pub(crate) fn note(&self, ino: Ino, range: Range<u64>, touched: &[Touch]) {
-        let Ok(inode) = self.tree.inode(ino) else { return };
+    /// Takes note of a read of `range` in `ino`, which touched parts of frames, and fetches ahead. How many bytes the longest
+    /// stream has read that it belongs to.
+    pub(crate) fn note(&self, ino: Ino, range: Range<u64>, touched: &[Touch]) -> u64 {
+        let Ok(inode) = self.tree.inode(ino) else { return 0 };
         let (advice, strides) = {
             let mut files = self.files.lock();
             let file = files.get_or_insert_mut(ino, File::default);
@@ -136,6 +137,7 @@ impl Ahead {
         if let Some(window) = self.window.get() {
             window.note(run);
         }
+        run
     }
 
     /// Follows a read through the packs; how long the longest stream is that it belongs to.

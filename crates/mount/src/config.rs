@@ -36,6 +36,9 @@ pub struct MountConfig {
     pub record: Record,
     /// A stream that has read this many bytes is dense.
     pub dense_run_bytes: u64,
+    /// Of a stream so many bytes are recorded, and not what follows: a start reads no library in so long a stream, and readahead
+    /// has long been filling the link.
+    pub recorded_run_bytes: u64,
     /// A miss asks for frames that follow in the pack until the request is this long, in bytes of frames. The wanted ones
     /// come first and do not wait for them; 168 KiB is what a 1 Gbit/s link carries in one and
     /// a half round trips of 1 ms.
@@ -58,6 +61,7 @@ impl MountConfig {
             read_ahead_start_kb: 8,
             record: Record::Off,
             dense_run_bytes: 8 << 20,
+            recorded_run_bytes: 256 << 20,
             neighbour_bytes: 168 << 10,
             file_ramp: Ramp { run_min: 256 << 10, ahead_max: 16 << 20, slack: 128 << 10 },
             pack_ramp: Ramp { run_min: 512 << 10, ahead_max: 8 << 20, slack: 256 << 10 },

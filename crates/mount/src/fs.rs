@@ -88,24 +88,39 @@ enum From {
 }
 
 impl Files {
-    /// The bytes of `ino` from `offset`, `size` of them or up to the end of the file, and which parts of frames they are, where
-    /// they do not come from the boot pack. Never waits for the network; reads the disk.
-    pub(crate) fn read(&self, ino: Ino, offset: u64, size: u32) -> Result<(Answer, Vec<Touch>), FsError> {
+    /// The bytes of `ino` from `offset`, `size` of them or up to the end of the file, and which parts of frames they are;
+    /// `None` where the boot pack has them. Never waits for the network; reads the disk.
+    pub(crate) fn read(
+        &self,
+        ino: Ino,
+        offset: u64,
+        size: u32,
+    ) -> Result<(Answer, Option<Vec<Touch>>), FsError> {
         let end = offset.saturating_add(size.into()).min(self.ahead.tree.inode(ino)?.size);
         match self.boot.read(ino, offset, end) {
             Booted::Here(bytes) => {
                 one(&self.ahead.counters.boot_reads);
-                Ok((Answer::Now(bytes), Vec::new()))
+                Ok((Answer::Now(bytes), None))
             }
-            Booted::Near(waiting) => Ok((Answer::Soon(Soon::Comes(waiting)), Vec::new())),
-            Booted::Again(dropped) => Ok((Answer::Soon(Soon::Again(dropped)), Vec::new())),
+            Booted::Near(waiting) => Ok((Answer::Soon(Soon::Comes(waiting)), None)),
+            Booted::Again(dropped) => Ok((Answer::Soon(Soon::Again(dropped)), None)),
             missed => {
                 if matches!(missed, Booted::Far) {
                     one(&self.ahead.counters.boot_far);
                 }
-                self.recorder.read(ino, offset, size, Instant::now());
-                self.read_frames(ino, offset, size)
+                let (answer, touched) = self.read_frames(ino, offset, size)?;
+                Ok((answer, Some(touched)))
             }
+        }
+    }
+
+    /// Takes note of a read that the boot pack did not have: fetches ahead, and records it. What comes in a long stream is not
+    /// recorded, since readahead brings it as fast as a boot pack would.
+    pub(crate) fn note(&self, ino: Ino, offset: u64, size: u32, touched: &[Touch]) {
+        let run = self.ahead.note(ino, offset..offset.saturating_add(size.into()), touched);
+        match run < self.ahead.config.recorded_run_bytes {
+            true => self.recorder.read(ino, offset, size, Instant::now()),
+            false => self.recorder.busy(Instant::now()),
         }
     }
 

@@ -244,16 +244,19 @@ impl Filesystem for Fuse {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        let (ino, end) = (Ino(ino.0), offset.saturating_add(u64::from(size)));
+        let ino = Ino(ino.0);
         one(&self.files.ahead.counters.reads);
         match self.files.read(ino, offset, size) {
             Ok((Answer::Now(bytes), touched)) => {
                 Self::send(&self.files, ino, Ok(bytes), reply);
-                self.files.ahead.note(ino, offset..end, &touched);
-                self.files.store_rest(ino, offset, size, &touched);
+                if let Some(touched) = touched {
+                    self.files.note(ino, offset, size, &touched);
+                    self.files.store_rest(ino, offset, size, &touched);
+                }
             }
             Ok((Answer::Later(unread), touched)) => {
-                self.files.ahead.note(ino, offset..end, &touched);
+                let touched = touched.unwrap_or_default();
+                self.files.note(ino, offset, size, &touched);
                 let files = self.files.clone();
                 self.handle.spawn(async move {
                     let answer = files.complete(unread).await;

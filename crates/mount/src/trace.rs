@@ -65,6 +65,13 @@ impl Recorder {
         }
     }
 
+    /// Something was read that need not be recorded; the start goes on.
+    pub(crate) fn busy(&self, now: Instant) {
+        if self.is_recording() {
+            self.trace.lock().2 = Some(now);
+        }
+    }
+
     /// How long nothing was read; `None` before the first read, and zero where there is no room for more.
     pub(crate) fn quiet(&self, now: Instant) -> Option<Duration> {
         let last = self.trace.lock().2?;

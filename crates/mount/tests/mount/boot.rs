@@ -172,3 +172,25 @@ fn a_start_is_recorded_page_by_page_and_in_order() {
     assert!(trace.names.iter().any(|(_, name)| name == b"absent"));
     assert_eq!(mount.end_start(), None);
 }
+
+#[test]
+fn of_a_long_stream_only_the_beginning_is_recorded() {
+    let rig = Rig::new(Layer::new().file("other", &noise(10, 8192)).file("weights", &noise(9, 4 << 20)));
+    rig.mount().unmount(false).expect("unmounted");
+    rig.ended();
+    let recorded_run_bytes = 1 << 20;
+    let config =
+        MountConfig { record: Record::Start, recorded_run_bytes, ..MountConfig::new(rig.path("")) };
+    let mount = rig.start(config).expect("mounted again");
+    fs::read(rig.path("weights")).expect("read");
+    fs::read(rig.path("other")).expect("read");
+    assert!(mount.quiet() < Some(Duration::from_secs(20)), "the stream keeps the start going");
+    let trace = mount.end_start().expect("recorded");
+    let pages_of = |name: &[u8]| {
+        let ino = rig.tree.lookup(lamina_image::Ino::ROOT, name).expect("sound").expect("there");
+        trace.runs.iter().filter(|run| run.ino == ino).map(|run| run.pages).sum::<u64>()
+    };
+    let weights = pages_of(b"weights") * 4096;
+    assert!((recorded_run_bytes / 2..2 * recorded_run_bytes).contains(&weights), "{weights}");
+    assert!(pages_of(b"other") >= 2, "what is not in a stream is recorded all the same");
+}
