@@ -35,5 +35,5 @@ pub use recipe::{Pieces, Recipe, RecipeError, RecipePiece};
 pub use tar::{EntryKind, Piece, Segment, TarEntry, TarError, TarSource, path_parts, read_tar};
 pub use tree::{
     Entries, Entry, Extent, Extents, FileKind, HOLE, Ino, Inode, NO_XATTRS, TREE_BYTES_MAX, Tree, TreeError,
-    Xattr, pack_tree, unpack_tree,
+    Xattr, pack_tree, unpack_tree, unpack_tree_into,
 };

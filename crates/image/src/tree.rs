@@ -20,7 +20,7 @@ use layout::{
     ENTRY_BYTES, EXTENT_BYTES, INODE_BYTES, Layout, PACK_BYTES, PLACE_BYTES, Section, u32_at, u64_at,
 };
 pub use layout::{HOLE, NO_XATTRS};
-pub use transport::{TREE_BYTES_MAX, pack_tree, unpack_tree};
+pub use transport::{TREE_BYTES_MAX, pack_tree, unpack_tree, unpack_tree_into};
 
 /// Why bytes are not a tree, or not this part of one. Another try with the same bytes will not help.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

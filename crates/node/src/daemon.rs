@@ -1,10 +1,12 @@
 //! The daemon's state: its cache, its trees, its mounts.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures_util::TryStreamExt;
 use lamina_cache::{Cache, CacheConfig};
 use lamina_image::{BootPack, Digest, Platform, Tree};
 use lamina_mount::{Mount, MountConfig, Record};
@@ -16,6 +18,7 @@ use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
+use tokio_util::io::{StreamReader, SyncIoBridge};
 
 use crate::boot_files::{BootFiles, KeptBoot, KeptSource};
 use crate::known::Known;
@@ -214,13 +217,18 @@ impl Node {
             Some(tree) => tree,
             None => {
                 *requests += 1;
-                let blob = sources
+                let (repository, trees) = (&reference.repository, &self.trees);
+                sources
                     .ask(TREE, |client| async move {
-                        Ok(client.blob(&reference.repository, digest, TREE_BLOB_BYTES_MAX).await?)
+                        if let Some(tree) = self.receive_tree(&client, repository, digest).await {
+                            return Ok(tree);
+                        }
+                        // once more, with retries, with an error that says why, and without a disk if there is no other way
+                        let blob = client.blob(repository, digest, TREE_BLOB_BYTES_MAX).await?;
+                        let (trees, name) = (trees.clone(), reference.to_string());
+                        blocking(move || trees.store(&name, digest, &blob)).await
                     })
-                    .await?;
-                let (trees, name) = (self.trees.clone(), reference.to_string());
-                blocking(move || trees.store(&name, digest, &blob)).await?
+                    .await?
             }
         };
         let tree = Arc::new(tree);
@@ -228,6 +236,18 @@ impl Node {
         loaded.retain(|_, tree| tree.strong_count() > 0);
         loaded.insert(digest, Arc::downgrade(&tree));
         Ok(tree)
+    }
+
+    /// Unpacks a tree while it comes; `None` if anything goes wrong.
+    async fn receive_tree(&self, client: &Client, repository: &str, digest: Digest) -> Option<Tree> {
+        let blob = client.blob_stream(repository, digest).await.ok()?;
+        if blob.len.is_none_or(|len| len > TREE_BLOB_BYTES_MAX) {
+            return None;
+        }
+        let reader = SyncIoBridge::new(StreamReader::new(blob.bytes.map_err(io::Error::other)));
+        let trees = self.trees.clone();
+        let received = tokio::task::spawn_blocking(move || trees.receive(digest, reader)).await.ok()?;
+        received.inspect_err(|error| tracing::debug!(tree = %digest, %error, "a tree did not come")).ok()
     }
 
     /// Unmounts a directory. If a start was recorded on it until now, this returns when the registry was told.

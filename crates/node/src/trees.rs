@@ -4,17 +4,19 @@
 //! whenever it is opened (5 GB/s: 35 ms for a million files), so that a disk's error is found before it is believed.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
-use lamina_image::{Digest, Tree, TreeError, unpack_tree};
+use lamina_image::{Digest, Tree, TreeError, unpack_tree, unpack_tree_into};
 use memmap2::Mmap;
 
 use crate::NodeError;
 
 /// What stands behind the flat bytes.
 const HASH_BYTES: usize = 32;
+/// Bytes of a tree that are written together.
+const WRITE_BYTES: usize = 256 << 10;
 
 /// The directory of trees.
 #[derive(Clone, Debug)]
@@ -51,6 +53,26 @@ impl Trees {
         }
     }
 
+    /// Unpacks a blob while it comes, and keeps it. `blob` must end in an error where it is not what the digest names. Blocks.
+    ///
+    /// *Errors*: those of `blob`; and the disk's, after which [`Trees::store`] does without one.
+    pub(crate) fn receive(&self, digest: Digest, mut blob: impl Read) -> io::Result<Tree> {
+        let file = tempfile::Builder::new().prefix(".tmp").tempfile_in(&self.0)?;
+        let mut hashed = Hashed { file: BufWriter::with_capacity(WRITE_BYTES, file), hasher: blake3::Hasher::new() };
+        unpack_tree_into(&mut blob, &mut hashed)?;
+        // only the end of the blob tells whether it is the right one
+        if io::copy(&mut blob, &mut io::sink())? != 0 {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, TreeError::Compressed));
+        }
+        let Hashed { mut file, hasher } = hashed;
+        file.write_all(hasher.finalize().as_bytes())?;
+        let file = file.into_inner().map_err(io::IntoInnerError::into_error)?;
+        // what was hashed while it was written is not hashed again
+        let tree = Mapped::of(file.as_file())?.tree().ok_or_else(damaged)?;
+        file.persist(self.path(digest)).map_err(|error| error.error)?;
+        Ok(tree)
+    }
+
     /// Unpacks a verified blob, keeps it, and gives it back from the disk's page cache: memory holds it only for a
     /// moment. Blocks.
     pub(crate) fn store(&self, reference: &str, digest: Digest, blob: &[u8]) -> Result<Tree, NodeError> {
@@ -79,20 +101,55 @@ impl Trees {
     }
 }
 
+/// Writes and hashes.
+struct Hashed {
+    file: BufWriter<tempfile::NamedTempFile>,
+    hasher: blake3::Hasher,
+}
+
+impl Write for Hashed {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.file.write(bytes)?;
+        self.hasher.update(&bytes[..written]);
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
+fn damaged() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, "its hash does not match")
+}
+
 /// Maps a tree and checks it against the hash behind it. `None` where it is sound but no tree.
 fn map(path: &Path) -> io::Result<Option<Tree>> {
-    let file = File::open(path)?;
-    #[expect(unsafe_code, reason = "mapping a file is unsafe because others could truncate it")]
-    // SAFETY: files in this directory are written under another name, renamed, and never written again; the
-    // directory belongs to this daemon alone
-    let map = unsafe { Mmap::map(&file)? };
-    let damaged = || io::Error::new(io::ErrorKind::InvalidData, "its hash does not match");
-    let (flat, hash) = map.split_last_chunk::<HASH_BYTES>().ok_or_else(damaged)?;
+    let mapped = Mapped::of(&File::open(path)?)?;
+    let (flat, hash) = mapped.0.split_last_chunk::<HASH_BYTES>().ok_or_else(damaged)?;
     if blake3::hash(flat).as_bytes() != hash {
         return Err(damaged());
     }
-    let len = flat.len();
-    Ok(Tree::open(Bytes::from_owner(map).slice(..len)).ok())
+    Ok(mapped.tree())
+}
+
+/// The file of a tree, mapped.
+struct Mapped(Mmap);
+
+impl Mapped {
+    fn of(file: &File) -> io::Result<Self> {
+        #[expect(unsafe_code, reason = "mapping a file is unsafe because others could truncate it")]
+        // SAFETY: files in this directory are written under another name, renamed, and never written again; the
+        // directory belongs to this daemon alone
+        let map = unsafe { Mmap::map(file)? };
+        Ok(Self(map))
+    }
+
+    /// The tree before the hash, if it is one.
+    fn tree(self) -> Option<Tree> {
+        let len = self.0.len().checked_sub(HASH_BYTES)?;
+        Tree::open(Bytes::from_owner(self.0).slice(..len)).ok()
+    }
 }
 
 #[cfg(test)]
@@ -131,6 +188,29 @@ mod tests {
         }
         fs::write(&path, &good[..10]).unwrap();
         assert!(trees.load(digest).is_none());
+    }
+
+    #[test]
+    fn a_tree_that_comes_is_there_once_all_of_it_was_right() {
+        let (directory, trees, digest) = stored();
+        let blob = pack_tree(&derive_tree(&[] as &[Recipe]).unwrap());
+        fs::remove_file(trees.path(digest)).unwrap();
+        for len in 0..blob.len() {
+            assert!(trees.receive(digest, &blob[..len]).is_err(), "{len} bytes");
+        }
+        trees.receive(digest, &[&blob[..], b"more"].concat()[..]).err().expect("too long");
+        struct Wrong;
+        impl Read for Wrong {
+            fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+                Err(io::Error::other("not what the digest names"))
+            }
+        }
+        let error = trees.receive(digest, blob.chain(Wrong)).err().expect("wrong at its end");
+        assert_eq!(error.to_string(), "not what the digest names");
+        assert!(trees.load(digest).is_none());
+        assert_eq!(trees.receive(digest, &blob[..]).unwrap().inodes(), 1);
+        assert_eq!(trees.load(digest).unwrap().inodes(), 1);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1, "nothing half written stays");
     }
 
     #[test]

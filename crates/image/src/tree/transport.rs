@@ -1,6 +1,6 @@
 //! A tree as a blob: the flat bytes as one zstd frame behind their length.
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 
 use super::TreeError;
 
@@ -22,13 +22,27 @@ pub fn pack_tree(flat: &[u8]) -> Vec<u8> {
 /// The flat tree in a blob. The claimed length is only believed up to [`TREE_BYTES_MAX`], and memory grows with
 /// what really comes.
 pub fn unpack_tree(blob: &[u8]) -> Result<Vec<u8>, TreeError> {
-    let (len, frame) = blob.split_first_chunk::<8>().ok_or(TreeError::Compressed)?;
-    let len = u64::from_le_bytes(*len);
-    if len > TREE_BYTES_MAX {
-        return Err(TreeError::TooLarge("its length"));
-    }
-    let decoder = zstd::Decoder::with_buffer(frame).map_err(|_| TreeError::Compressed)?;
     let mut flat = Vec::new();
-    decoder.take(len + 1).read_to_end(&mut flat).map_err(|_| TreeError::Compressed)?;
-    if flat.len() as u64 != len { Err(TreeError::Compressed) } else { Ok(flat) }
+    let wrong = |error: io::Error| error.into_inner()?.downcast::<TreeError>().ok();
+    unpack_tree_into(blob, &mut flat).map_err(|error| wrong(error).map_or(TreeError::Compressed, |it| *it))?;
+    Ok(flat)
+}
+
+/// The same from a blob that is still coming, written to `flat` as it comes: its length, in bytes. Memory does not grow with it.
+///
+/// # Errors
+/// What `blob` and `flat` say; and `InvalidData` around a [`TreeError`] for what is no tree's blob.
+pub fn unpack_tree_into(mut blob: impl Read, flat: &mut impl Write) -> io::Result<u64> {
+    let wrong = |error: TreeError| io::Error::new(io::ErrorKind::InvalidData, error);
+    let mut len = [0; 8];
+    blob.read_exact(&mut len)?;
+    let len = u64::from_le_bytes(len);
+    if len > TREE_BYTES_MAX {
+        return Err(wrong(TreeError::TooLarge("its length")));
+    }
+    let mut decoder = zstd::Decoder::new(blob)?.take(len + 1);
+    match io::copy(&mut decoder, flat)? {
+        written if written == len => Ok(len),
+        _ => Err(wrong(TreeError::Compressed)),
+    }
 }
