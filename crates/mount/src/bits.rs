@@ -17,6 +17,12 @@ impl Bits {
         let word = self.0.get(number as usize / 64);
         word.is_some_and(|word| word.fetch_or(bit, Ordering::Relaxed) & bit == 0)
     }
+
+    /// Whether one is set.
+    pub(crate) fn is_set(&self, number: u32) -> bool {
+        let word = self.0.get(number as usize / 64);
+        word.is_some_and(|word| word.load(Ordering::Relaxed) & 1 << (number % 64) != 0)
+    }
 }
 
 #[cfg(test)]
@@ -27,8 +33,9 @@ mod tests {
     fn each_bit_is_set_once_and_none_beyond_the_end() {
         let bits = Bits::new(65);
         for number in [0, 63, 64] {
-            assert!(bits.set(number) && !bits.set(number), "{number}");
+            assert!(!bits.is_set(number) && bits.set(number), "{number}");
+            assert!(bits.is_set(number) && !bits.set(number), "{number}");
         }
-        assert!(!bits.set(128));
+        assert!(!bits.set(128) && !bits.is_set(128));
     }
 }

@@ -1,42 +1,34 @@
 //! A boot pack on its way into the kernel's page cache.
 //!
-//! The table comes first, so that it is known which pages will come and with which frame. Then, at the same time: names are
-//! looked up through the mount, since the kernel takes pages only for inodes that it knows; ranges of frames are fetched, a few
-//! at once and in order; frames are opened and verified; one thread stores the runs of one frame after the other.
+//! It comes in one stream ([`BootStream`]), which begins before there is a mount. The table is first, so that it is known which
+//! pages will come and with which frame. Then, at the same time: names are looked up through the mount, since the kernel takes
+//! pages only for inodes that it knows; frames are opened and verified, a few side by side; one thread stores the runs of one
+//! frame after the other, each as soon as its file is known.
 //!
 //! A read of pages that are on their way waits for their frame if that is near, and is answered from the opened frame, never by
 //! way of the thread that stores: that may be waiting for this very read, which holds the pages' locks. A wait has a bound; then,
 //! and for everything else, the read goes the ordinary way. So whatever happens to a boot pack, reads are answered.
 
 use std::collections::HashMap;
-use std::ops::Range;
-use std::os::fd::OwnedFd;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use fuser::{INodeNo, Notifier};
-use futures_util::stream::{self, StreamExt};
 use lamina_cache::{Class, Source, SourceError};
 use lamina_chunk::PackId;
-use lamina_image::{
-    BOOT_BYTES_MAX, BOOT_HEAD_BYTES, BootError, BootFrame, BootHead, BootPack, BootTable, Ino, Tree,
-};
+use lamina_image::{BootError, BootFrame, BootTable, Ino};
 use parking_lot::Mutex;
-use rustix::fs::{AtFlags, CWD, Mode, OFlags};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio::time::timeout;
 
-use crate::metrics::{Counters, add, one};
+pub(crate) use self::run::Booting;
+pub use self::stream::BootStream;
 
-/// Bytes asked for first: the head and most tables, in one round trip.
-const FIRST_BYTES: u64 = 192 << 10;
-/// Frames are asked for together up to this many bytes, and so many requests are on their way: what fills 1 Gbit/s up to a round
-/// trip of 12 ms, and delays a read of something else by that at worst.
-const RANGE_BYTES: u64 = 512 << 10;
-const RANGES: usize = 3;
+mod known;
+mod run;
+mod stream;
+
 /// Opened frames that wait to be stored, at most 1 MiB each. A read waits for a frame that is no further away than this
 /// from the last one stored: at 1 Gbit/s each takes 3 ms, and what a program reads next comes with it. Then there is room for
 /// that frame even while the thread that stores waits for the read.
@@ -238,203 +230,4 @@ impl Coming {
         self.opened.lock().insert(number, plain);
         self.progress.send_replace(number as usize + 1);
     }
-}
-
-/// What boot needs of a mount.
-pub(crate) struct Booting<'a> {
-    pub(crate) tree: &'a Tree,
-    pub(crate) source: &'a Arc<dyn Source>,
-    pub(crate) counters: &'a Arc<Counters>,
-    pub(crate) notifier: Notifier,
-    pub(crate) mountpoint: &'a Path,
-    pub(crate) boot: &'a Boot,
-}
-
-impl Booting<'_> {
-    /// Fetches and stores a boot pack. Returns when everything is in the page cache, or with what went wrong.
-    pub(crate) async fn run(self, pack: BootPack) -> Result<(), BootFailure> {
-        let (table, first) = self.table(pack).await?;
-        let coming = Arc::new(Coming::new(pack.pack(), &table));
-        if self.boot.0.set(coming.clone()).is_err() {
-            return Ok(());
-        }
-        let _ended = Ended(coming.clone());
-        let known = self.look_up(table.names.clone());
-        let (frames, queue) = mpsc::channel(OPENED);
-        let storing = self.store(coming.clone(), table.runs, known, queue);
-        let fetched = self.fetch(pack, first, &coming, frames).await;
-        let stored = storing.await.map_err(|_| BootFailure::Refused)?;
-        fetched.and(stored)
-    }
-
-    async fn range(&self, pack: BootPack, range: Range<u64>) -> Result<Bytes, BootFailure> {
-        let bytes = self.source.fetch(pack.pack(), range, Class::Boot).await?;
-        add(&self.counters.boot_bytes, bytes.len() as u64);
-        Ok(bytes)
-    }
-
-    /// A range of which some bytes may have come with the first.
-    async fn rest(&self, pack: BootPack, come: &Bytes, range: Range<u64>) -> Result<Bytes, BootFailure> {
-        let len = come.len() as u64;
-        if range.start >= len {
-            return self.range(pack, range).await;
-        }
-        let at = usize::try_from(range.start).expect("below a length in memory");
-        let end = usize::try_from(range.end.min(len)).expect("not above a length in memory");
-        let mut bytes = come[at..end].to_vec();
-        if range.end > len {
-            bytes.extend_from_slice(&self.range(pack, len..range.end).await?);
-        }
-        Ok(bytes.into())
-    }
-
-    /// What is in the pack, and its first bytes.
-    async fn table(&self, pack: BootPack) -> Result<(BootTable, Bytes), BootFailure> {
-        let head_bytes = BOOT_HEAD_BYTES as u64;
-        if !(head_bytes..=BOOT_BYTES_MAX).contains(&pack.bytes) {
-            return Err(BootFailure::Length(pack.bytes));
-        }
-        let first = self.range(pack, 0..FIRST_BYTES.min(pack.bytes)).await?;
-        let head = BootHead::parse(first.get(..BOOT_HEAD_BYTES).unwrap_or(&[]), pack.tree)?;
-        let end = head_bytes + head.table_len() as u64;
-        if end > pack.bytes {
-            return Err(BootFailure::Length(pack.bytes));
-        }
-        let mut sealed = first[BOOT_HEAD_BYTES..].to_vec();
-        if (first.len() as u64) < end {
-            sealed.extend_from_slice(&self.range(pack, first.len() as u64..end).await?);
-        }
-        sealed.truncate(head.table_len());
-        let table = head.table(&sealed, self.tree)?;
-        let frames_end = table.frames.last().map_or(end, |last| last.offset + u64::from(last.sealed_len));
-        if frames_end == pack.bytes { Ok((table, first)) } else { Err(BootFailure::Length(pack.bytes)) }
-    }
-
-    /// Looks names up through the mount, found or not: the kernel then knows them and the inodes.
-    fn look_up(&self, names: Vec<String>) -> tokio::task::JoinHandle<()> {
-        let (path, counters) = (self.mountpoint.to_owned(), self.counters.clone());
-        tokio::task::spawn_blocking(move || {
-            let Ok(root) = rustix::fs::openat(CWD, &path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
-            else {
-                return;
-            };
-            let look = |root: &OwnedFd, name: &str| rustix::fs::statat(root, name, AtFlags::SYMLINK_NOFOLLOW);
-            for name in &names {
-                // a name that is not there is known not to be there afterwards
-                let _ = look(&root, name);
-                one(&counters.boot_names);
-            }
-        })
-    }
-
-    /// Fetches and opens frames in order, and hands them on.
-    async fn fetch(
-        &self,
-        pack: BootPack,
-        come: Bytes,
-        coming: &Arc<Coming>,
-        queue: mpsc::Sender<(u32, Bytes)>,
-    ) -> Result<(), BootFailure> {
-        let groups = groups(&coming.frames);
-        let come = &come;
-        let mut sealed = stream::iter(groups)
-            .map(|group| async move {
-                let of = &coming.frames[group.clone()];
-                let (first, last) = (&of[0], &of[of.len() - 1]);
-                let range = first.offset..last.offset + u64::from(last.sealed_len);
-                let bytes = self.rest(pack, come, range).await?;
-                let of: Vec<BootFrame> = of.to_vec();
-                let opened = tokio::task::spawn_blocking(move || open(&of, &bytes)).await;
-                Ok::<_, BootFailure>((group.start, opened.map_err(|_| BootFailure::Refused)??))
-            })
-            .buffered(RANGES);
-        while let Some(opened) = sealed.next().await {
-            let (start, opened) = opened?;
-            for (plain, number) in opened.into_iter().zip(start..) {
-                let number = u32::try_from(number).expect("as many as the head's 32 bits");
-                // for the reads that wait, before anything that may block
-                coming.opened(number, plain.clone());
-                if queue.send((number, plain)).await.is_err() {
-                    return Err(BootFailure::Refused);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Stores frames, once the names are known, until no more come.
-    fn store(
-        &self,
-        coming: Arc<Coming>,
-        runs: Vec<lamina_image::BootRun>,
-        known: tokio::task::JoinHandle<()>,
-        mut queue: mpsc::Receiver<(u32, Bytes)>,
-    ) -> tokio::task::JoinHandle<Result<(), BootFailure>> {
-        let (notifier, counters) = (self.notifier.clone(), self.counters.clone());
-        let handle = tokio::runtime::Handle::current();
-        tokio::task::spawn_blocking(move || {
-            // a panic there would have been about one name
-            let _ = handle.block_on(known);
-            while let Some((number, plain)) = queue.blocking_recv() {
-                for run in &runs[coming.frames[number as usize].runs.clone()] {
-                    let (skip, len) = (run.skip as usize, run.len as usize);
-                    let stored = notifier.store(INodeNo(run.ino.0), run.offset, &plain[skip..skip + len]);
-                    if let Err(error) = stored {
-                        one(&counters.boot_refused);
-                        // the connection is gone; everything else is about one run
-                        if error.raw_os_error() == Some(rustix::io::Errno::NODEV.raw_os_error()) {
-                            return Err(BootFailure::Refused);
-                        }
-                        continue;
-                    }
-                    one(&counters.boot_stored_runs);
-                    add(&counters.boot_stored_bytes, len as u64);
-                }
-                coming.stored.store(number as usize + 1, Ordering::Relaxed);
-                if let Some(old) = number.checked_sub(u32::try_from(KEPT).expect("few")) {
-                    coming.opened.lock().remove(&old);
-                }
-            }
-            Ok(())
-        })
-    }
-}
-
-/// Tells waiting reads when a boot pack has ended, however.
-struct Ended(Arc<Coming>);
-
-impl Drop for Ended {
-    fn drop(&mut self) {
-        self.0.progress.send_replace(usize::MAX);
-        self.0.opened.lock().clear();
-    }
-}
-
-/// Frames that are asked for together.
-fn groups(frames: &[BootFrame]) -> Vec<Range<usize>> {
-    let mut groups: Vec<Range<usize>> = Vec::new();
-    let mut bytes = 0;
-    for (number, frame) in frames.iter().enumerate() {
-        let len = u64::from(frame.sealed_len);
-        match groups.last_mut() {
-            Some(group) if bytes + len <= RANGE_BYTES => group.end = number + 1,
-            _ => {
-                groups.push(number..number + 1);
-                bytes = 0;
-            }
-        }
-        bytes += len;
-    }
-    groups
-}
-
-/// Opens frames that came in one piece.
-fn open(frames: &[BootFrame], bytes: &[u8]) -> Result<Vec<Bytes>, BootFailure> {
-    let start = frames.first().map_or(0, |first| first.offset);
-    let one = |frame: &BootFrame| {
-        let from = usize::try_from(frame.offset - start).unwrap_or(usize::MAX);
-        let sealed = bytes.get(from..from.saturating_add(frame.sealed_len as usize)).unwrap_or(&[]);
-        Ok(frame.open(sealed)?)
-    };
-    frames.iter().map(one).collect()
 }

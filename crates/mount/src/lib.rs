@@ -25,7 +25,7 @@ mod trace;
 mod walks;
 mod window;
 
-pub use boot::BootFailure;
+pub use boot::{BootFailure, BootStream};
 pub use config::{MountConfig, Record};
 pub use error::MountError;
 pub use metrics::MountSnapshot;

@@ -8,14 +8,14 @@ use std::time::{Duration, Instant};
 
 use fuser::{Config, Notifier, Session, SessionACL};
 use lamina_cache::{Cache, Source};
-use lamina_image::{BootPack, Ino, Trace, Tree};
+use lamina_image::{Ino, Trace, Tree};
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tracing::{error, info};
 
 use crate::ahead::Ahead;
-use crate::boot::{Boot, BootFailure, Booting};
+use crate::boot::{Boot, BootFailure, BootStream, Booting};
 use crate::config::Record;
 use crate::fs::Files;
 use crate::fuse::Fuse;
@@ -115,18 +115,18 @@ impl Mount {
         self.ahead.counters.snapshot()
     }
 
-    /// Streams a boot pack into the kernel's page cache. Returns when all of it is there, or with why it was given up; reads are
+    /// Takes a boot pack into the kernel's page cache as it comes. Returns when all of it is there, or with why it was given up; reads are
     /// answered all the while, whatever comes. At most once for a mount.
-    pub async fn boot(&self, pack: BootPack) -> Result<(), BootFailure> {
+    pub async fn boot(&self, stream: BootStream) -> Result<(), BootFailure> {
         self.ahead.settle_window(self.config.read_ahead_start_kb);
         self.ahead.set_lean(true);
         let begun = Instant::now();
-        let Ahead { tree, source, counters, .. } = &*self.ahead;
+        let Ahead { tree, counters, .. } = &*self.ahead;
         let (notifier, mountpoint) = (self.booting.clone(), self.point.path());
-        let booting = Booting { tree, source, counters, notifier, mountpoint, boot: &self.boot };
+        let booting = Booting { tree, counters, notifier, mountpoint, boot: &self.boot };
         let mut ended = self.ended.clone();
         let done = tokio::select! {
-            done = booting.run(pack) => done,
+            done = booting.run(stream) => done,
             _ = ended.wait_for(|ended| *ended) => Err(BootFailure::Refused),
         };
         counters.boot_us.store(us_since(begun), Ordering::Relaxed);

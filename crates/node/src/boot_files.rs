@@ -14,13 +14,16 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use bytes::Bytes;
-use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
+use futures_util::{FutureExt, StreamExt, stream};
 use lamina_cache::{Class, Pieces, Source, SourceError};
 use lamina_chunk::PackId;
 use parking_lot::Mutex;
 
 use crate::sources::Sources;
+
+/// One that is here is read in pieces of so many bytes.
+const KEPT_PIECE_BYTES: usize = 256 << 10;
 
 /// The directory of boot packs.
 #[derive(Clone, Debug)]
@@ -52,6 +55,11 @@ impl BootFiles {
         let mut bytes = vec![0; usize::try_from(range.end.checked_sub(range.start)?).ok()?];
         file.read_exact_at(&mut bytes, range.start).ok()?;
         Some(bytes.into())
+    }
+
+    /// Whether a boot pack is here whole.
+    fn has(&self, pack: PackId) -> bool {
+        self.path(pack, "boot").exists()
     }
 
     /// Removes a boot pack that turned out to be damaged.
@@ -115,6 +123,45 @@ impl KeptBoot {
         Ok(())
     }
 
+    /// One that is here, in pieces.
+    fn kept(self: &Arc<Self>, pack: PackId, range: Range<u64>) -> Pieces {
+        let starts = range.clone().step_by(KEPT_PIECE_BYTES);
+        let this = Arc::clone(self);
+        let piece = move |start: u64| {
+            let (this, end) = (Arc::clone(&this), range.end.min(start + KEPT_PIECE_BYTES as u64));
+            async move {
+                let read = tokio::task::spawn_blocking(move || this.files.read(pack, &(start..end))).await;
+                // removed meanwhile: whoever asks again is sent to the registry
+                let gone =
+                    || io::Error::new(io::ErrorKind::NotFound, "it was removed from this machine's disk");
+                let gone = || SourceError::Unreachable { pack, cause: Arc::new(gone()) };
+                read.ok().flatten().ok_or_else(gone)
+            }
+        };
+        Pieces::new(stream::iter(starts).then(piece).boxed())
+    }
+
+    /// Writes pieces that begin at `at` as they go by.
+    fn keeping(self: Arc<Self>, pack: PackId, at: u64, pieces: Pieces) -> Pieces {
+        let written = move |at: &mut u64, piece: Result<Bytes, SourceError>| {
+            let (this, start) = (Arc::clone(&self), *at);
+            *at += piece.as_ref().map_or(0, |piece| piece.len() as u64);
+            async move {
+                if let Ok(piece) = &piece {
+                    let piece = piece.clone();
+                    let range = start..start + piece.len() as u64;
+                    let written = tokio::task::spawn_blocking(move || this.keep(pack, range, &piece)).await;
+                    if let Ok(Err(error)) = written {
+                        tracing::debug!(%pack, %error, "a boot pack is not kept");
+                    }
+                }
+                Some(piece)
+            }
+        };
+        let origin = pieces.origin;
+        Pieces::new(pieces.scan(at, written).boxed()).from(origin)
+    }
+
     /// Once a boot pack of `len` bytes has come and was right: it appears whole, or not at all. Blocks.
     pub(crate) fn finish(&self, pack: PackId, len: u64) -> io::Result<()> {
         let Some(mut part) = self.parts.lock().remove(&pack) else { return Ok(()) };
@@ -131,9 +178,14 @@ impl KeptBoot {
         self.files.shrink()
     }
 
-    /// Gives a boot pack up that was not right.
-    pub(crate) fn give_up(&self, pack: PackId) {
+    /// Forgets a boot pack that was not right.
+    pub(crate) fn forget(&self, pack: PackId) {
         self.files.forget(pack);
+        self.give_up(pack);
+    }
+
+    /// Gives up what came of one that will not be here whole.
+    pub(crate) fn give_up(&self, pack: PackId) {
         if self.parts.lock().remove(&pack).is_some() {
             let _ = fs::remove_file(self.files.path(pack, "part"));
         }
@@ -157,16 +209,10 @@ impl Source for KeptSource {
         async move {
             let (kept, wanted) = (Arc::clone(&self.0), range.clone());
             let here = tokio::task::spawn_blocking(move || kept.files.read(pack, &wanted)).await;
-            if let Ok(Some(bytes)) = here {
-                return Ok(bytes);
+            match here {
+                Ok(Some(bytes)) => Ok(bytes),
+                _ => self.0.registry.fetch(pack, range, class).await,
             }
-            let bytes = self.0.registry.fetch(pack, range.clone(), class).await?;
-            let (kept, come) = (Arc::clone(&self.0), bytes.clone());
-            let written = tokio::task::spawn_blocking(move || kept.keep(pack, range, &come)).await;
-            if let Ok(Err(error)) = written {
-                tracing::debug!(%pack, %error, "a boot pack is not kept");
-            }
-            Ok(bytes)
         }
         .boxed()
     }
@@ -177,7 +223,18 @@ impl Source for KeptSource {
         range: Range<u64>,
         class: Class,
     ) -> BoxFuture<'_, Result<Pieces, SourceError>> {
-        self.0.registry.stream(pack, range, class)
+        if class != Class::Boot {
+            return self.0.registry.stream(pack, range, class);
+        }
+        async move {
+            if self.0.files.has(pack) {
+                return Ok(self.0.kept(pack, range));
+            }
+            let start = range.start;
+            let pieces = self.0.registry.stream(pack, range, class).await?;
+            Ok(self.0.clone().keeping(pack, start, pieces))
+        }
+        .boxed()
     }
 
     fn distrust(&self, pack: PackId, origin: usize) {
@@ -217,6 +274,8 @@ mod tests {
         assert_eq!(kept.files.read(pack(1), &(3..7)).as_deref(), Some(&b"4567"[..]));
         assert_eq!(kept.files.read(pack(1), &(3..11)), None, "beyond its end");
         kept.give_up(pack(1));
+        assert!(kept.files.has(pack(1)), "what was right stays right when it is not needed to the end");
+        kept.forget(pack(1));
         assert_eq!(kept.files.read(pack(1), &(3..7)), None);
     }
 

@@ -7,13 +7,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::TryStreamExt;
-use lamina_cache::{Cache, CacheConfig};
-use lamina_image::{BootPack, Digest, Platform, Tree};
-use lamina_mount::{Mount, MountConfig, Record};
+use lamina_cache::{Cache, CacheConfig, Source};
+use lamina_image::{Digest, Platform, Tree};
+use lamina_mount::{BootStream, Mount, MountConfig, Record};
 use lamina_wire::proto::{
     MountRequest, MountResponse, MountStats, SourceStats, StatsResponse, UnmountResponse,
 };
-use lamina_wire::{ClientConfig, Reference};
+use lamina_wire::{Client, ClientConfig, Reference};
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
@@ -147,7 +147,9 @@ impl Node {
         let boot = !request.no_boot && !request.record && !request.require_bound;
         let boot = boot.then(|| starting.find_boot());
         let tree = self.tree(&sources, &reference, &found, &mut requests).await?;
-        let source = Arc::new(KeptSource(kept));
+        let source: Arc<dyn Source> = Arc::new(KeptSource(kept));
+        // behind the tree, which the mount waits for
+        let boot = boot.map(|found| Starting::stream_boot(found, Arc::clone(&source)));
         let mut config = MountConfig::new(PathBuf::from(&request.directory));
         config.name = reference.to_string();
         config.read_ahead_kb = self.config.read_ahead_kb.unwrap_or(config.read_ahead_kb);
@@ -171,7 +173,7 @@ impl Node {
         mount: Arc<Mount>,
         reference: &Reference,
         starting: Starting,
-        boot: Option<JoinHandle<Option<BootPack>>>,
+        boot: Option<JoinHandle<Option<BootStream>>>,
     ) {
         let path = mount.mountpoint().to_owned();
         let (started, report) = watch::channel(None);

@@ -3,8 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use lamina_cache::Source;
 use lamina_image::{BootPack, Digest, Trace, media_type};
-use lamina_mount::Mount;
+use lamina_mount::{BootFailure, BootStream, Mount};
 use lamina_wire::{Client, WireError, write_trace};
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
@@ -55,36 +56,52 @@ impl Starting {
         })
     }
 
+    /// Begins to fetch what was found, away from whoever mounts the image.
+    pub(crate) fn stream_boot(
+        found: JoinHandle<Option<BootPack>>,
+        source: Arc<dyn Source>,
+    ) -> JoinHandle<Option<BootStream>> {
+        tokio::spawn(async move {
+            let pack = found.await.ok().flatten()?;
+            Some(BootStream::start(pack, source))
+        })
+    }
+
     /// Sees a start through: boots, waits until it is over, and tells the registry what it touched.
-    pub(crate) async fn see(self, mount: Arc<Mount>, boot: Option<JoinHandle<Option<BootPack>>>) -> Report {
+    pub(crate) async fn see(self, mount: Arc<Mount>, boot: Option<JoinHandle<Option<BootStream>>>) -> Report {
         let booted = async {
-            let pack = match boot {
+            let stream = match boot {
                 Some(boot) => boot.await.ok().flatten(),
                 None => None,
             };
-            let Some(pack) = pack else { return };
-            let booted = mount.boot(pack).await;
+            let Some(stream) = stream else { return };
+            let pack = stream.pack();
+            let booted = mount.boot(stream).await;
             match &booted {
                 Ok(()) => info!(boot = %pack.blob, bytes = pack.bytes, "booted"),
                 Err(error) => warn!(boot = %pack.blob, %error, "starting without the boot pack"),
             }
-            self.keep(pack, booted.is_ok()).await;
+            self.keep(pack, booted).await;
         };
         tokio::join!(booted, self.over(&mount));
         let Some(trace) = mount.end_start() else { return Report::default() };
         self.tell(trace).await
     }
 
-    /// Keeps a boot pack for the next start, if it was right.
-    async fn keep(&self, pack: BootPack, right: bool) {
+    /// Keeps a boot pack for the next start, if all of it came and was right.
+    async fn keep(&self, pack: BootPack, booted: Result<(), BootFailure>) {
         let kept = Arc::clone(&self.kept);
         let blob = pack.pack();
-        let done = tokio::task::spawn_blocking(move || {
-            if right {
-                return kept.finish(blob, pack.bytes);
+        let done = tokio::task::spawn_blocking(move || match booted {
+            Ok(()) => kept.finish(blob, pack.bytes),
+            Err(BootFailure::Bad(_) | BootFailure::Length(_)) => {
+                kept.forget(blob);
+                Ok(())
             }
-            kept.give_up(blob);
-            Ok(())
+            Err(BootFailure::Source(_) | BootFailure::Refused) => {
+                kept.give_up(blob);
+                Ok(())
+            }
         });
         if let Ok(Err(error)) = done.await {
             debug!(boot = %pack.blob, %error, "a boot pack is not kept");

@@ -58,7 +58,8 @@ impl Trees {
     /// *Errors*: those of `blob`; and the disk's, after which [`Trees::store`] does without one.
     pub(crate) fn receive(&self, digest: Digest, mut blob: impl Read) -> io::Result<Tree> {
         let file = tempfile::Builder::new().prefix(".tmp").tempfile_in(&self.0)?;
-        let mut hashed = Hashed { file: BufWriter::with_capacity(WRITE_BYTES, file), hasher: blake3::Hasher::new() };
+        let mut hashed =
+            Hashed { file: BufWriter::with_capacity(WRITE_BYTES, file), hasher: blake3::Hasher::new() };
         unpack_tree_into(&mut blob, &mut hashed)?;
         // only the end of the blob tells whether it is the right one
         if io::copy(&mut blob, &mut io::sink())? != 0 {
@@ -198,14 +199,14 @@ mod tests {
         for len in 0..blob.len() {
             assert!(trees.receive(digest, &blob[..len]).is_err(), "{len} bytes");
         }
-        trees.receive(digest, &[&blob[..], b"more"].concat()[..]).err().expect("too long");
+        trees.receive(digest, &[&blob[..], b"more"].concat()[..]).expect_err("too long");
         struct Wrong;
         impl Read for Wrong {
             fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
                 Err(io::Error::other("not what the digest names"))
             }
         }
-        let error = trees.receive(digest, blob.chain(Wrong)).err().expect("wrong at its end");
+        let error = trees.receive(digest, blob.chain(Wrong)).expect_err("wrong at its end");
         assert_eq!(error.to_string(), "not what the digest names");
         assert!(trees.load(digest).is_none());
         assert_eq!(trees.receive(digest, &blob[..]).unwrap().inodes(), 1);

@@ -24,7 +24,8 @@ pub fn pack_tree(flat: &[u8]) -> Vec<u8> {
 pub fn unpack_tree(blob: &[u8]) -> Result<Vec<u8>, TreeError> {
     let mut flat = Vec::new();
     let wrong = |error: io::Error| error.into_inner()?.downcast::<TreeError>().ok();
-    unpack_tree_into(blob, &mut flat).map_err(|error| wrong(error).map_or(TreeError::Compressed, |it| *it))?;
+    unpack_tree_into(blob, &mut flat)
+        .map_err(|error| wrong(error).map_or(TreeError::Compressed, |it| *it))?;
     Ok(flat)
 }
 

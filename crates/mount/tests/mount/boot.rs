@@ -179,8 +179,7 @@ fn of_a_long_stream_only_the_beginning_is_recorded() {
     rig.mount().unmount(false).expect("unmounted");
     rig.ended();
     let recorded_run_bytes = 1 << 20;
-    let config =
-        MountConfig { record: Record::Start, recorded_run_bytes, ..MountConfig::new(rig.path("")) };
+    let config = MountConfig { record: Record::Start, recorded_run_bytes, ..MountConfig::new(rig.path("")) };
     let mount = rig.start(config).expect("mounted again");
     fs::read(rig.path("weights")).expect("read");
     fs::read(rig.path("other")).expect("read");

@@ -18,7 +18,7 @@ use lamina_image::{
     BootPack, ChunkSink, Digest, IngestOptions, Ino, LayerInput, Profile, Progress, SinkError, Trace,
     TraceRun, Tree, build_boot, derive_tree, ingest,
 };
-use lamina_mount::{BootFailure, Mount, MountConfig, MountError};
+use lamina_mount::{BootFailure, BootStream, Mount, MountConfig, MountError};
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 
@@ -215,7 +215,7 @@ impl Rig {
     /// Boots from these bytes; they may be anything.
     pub(crate) fn boot(&self, blob: &Bytes) -> Result<(), BootFailure> {
         let pack = BootPack { blob: self.packs.add(blob.clone()), bytes: blob.len() as u64, tree: TREE };
-        self.runtime.block_on(self.mount().boot(pack))
+        self.runtime.block_on(async { self.mount().boot(BootStream::start(pack, self.packs.clone())).await })
     }
 
     pub(crate) fn mount(&self) -> &Mount {

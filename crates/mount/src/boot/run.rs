@@ -1,0 +1,175 @@
+//! Booting: from the stream to the page cache.
+
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use bytes::Bytes;
+use fuser::{INodeNo, Notifier};
+use futures_util::stream::{FuturesOrdered, StreamExt};
+use lamina_image::{BOOT_BYTES_MAX, BOOT_HEAD_BYTES, BootError, BootHead, BootRun, BootTable, Ino, Tree};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags};
+use tokio::sync::mpsc;
+use tokio::task::{JoinHandle, spawn_blocking};
+
+use super::known::{Finishing, Known};
+use super::{Boot, BootFailure, BootStream, Coming, KEPT, OPENED};
+use crate::metrics::{Counters, add, one};
+
+/// Frames that are opened side by side: each takes a millisecond, and comes in three over 1 Gbit/s.
+const OPENING: usize = 4;
+
+/// What boot needs of a mount.
+pub(crate) struct Booting<'a> {
+    pub(crate) tree: &'a Tree,
+    pub(crate) counters: &'a Arc<Counters>,
+    pub(crate) notifier: Notifier,
+    pub(crate) mountpoint: &'a Path,
+    pub(crate) boot: &'a Boot,
+}
+
+impl Booting<'_> {
+    /// Takes and stores a boot pack. Returns when everything is in the page cache, or with what went wrong.
+    pub(crate) async fn run(self, mut stream: BootStream) -> Result<(), BootFailure> {
+        let table = self.table(&mut stream).await;
+        self.count(&stream, 0);
+        let table = table?;
+        let coming = Arc::new(Coming::new(stream.pack().pack(), &table));
+        if self.boot.0.set(Arc::clone(&coming)).is_err() {
+            return Ok(());
+        }
+        let _ended = Ended(Arc::clone(&coming));
+        let known = Arc::new(Known::new(self.tree.inodes()));
+        let looking = self.look_up(table.names, Arc::clone(&known));
+        let (frames, queue) = mpsc::channel(OPENED);
+        let storing = self.store(&coming, table.runs, known, queue);
+        let opened = self.open(&mut stream, &coming, frames).await;
+        let stored = storing.await.map_err(|_| BootFailure::Refused)?;
+        // a panic there would have been about one name
+        let _ = looking.await;
+        opened.and(stored)
+    }
+
+    /// Counts what came since `before`.
+    fn count(&self, stream: &BootStream, before: u64) {
+        add(&self.counters.boot_bytes, stream.taken() - before);
+    }
+
+    /// What is in the pack.
+    async fn table(&self, stream: &mut BootStream) -> Result<BootTable, BootFailure> {
+        let pack = stream.pack();
+        let head_bytes = BOOT_HEAD_BYTES as u64;
+        if !(head_bytes..=BOOT_BYTES_MAX).contains(&pack.bytes) {
+            return Err(BootFailure::Length(pack.bytes));
+        }
+        let head = BootHead::parse(&stream.take(BOOT_HEAD_BYTES).await?, pack.tree)?;
+        let end = head_bytes + head.table_len() as u64;
+        if end > pack.bytes {
+            return Err(BootFailure::Length(pack.bytes));
+        }
+        let table = head.table(&stream.take(head.table_len()).await?, self.tree)?;
+        let frames_end = table.frames.last().map_or(end, |last| last.offset + u64::from(last.sealed_len));
+        if frames_end == pack.bytes { Ok(table) } else { Err(BootFailure::Length(pack.bytes)) }
+    }
+
+    /// Looks names up through the mount, found or not: the kernel then knows them and the inodes.
+    fn look_up(&self, names: Vec<String>, known: Arc<Known>) -> JoinHandle<()> {
+        let (path, counters) = (self.mountpoint.to_owned(), self.counters.clone());
+        spawn_blocking(move || {
+            let _finishing = Finishing(&known);
+            let Ok(root) = rustix::fs::openat(CWD, &path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+            else {
+                return;
+            };
+            let look = |root: &OwnedFd, name: &str| rustix::fs::statat(root, name, AtFlags::SYMLINK_NOFOLLOW);
+            for name in &names {
+                // a name that is not there is known not to be there afterwards
+                if let Ok(found) = look(&root, name) {
+                    known.add(Ino(found.st_ino));
+                }
+                one(&counters.boot_names);
+            }
+        })
+    }
+
+    /// Opens frames as they come, and hands them on in order.
+    async fn open(
+        &self,
+        stream: &mut BootStream,
+        coming: &Arc<Coming>,
+        queue: mpsc::Sender<(u32, Bytes)>,
+    ) -> Result<(), BootFailure> {
+        let mut frames = coming.frames.iter();
+        let mut opening = FuturesOrdered::<JoinHandle<Result<Bytes, BootError>>>::new();
+        let mut number = 0;
+        loop {
+            let len = frames.as_slice().first().map(|frame| frame.sealed_len as usize);
+            let before = stream.taken();
+            tokio::select! {
+                biased;
+                Some(plain) = opening.next() => {
+                    let plain = plain.map_err(|_| BootFailure::Refused)??;
+                    // for the reads that wait, before anything that may block
+                    coming.opened(number, plain.clone());
+                    if queue.send((number, plain)).await.is_err() {
+                        return Err(BootFailure::Refused);
+                    }
+                    number += 1;
+                }
+                sealed = stream.take(len.unwrap_or(0)), if len.is_some() && opening.len() < OPENING => {
+                    let (sealed, frame) = (sealed?, frames.next().expect("just seen").clone());
+                    self.count(stream, before);
+                    opening.push_back(spawn_blocking(move || frame.open(&sealed)));
+                }
+                else => return Ok(()),
+            }
+        }
+    }
+
+    /// Stores frames until no more come, each run once its file is known.
+    fn store(
+        &self,
+        coming: &Arc<Coming>,
+        runs: Vec<BootRun>,
+        known: Arc<Known>,
+        mut queue: mpsc::Receiver<(u32, Bytes)>,
+    ) -> JoinHandle<Result<(), BootFailure>> {
+        let (coming, notifier, counters) =
+            (Arc::clone(coming), self.notifier.clone(), Arc::clone(self.counters));
+        spawn_blocking(move || {
+            while let Some((number, plain)) = queue.blocking_recv() {
+                for run in &runs[coming.frames[number as usize].runs.clone()] {
+                    known.wait(run.ino);
+                    let (skip, len) = (run.skip as usize, run.len as usize);
+                    let stored = notifier.store(INodeNo(run.ino.0), run.offset, &plain[skip..skip + len]);
+                    if let Err(error) = stored {
+                        one(&counters.boot_refused);
+                        // the connection is gone; everything else is about one run
+                        if error.raw_os_error() == Some(rustix::io::Errno::NODEV.raw_os_error()) {
+                            return Err(BootFailure::Refused);
+                        }
+                        continue;
+                    }
+                    one(&counters.boot_stored_runs);
+                    add(&counters.boot_stored_bytes, len as u64);
+                }
+                coming.stored.store(number as usize + 1, Ordering::Relaxed);
+                if let Some(old) = number.checked_sub(u32::try_from(KEPT).expect("few")) {
+                    coming.opened.lock().remove(&old);
+                }
+            }
+            Ok(())
+        })
+    }
+}
+
+/// Tells waiting reads when a boot pack has ended, however.
+struct Ended(Arc<Coming>);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        self.0.progress.send_replace(usize::MAX);
+        self.0.opened.lock().clear();
+    }
+}
