@@ -12,6 +12,8 @@ use crate::{Algorithm, Digest};
 
 /// Manifests and indexes up to 4 MiB are taken: distribution-spec 1.1 asks for at least that.
 pub const MANIFEST_BYTES_MAX: usize = 4 << 20;
+/// Deeper documents are refused: the specified ones have 5 levels, and readers give up between 100 and 10,000.
+const DEPTH_MAX: usize = 100;
 /// More layers are refused. Kernels mount at most 500 lower directories; Docker stops at 127.
 pub const LAYERS_MAX: usize = 1_000;
 
@@ -251,6 +253,9 @@ pub enum DocumentError {
     /// Not JSON, or not this document.
     #[error("the document does not parse: {0}")]
     Json(#[from] serde_json::Error),
+    /// Lists in lists in lists.
+    #[error("the document is nested deeper than {DEPTH_MAX} levels")]
+    Depth,
     /// Of schema 1, or of a future one.
     #[error("schema version {0} is not supported; push the image again with a client that writes version 2")]
     SchemaVersion(u32),
@@ -288,6 +293,10 @@ impl Document {
         if bytes.len() > MANIFEST_BYTES_MAX {
             return Err(DocumentError::TooLong(bytes.len()));
         }
+        // what is not read here is skipped, however deep; others read it all
+        if depth(bytes) > DEPTH_MAX {
+            return Err(DocumentError::Depth);
+        }
         let document = match media_type {
             media_type::OCI_MANIFEST | media_type::DOCKER_MANIFEST => {
                 Self::Manifest(serde_json::from_slice(bytes)?)
@@ -320,6 +329,25 @@ impl Document {
     }
 }
 
+/// How deep the lists and objects of a JSON text are nested.
+fn depth(json: &[u8]) -> usize {
+    let (mut depth, mut deepest, mut in_text, mut escaped) = (0usize, 0, false, false);
+    for byte in json {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_text => escaped = true,
+            b'"' => in_text = !in_text,
+            b'[' | b'{' if !in_text => {
+                depth += 1;
+                deepest = deepest.max(depth);
+            }
+            b']' | b'}' if !in_text => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+    }
+    deepest
+}
+
 /// Reads an image's config and checks it against its manifest.
 pub fn parse_config(manifest: &Manifest, bytes: &[u8]) -> Result<ImageConfig, DocumentError> {
     if bytes.len() > MANIFEST_BYTES_MAX {
@@ -331,4 +359,23 @@ pub fn parse_config(manifest: &Manifest, bytes: &[u8]) -> Result<ImageConfig, Do
         return Err(DocumentError::LayerCount { manifest: counts.0, config: counts.1 });
     }
     Ok(config)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn depth_is_that_of_brackets_outside_of_texts() {
+        for (json, expected) in [
+            ("", 0),
+            ("{}", 1),
+            (r#"{"a":[{"b":1},[]]}"#, 3),
+            (r#"{"[[[":"{{{\"[[["}"#, 1),
+            ("]]]]", 0),
+            ("[[[[", 4),
+        ] {
+            assert_eq!(depth(json.as_bytes()), expected, "{json}");
+        }
+    }
 }

@@ -1,5 +1,6 @@
 //! One request to one answer.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, header};
@@ -7,11 +8,13 @@ use hyper::body::Incoming;
 use lamina_image::Digest;
 use lamina_store::Store;
 use tokio::sync::Semaphore;
-use tokio::time::Instant;
+use tracing::Instrument;
 
 use crate::body::{Body, Upstream, full};
 use crate::convert::Converter;
 use crate::learn::Learner;
+use crate::metrics::{Metrics, Open};
+use crate::observe::{REQUEST_ID, Seen};
 use crate::query::Query;
 use crate::route::Route;
 use crate::{ApiError, RegistryConfig};
@@ -32,6 +35,7 @@ pub(crate) struct Api {
     pub(crate) admissions: Semaphore,
     pub(crate) intake: Semaphore,
     pub(crate) checks: Semaphore,
+    pub(crate) metrics: Metrics,
     config: RegistryConfig,
 }
 
@@ -72,36 +76,66 @@ pub(crate) fn not_modified(digest: Digest) -> Response<Body> {
 pub(crate) type Answer = Result<Response<Body>, ApiError>;
 
 impl Api {
-    pub(crate) fn new(config: RegistryConfig, converter: Arc<Converter>, learner: Arc<Learner>) -> Self {
+    pub(crate) fn new(
+        config: RegistryConfig,
+        converter: Arc<Converter>,
+        learner: Arc<Learner>,
+        metrics: Metrics,
+    ) -> Self {
         let [admissions, intake, checks] = [ADMISSIONS_MAX, INTAKE_MAX, CHECKS_MAX].map(Semaphore::new);
-        Self { store: converter.store.clone(), converter, learner, admissions, intake, checks, config }
+        let store = converter.store.clone();
+        Self { store, converter, learner, admissions, intake, checks, metrics, config }
     }
 
     pub(crate) fn config(&self) -> &RegistryConfig {
         &self.config
     }
 
-    /// Answers a request; errors become answers too.
-    pub(crate) async fn answer(&self, request: Request<Incoming>) -> Response<Body> {
-        let begun = Instant::now();
-        let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-        let mut response = self.route(request).await.unwrap_or_else(|error| error.response());
+    /// Answers a request; errors become answers too. Every answer has an id, under which the logs have the request.
+    pub(crate) async fn answer(&self, request: Request<Incoming>, peer: SocketAddr) -> Response<Body> {
+        let seen = Seen::new(&request, peer);
+        let _running = Open::new(&self.metrics.running);
+        let span = tracing::info_span!("request", id = %seen.id);
+        let (route, answer) = self.route(request).instrument(span.clone()).await;
+        let _entered = span.entered();
+        let mut response = match &answer {
+            Ok(_) => None,
+            Err(error) => Some(error.response(&seen.id)),
+        };
+        self.metrics.answered(route, &seen.method, status_of(&answer), seen.begun.elapsed());
+        if let Err(error) = &answer {
+            self.metrics.refused(error.parts().1);
+        }
+        seen.log(&answer);
+        let mut response = response.take().unwrap_or_else(|| answer.expect("an error has a response"));
         let version = HeaderValue::from_static("registry/2.0");
         response.headers_mut().insert("docker-distribution-api-version", version);
-        tracing::debug!(%method, path, status = response.status().as_u16(), elapsed = ?begun.elapsed(), "request");
+        let id = HeaderValue::from_str(&seen.id).expect("ids are words");
+        response.headers_mut().insert(REQUEST_ID, id);
         response
     }
 
-    async fn route(&self, request: Request<Incoming>) -> Answer {
-        let route = Route::parse(request.uri().path())?;
+    /// Finds who answers. Gives what was asked for, by its name in counters.
+    async fn route(&self, request: Request<Incoming>) -> (&'static str, Answer) {
+        match Route::parse(request.uri().path()) {
+            Ok(route) => (route.name(), self.serve(route, request).await),
+            Err(error) => ("none", Err(error)),
+        }
+    }
+
+    async fn serve(&self, route: Route, request: Request<Incoming>) -> Answer {
         let head = Head {
             method: request.method().clone(),
             headers: request.headers().clone(),
             query: Query::parse(request.uri().query()),
         };
-        let body = Upstream::new(request, self.config.stall_max);
+        let body = Upstream::new(request, self.config.stall_max, self.metrics.received.clone());
         let reads = [Method::GET, Method::HEAD].contains(&head.method);
         match (route, head.method.as_str()) {
+            (Route::Health, _) if reads => Ok(json(StatusCode::OK, "{}")),
+            (Route::Ready, _) if reads => self.ready().await,
+            (Route::Metrics, "GET") if self.config.metrics => Ok(self.count()),
+            (Route::Metrics, _) => Err(ApiError::NotFound),
             (Route::Base, _) if reads => Ok(json(StatusCode::OK, "{}")),
             (Route::Catalog, "GET") => self.list_repositories(&head).await,
             (Route::Blob(repo, digest), _) if reads => self.read_blob(&head, &repo, digest).await,
@@ -125,6 +159,11 @@ impl Api {
             _ => Err(ApiError::Unsupported("this method is not served here")),
         }
     }
+}
+
+/// The status that the client is told.
+pub(crate) fn status_of(answer: &Answer) -> StatusCode {
+    answer.as_ref().map_or_else(|error| error.parts().0, Response::status)
 }
 
 /// A JSON answer.

@@ -26,7 +26,10 @@ impl Api {
         };
         let body = match head.method == http::Method::HEAD {
             true => full(bytes::Bytes::new()),
-            false => streamed(self.store.read_blob(digest, blob, range.clone()).await?),
+            false => {
+                let bytes = self.store.read_blob(digest, blob, range.clone()).await?;
+                streamed(bytes, self.metrics.sent.clone())
+            }
         };
         let mut response = Response::new(body);
         *response.status_mut() = status;

@@ -4,14 +4,22 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use futures_util::TryStreamExt;
-use http::Request;
+use http::{Request, header};
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full, StreamBody};
-use hyper::body::{Frame, Incoming};
+use hyper::body::{Body as _, Frame, Incoming};
 use lamina_store::{ByteStream, StoreError};
-use tokio::time::timeout;
+use prometheus_client::metrics::counter::Counter;
+use tokio::time::{Instant, timeout};
 
 use crate::ApiError;
+
+/// Bytes in a second that a body brings at least, on average, once it has taken as long as it may stand still. A modem is
+/// faster.
+const RATE_MIN: u64 = 1_024;
+/// What is taken and forgotten of a body that nobody wants, in bytes, and for how long.
+const DRAIN_BYTES_MAX: usize = 128 << 20;
+const DRAIN_MAX: Duration = Duration::from_secs(10);
 
 /// What an answer carries.
 pub(crate) type Body = UnsyncBoxBody<Bytes, StoreError>;
@@ -23,34 +31,57 @@ pub(crate) fn full(bytes: impl Into<Bytes>) -> Body {
 
 /// A body that comes from the store. An error in the middle cuts the connection, so that no client takes what came
 /// for the whole.
-pub(crate) fn streamed(bytes: ByteStream) -> Body {
+pub(crate) fn streamed(bytes: ByteStream, sent: Counter) -> Body {
     let logged = bytes.inspect_err(|error| tracing::error!(%error, "an answer was cut off"));
-    StreamBody::new(logged.map_ok(Frame::data)).boxed_unsync()
+    let counted = logged.map_ok(move |bytes| {
+        sent.inc_by(bytes.len() as u64);
+        Frame::data(bytes)
+    });
+    StreamBody::new(counted).boxed_unsync()
 }
 
 /// A request's body, frame by frame.
+///
+/// What is left of it when it is dropped is still taken for a while, and forgotten: a client that sends before it reads
+/// would otherwise find its connection broken instead of the answer.
 pub(crate) struct Upstream {
-    body: Incoming,
+    body: Option<Incoming>,
+    /// The client waits to be told that its body is wanted.
+    waits: bool,
     stall_max: Duration,
+    begun: Instant,
+    len: u64,
+    received: Counter,
 }
 
 impl Upstream {
-    pub(crate) fn new(request: Request<Incoming>, stall_max: Duration) -> Self {
-        Self { body: request.into_body(), stall_max }
+    pub(crate) fn new(request: Request<Incoming>, stall_max: Duration, received: Counter) -> Self {
+        let waits = request.headers().contains_key(header::EXPECT);
+        let body = Some(request.into_body());
+        Self { body, waits, stall_max, begun: Instant::now(), len: 0, received }
     }
 
     /// The next frame; `None` at the end.
     pub(crate) async fn next(&mut self) -> Result<Option<Bytes>, ApiError> {
+        self.waits = false;
         loop {
-            let frame = timeout(self.stall_max, self.body.frame()).await;
+            let Some(body) = &mut self.body else { return Ok(None) };
+            let frame = timeout(self.stall_max, body.frame()).await;
             let frame =
-                frame.map_err(|_| ApiError::Body(format!("nothing came for {:?}", self.stall_max)))?;
+                frame.map_err(|_| ApiError::Slow(format!("nothing came for {:?}", self.stall_max)))?;
             match frame {
-                None => return Ok(None),
-                Some(Err(error)) => return Err(ApiError::Body(error.to_string())),
+                None => {
+                    self.body = None;
+                    return Ok(None);
+                }
+                Some(Err(error)) => {
+                    self.body = None;
+                    return Err(ApiError::Body(error.to_string()));
+                }
                 // trailers have no meaning here
                 Some(Ok(frame)) => {
                     if let Ok(bytes) = frame.into_data() {
+                        self.count(&bytes)?;
                         return Ok(Some(bytes));
                     }
                 }
@@ -58,8 +89,24 @@ impl Upstream {
         }
     }
 
+    /// Counts what has come. A client that keeps just below the limit of silence is not waited for either.
+    fn count(&mut self, bytes: &Bytes) -> Result<(), ApiError> {
+        self.received.inc_by(bytes.len() as u64);
+        self.len += bytes.len() as u64;
+        let elapsed = self.begun.elapsed();
+        if elapsed > self.stall_max && self.len < elapsed.as_secs().max(1) * RATE_MIN {
+            let text = format!("{} bytes in {elapsed:.0?} are fewer than {RATE_MIN} in a second", self.len);
+            return Err(ApiError::Slow(text));
+        }
+        Ok(())
+    }
+
     /// The whole body, of at most `limit` bytes.
     pub(crate) async fn whole(mut self, limit: usize) -> Result<Bytes, ApiError> {
+        let announced = self.body.as_ref().map_or(0, |body| body.size_hint().lower());
+        if announced > limit as u64 {
+            return Err(ApiError::TooLarge(limit));
+        }
         let mut whole = BytesMut::new();
         while let Some(bytes) = self.next().await? {
             if whole.len() + bytes.len() > limit {
@@ -80,5 +127,20 @@ impl Upstream {
             }
         }
         Ok(())
+    }
+}
+
+impl Drop for Upstream {
+    fn drop(&mut self) {
+        let Some(mut body) = self.body.take().filter(|body| !self.waits && !body.is_end_stream()) else {
+            return;
+        };
+        tokio::spawn(timeout(DRAIN_MAX, async move {
+            let mut len = 0;
+            while len < DRAIN_BYTES_MAX {
+                let Some(Ok(frame)) = body.frame().await else { return };
+                len += frame.data_ref().map_or(0, Bytes::len);
+            }
+        }));
     }
 }

@@ -15,6 +15,8 @@ pub struct RegistryConfig {
     pub stall_max: Duration,
     /// How long requests may still run after the shutdown was asked for.
     pub drain_max: Duration,
+    /// Whether `/metrics` is served beside the registry itself.
+    pub metrics: bool,
     /// How much time lies at least between two traces of one image that are taken; others are dropped.
     pub trace_every: Duration,
     /// How pushed layers are cut.
@@ -30,6 +32,7 @@ impl Default for RegistryConfig {
             head_max: Duration::from_secs(75),
             stall_max: Duration::from_secs(60),
             drain_max: Duration::from_secs(10),
+            metrics: true,
             trace_every: Duration::from_secs(3),
             ingest: IngestOptions::default(),
             clock: SystemTime::now,

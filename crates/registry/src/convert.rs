@@ -16,6 +16,7 @@ use tokio::time::timeout;
 use crate::RegistryConfig;
 use crate::ingest::{Converted, converts, counts_of};
 use crate::learn::Learner;
+use crate::metrics::Metrics;
 
 /// How often jobs are looked for when nobody calls: another replica may have left one.
 const LOOK_EVERY: Duration = Duration::from_secs(60);
@@ -56,15 +57,16 @@ pub(crate) struct Converter {
     pub(crate) store: Store,
     pub(crate) config: RegistryConfig,
     learner: Arc<Learner>,
+    metrics: Metrics,
     wake: Notify,
     stopped: AtomicBool,
     current: Mutex<Option<(Digest, Arc<Progress>)>>,
 }
 
 impl Converter {
-    pub(crate) fn new(store: Store, config: RegistryConfig, learner: Arc<Learner>) -> Self {
+    pub(crate) fn new(store: Store, config: RegistryConfig, learner: Arc<Learner>, metrics: Metrics) -> Self {
         let (wake, stopped, current) = (Notify::new(), AtomicBool::new(false), Mutex::new(None));
-        Self { store, config, learner, wake, stopped, current }
+        Self { store, config, learner, metrics, wake, stopped, current }
     }
 
     /// Makes the worker end; a layer that it reads is left in the middle.
@@ -161,12 +163,14 @@ impl Converter {
         match converted {
             Ok(Converted { tree, artifact, counts }) => {
                 tracing::info!(image = %digest, tree = %tree.digest, ?counts, "an image has its tree");
+                self.metrics.converted("done");
                 let (tree, artifact) = (Some(tree), Some(artifact));
                 Some(ImageRecord { state: ImageState::Done, tree, artifact, counts, finished_at, ..queued })
             }
             Err(ConvertError::Stopped) => None,
             Err(error) => {
                 tracing::warn!(image = %digest, %error, "an image gets no tree");
+                self.metrics.converted("failed");
                 let reason = Some(error.to_string());
                 Some(ImageRecord { state: ImageState::Failed, reason, finished_at, ..queued })
             }

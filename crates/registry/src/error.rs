@@ -80,6 +80,9 @@ pub enum ApiError {
     /// The client went away or stood still in the middle of its body.
     #[error("the body ended in the middle: {0}")]
     Body(String),
+    /// The client is too slow.
+    #[error("the body came too slowly: {0}")]
+    Slow(String),
     /// The image has no tree yet, or never will.
     #[error("image {0} has no tree, so nothing can be learnt of its starts; its status says why")]
     NoTree(Digest),
@@ -113,6 +116,7 @@ impl ApiError {
             Self::DigestInvalid(_) => (StatusCode::BAD_REQUEST, "DIGEST_INVALID"),
             Self::OutOfOrder { .. } => (StatusCode::RANGE_NOT_SATISFIABLE, "BLOB_UPLOAD_INVALID"),
             Self::Invalid(_) | Self::Body(_) => (StatusCode::BAD_REQUEST, "BLOB_UPLOAD_INVALID"),
+            Self::Slow(_) => (StatusCode::REQUEST_TIMEOUT, "BLOB_UPLOAD_INVALID"),
             Self::Range(_) => (StatusCode::RANGE_NOT_SATISFIABLE, "SIZE_INVALID"),
             Self::TooLarge(_) => (StatusCode::PAYLOAD_TOO_LARGE, "SIZE_INVALID"),
             Self::NoTree(_) => (StatusCode::CONFLICT, "UNSUPPORTED"),
@@ -122,7 +126,7 @@ impl ApiError {
     }
 
     /// What the client reads: one entry for each thing that is wrong.
-    fn documents(&self, code: &str) -> Vec<serde_json::Value> {
+    fn documents(&self, code: &str, request: &str) -> Vec<serde_json::Value> {
         let digest_of = |digest: &Digest| json!({ "digest": digest });
         match self {
             Self::ManifestBlobUnknown(absent) => {
@@ -134,17 +138,23 @@ impl ApiError {
             Self::BlobUnknown(digest) => {
                 vec![json!({ "code": code, "message": self.to_string(), "detail": digest_of(digest) })]
             }
+            // what goes wrong inside is for the log
+            other if other.parts().0.is_server_error() => {
+                let text = "the registry failed; its log says more, under this request's id";
+                vec![json!({ "code": code, "message": text, "detail": { "request": request } })]
+            }
             other => vec![json!({ "code": code, "message": other.to_string(), "detail": null })],
         }
     }
 
-    /// The answer to the request. What is our own fault is logged here, in full; the client gets the same words.
-    pub(crate) fn response(&self) -> Response<Body> {
+    /// The answer to the `request` of this id. What is our own fault is logged here, in full.
+    pub(crate) fn response(&self, request: &str) -> Response<Body> {
         let (status, code) = self.parts();
         if status.is_server_error() {
             tracing::error!(%status, code, error = %self, "a request failed");
         }
-        let mut response = Response::new(full(json!({ "errors": self.documents(code) }).to_string()));
+        let mut response =
+            Response::new(full(json!({ "errors": self.documents(code, request) }).to_string()));
         *response.status_mut() = status;
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
@@ -157,7 +167,7 @@ impl ApiError {
             Self::Range(size) => {
                 headers.insert(header::CONTENT_RANGE, format!("bytes */{size}").parse().expect(ours));
             }
-            Self::Store(StoreError::UploadsFull(_)) => {
+            _ if [StatusCode::TOO_MANY_REQUESTS, StatusCode::SERVICE_UNAVAILABLE].contains(&status) => {
                 headers.insert(header::RETRY_AFTER, HeaderValue::from_static("5"));
             }
             _ => {}
@@ -176,6 +186,8 @@ fn store_parts(error: &StoreError) -> (StatusCode, &'static str) {
         StoreError::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "SIZE_INVALID"),
         StoreError::Contended(_) => (StatusCode::CONFLICT, "TOOMANYREQUESTS"),
         _ if is_full(error) => (StatusCode::INSUFFICIENT_STORAGE, "UNKNOWN"),
+        // a bucket that is slow or says no now may say yes later
+        StoreError::Object(_) | StoreError::Truncated(_) => (StatusCode::SERVICE_UNAVAILABLE, "UNKNOWN"),
         _ => (StatusCode::INTERNAL_SERVER_ERROR, "UNKNOWN"),
     }
 }

@@ -19,6 +19,8 @@ mod learn;
 mod lists;
 mod manifests;
 mod messages;
+mod metrics;
+mod observe;
 mod profiles;
 mod put;
 mod query;

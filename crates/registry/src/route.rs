@@ -25,6 +25,9 @@ impl std::fmt::Display for Target {
 /// What a path names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Route {
+    Health,
+    Ready,
+    Metrics,
     Base,
     Catalog,
     Blob(Repo, Digest),
@@ -41,11 +44,34 @@ pub(crate) enum Route {
 }
 
 impl Route {
+    /// What it is called where requests are counted.
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Self::Health | Self::Ready => "health",
+            Self::Metrics => "metrics",
+            Self::Base => "base",
+            Self::Catalog => "catalog",
+            Self::Blob(..) => "blob",
+            Self::Uploads(_) | Self::Upload(..) => "upload",
+            Self::Manifest(..) => "manifest",
+            Self::Tags(_) => "tags",
+            Self::Referrers(..) => "referrers",
+            Self::Chunks => "chunks",
+            Self::Layers => "layers",
+            Self::Image(..) => "image",
+            Self::Traces(..) => "traces",
+            Self::Profile(..) => "profile",
+        }
+    }
+
     /// Takes a path apart. Names are checked, so no percent sign and no `..` gets through.
     pub(crate) fn parse(path: &str) -> Result<Self, ApiError> {
         match path {
             "/v2/" | "/v2" => return Ok(Self::Base),
             "/v2/_catalog" => return Ok(Self::Catalog),
+            "/healthz" => return Ok(Self::Health),
+            "/readyz" => return Ok(Self::Ready),
+            "/metrics" => return Ok(Self::Metrics),
             "/lamina/v1/chunks" => return Ok(Self::Chunks),
             "/lamina/v1/layers" => return Ok(Self::Layers),
             _ => {}
@@ -108,6 +134,9 @@ mod tests {
         for (path, expected) in [
             ("/v2/".to_owned(), Route::Base),
             ("/v2/_catalog".to_owned(), Route::Catalog),
+            ("/healthz".to_owned(), Route::Health),
+            ("/readyz".to_owned(), Route::Ready),
+            ("/metrics".to_owned(), Route::Metrics),
             (format!("/v2/a/b/blobs/sha256:{HEX}"), Route::Blob(repo.clone(), digest)),
             ("/v2/a/b/blobs/uploads/".to_owned(), Route::Uploads(repo.clone())),
             (format!("/v2/a/b/blobs/uploads/{id}"), Route::Upload(repo.clone(), id)),

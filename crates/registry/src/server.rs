@@ -2,6 +2,7 @@
 
 use std::future::Future;
 use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,6 +19,7 @@ use crate::RegistryConfig;
 use crate::api::Api;
 use crate::convert::Converter;
 use crate::learn::Learner;
+use crate::metrics::{Metrics, Open};
 use crate::stall::Stalling;
 
 /// A head of a request is at most this long, and frames of bodies too, in bytes.
@@ -37,8 +39,10 @@ pub async fn serve(
 ) -> io::Result<()> {
     let drain_max = config.drain_max;
     let learner = Arc::new(Learner::new(store.clone(), config.trace_every));
-    let converter = Arc::new(Converter::new(store.clone(), config.clone(), Arc::clone(&learner)));
-    let api = Arc::new(Api::new(config.clone(), Arc::clone(&converter), Arc::clone(&learner)));
+    let metrics = Metrics::default();
+    let (learns, counts) = (Arc::clone(&learner), metrics.clone());
+    let converter = Arc::new(Converter::new(store.clone(), config.clone(), learns, counts));
+    let api = Arc::new(Api::new(config.clone(), Arc::clone(&converter), Arc::clone(&learner), metrics));
     let learning = tokio::spawn(Arc::clone(&learner).run());
     let converting = tokio::spawn(Arc::clone(&converter).run());
     let housekeeping = tokio::spawn(keep_house(store, config));
@@ -68,8 +72,8 @@ async fn accept(listener: &TcpListener, api: &Arc<Api>, graceful: &GracefulShutd
     let places = Arc::new(Semaphore::new(api.config().connections_max));
     loop {
         let place = Arc::clone(&places).acquire_owned().await.expect("never closed");
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
+        let (stream, peer) = match listener.accept().await {
+            Ok(accepted) => accepted,
             // the peer was gone before it was accepted, or descriptors ran out: the next one may do better
             Err(error) => {
                 tracing::warn!(%error, "a connection was not accepted");
@@ -77,18 +81,20 @@ async fn accept(listener: &TcpListener, api: &Arc<Api>, graceful: &GracefulShutd
                 continue;
             }
         };
-        let connection = graceful.watch(connection(stream, api));
+        let connection = graceful.watch(connection(stream, peer, api));
+        let open = Open::new(&api.metrics.connections);
         tokio::spawn(async move {
             if let Err(error) = connection.await {
                 tracing::debug!(%error, "a connection ended early");
             }
-            drop(place);
+            drop((place, open));
         });
     }
 }
 
 fn connection(
     stream: TcpStream,
+    peer: SocketAddr,
     api: &Arc<Api>,
 ) -> impl hyper_util::server::graceful::GracefulConnection<Error = hyper::Error> + Send + use<> {
     // a socket that refuses this option is still a good one
@@ -96,7 +102,7 @@ fn connection(
     let (api, config) = (Arc::clone(api), api.config());
     let service = service_fn(move |request| {
         let api = Arc::clone(&api);
-        async move { Ok::<_, std::convert::Infallible>(api.answer(request).await) }
+        async move { Ok::<_, std::convert::Infallible>(api.answer(request, peer).await) }
     });
     http1::Builder::new()
         .timer(TokioTimer::new())

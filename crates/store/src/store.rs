@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use object_store::ObjectStore;
 use tokio::sync::Semaphore;
+use uuid::Uuid;
 
-use crate::StoreError;
 use crate::arrivals::Arrivals;
 use crate::index::Index;
 use crate::objects::Objects;
 use crate::upload::Uploads;
+use crate::{StoreError, keys};
 
 /// Tars that are rebuilt at the same time: each holds one blocking thread and some 30 MiB while it runs.
 const REBUILDS_MAX: usize = 8;
@@ -63,6 +64,11 @@ impl Store {
     pub async fn open(objects: Arc<dyn ObjectStore>, config: StoreConfig) -> Result<Self, StoreError> {
         let index = Index::open_async(config.index.clone(), config.index_open_max).await?;
         Self::with_index(objects, index, config).await
+    }
+
+    /// Whether the object store answers. One small request.
+    pub async fn reach(&self) -> Result<(), StoreError> {
+        self.objects.exists(&keys::upload(Uuid::nil())).await.map(drop)
     }
 
     pub(crate) async fn with_index(

@@ -109,6 +109,11 @@ impl Store {
         Ok(())
     }
 
+    /// How many uploads are open.
+    pub fn uploads_open(&self) -> usize {
+        self.uploads.open.lock().len()
+    }
+
     /// Drops the uploads to which nobody has written for long before `now`. Says how many.
     pub async fn expire_uploads(&self, now: Instant) -> usize {
         let idle_max = self.uploads.idle_max;

@@ -7,6 +7,8 @@ mod conversion;
 mod crash;
 mod documents;
 mod endpoints;
+mod fuzz;
+mod hostile;
 mod learning;
 mod membership;
 mod protocol;

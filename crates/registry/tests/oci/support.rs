@@ -70,6 +70,13 @@ impl Registry {
         again
     }
 
+    /// Makes the record of a manifest unreadable. Gives what only the inside knows of it.
+    pub(crate) fn damage_manifest(&self, repo: &str, digest: Digest) -> String {
+        let key = format!("repos/{repo}/manifests");
+        std::fs::write(self.directory.join("objects").join(&key).join(digest.hex()), "{").unwrap();
+        key
+    }
+
     pub(crate) fn reference(&self, name: &str) -> String {
         format!("docker://{}/{name}", self.address)
     }
