@@ -193,7 +193,10 @@ pub(crate) struct UnmountArguments {
 }
 
 #[derive(Args, Debug)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub(crate) struct NodeArguments {
+    #[command(subcommand)]
+    pub(crate) command: Option<NodeCommand>,
     #[command(flatten)]
     pub(crate) cache: CacheArguments,
     #[command(flatten)]
@@ -201,6 +204,26 @@ pub(crate) struct NodeArguments {
     /// End some seconds after the last mount has gone
     #[arg(long, hide = true)]
     pub(crate) exit_when_idle: bool,
+    /// This process was started by its holder
+    #[arg(long, hide = true)]
+    pub(crate) held: bool,
+    /// Be the holder of a daemon whose holder has died
+    #[arg(long, hide = true, value_name = "PID", conflicts_with = "held")]
+    pub(crate) adopt: Option<u32>,
+}
+
+#[derive(Subcommand, Debug)]
+pub(crate) enum NodeCommand {
+    /// Put this program, or another, in the running daemon's place, with its mounts in use
+    Upgrade(NodeUpgrade),
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct NodeUpgrade {
+    /// The program [default: this one]
+    pub(crate) program: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) cache: CacheArguments,
 }
 
 #[derive(Args, Debug)]

@@ -24,7 +24,12 @@ fn main() -> ExitCode {
         Err(error) => return complain(&error),
     };
     start_logging(&arguments);
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    // a holder does next to nothing, and must not be in the way
+    let mut runtime = match &arguments.command {
+        Command::Node(node) if !node.held => tokio::runtime::Builder::new_current_thread(),
+        _ => tokio::runtime::Builder::new_multi_thread(),
+    };
+    let runtime = runtime.enable_all().build();
     let result = runtime.map_err(anyhow::Error::from).and_then(|runtime| {
         let result = runtime.block_on(run(arguments));
         // threads that still read a slow disk or network must not hold the end up; nor is the runtime taken away from

@@ -6,6 +6,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         ["lamina/v1/push.proto", "lamina/v1/node.proto", "lamina/v1/profile.proto"],
         ["../../proto"],
     )?;
-    prost_build::Config::new().compile_fds(files)?;
+    tonic_prost_build::configure().build_transport(false).compile_fds(files)?;
     Ok(())
 }

@@ -1,5 +1,7 @@
 //! The cache: memory, then disk, then a source.
 
+use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -48,8 +50,18 @@ impl Cache {
     /// be read and written. A damaged index or segment is repaired, not an error. Blocks: see `disk/open.rs` for what
     /// it costs.
     pub fn open(config: CacheConfig, handle: Handle) -> Result<Self, CacheError> {
+        Self::open_locked(config, None, handle)
+    }
+
+    /// The same for a process that follows one that died: with the `lock` of that one, from [`Cache::lock`], the directory
+    /// belongs to this one, even if a thread of the other cannot end yet.
+    pub fn open_locked(
+        config: CacheConfig,
+        lock: Option<OwnedFd>,
+        handle: Handle,
+    ) -> Result<Self, CacheError> {
         let counters = Arc::new(Counters::default());
-        let disk = Arc::new(Disk::open(&config.directory, config.bytes_max, counters.clone())?);
+        let disk = Arc::new(Disk::open(&config.directory, config.bytes_max, lock, counters.clone())?);
         let writer = WriteBehind::start(disk.clone(), config.write_behind_bytes, counters.clone()).map_err(
             |cause| CacheError::Directory { directory: config.directory.clone(), cause: Arc::new(cause) },
         )?;
@@ -132,6 +144,12 @@ impl Cache {
     /// Takes one pin off each of these frames.
     pub fn unpin(&self, ids: impl IntoIterator<Item = FrameId>) {
         self.shared.disk.unpin(ids);
+    }
+
+    /// What says that the directory is this process's: as long as a copy of it is open, no other takes the directory but by
+    /// [`Cache::open_locked`].
+    pub fn lock(&self) -> io::Result<OwnedFd> {
+        self.shared.disk.lock()
     }
 
     /// The counters now.

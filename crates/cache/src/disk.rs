@@ -14,6 +14,8 @@ mod segment;
 
 use std::collections::HashMap;
 use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -139,6 +141,11 @@ impl Disk {
         let _ = rustix::fs::flock(&self.lock, rustix::fs::FlockOperation::Unlock);
     }
 
+    /// A copy of what the directory is locked by.
+    pub(crate) fn lock(&self) -> io::Result<OwnedFd> {
+        self.lock.as_fd().try_clone_to_owned()
+    }
+
     /// Appends a record if it fits under the cap; whether it is on disk now.
     fn append_one(
         &self,
@@ -242,7 +249,7 @@ impl Disk {
         self.counters.disk_used_bytes.load(Ordering::Relaxed)
     }
 
-    fn write_failed(&self, error: &std::io::Error) {
+    fn write_failed(&self, error: &io::Error) {
         if self.counters.disk_failures.fetch_add(1, Ordering::Relaxed) == 0 {
             warn!(directory = %self.segments_directory.display(), %error, "the cache's disk fails; going on without");
         }

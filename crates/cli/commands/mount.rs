@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use lamina_node::{ControlError, Controller};
+use lamina_node::{ControlError, Controller, Held};
 use lamina_wire::proto::{MountRequest, MountResponse, UnmountRequest};
 
 use super::interrupted;
@@ -97,7 +97,7 @@ async fn alone(
     request: MountRequest,
     directory: &Path,
 ) -> Result<()> {
-    let node = open(&arguments.cache, &arguments.settings, common).await?;
+    let node = open(&arguments.cache, &arguments.settings, common, Held::by_nobody(), false).await?;
     let socket = Controller::socket(&arguments.cache.directory);
     let mounted = node.mount(request).await?;
     report(arguments, &mounted);

@@ -1,27 +1,49 @@
 //! `lamina node`: the daemon of a cache directory.
 
+use std::ffi::OsString;
 use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use lamina_cache::CacheConfig;
-use lamina_node::{Controller, Mirrors, Node, NodeConfig};
+use lamina_node::{Controller, Held, HolderConfig, Mirrors, Node, NodeConfig, hold};
 use tokio::runtime::Handle;
 
-use super::{client_config, interrupted};
-use crate::args::{CacheArguments, Common, NodeArguments, NodeSettings};
+mod upgrade;
+
+use self::upgrade::upgrade;
+use super::{Ended, client_config, interrupted};
+use crate::args::{CacheArguments, Common, NodeArguments, NodeCommand, NodeSettings};
 use crate::source::host_platform;
 
-/// Serves mounts until Ctrl-C or SIGTERM, then unmounts everything.
+/// Serves mounts until Ctrl-C or SIGTERM, then unmounts everything. What serves is a child of this process, which starts it again
+/// when it dies, and keeps its mounts alive meanwhile.
 pub(crate) async fn run(arguments: NodeArguments, common: Common) -> Result<()> {
+    match arguments.command {
+        Some(NodeCommand::Upgrade(arguments)) => return upgrade(arguments).await,
+        None => {}
+    }
+    let words = std::env::args_os().skip(1);
+    let words = words.filter(|word| word != "--held" && !word.as_bytes().starts_with(b"--adopt"));
+    let words: Vec<OsString> = words.collect();
+    if !arguments.held {
+        let code = hold(HolderConfig { arguments: words, adopt: arguments.adopt }).await?;
+        return if code == 0 { Ok(()) } else { bail!(Ended(code)) };
+    }
+    let held = tokio::task::spawn_blocking(|| Held::by_holder(words)).await??;
+    // whoever started a daemon before this one may not read any more
+    let again = held.is_again();
     let ready = || {
-        println!("ready");
-        // whoever started this process may not read any more
-        let _ = std::io::stdout().flush();
+        if !again {
+            println!("ready");
+            let _ = std::io::stdout().flush();
+        }
     };
     let socket = Controller::socket(&arguments.cache.directory);
-    let node = open(&arguments.cache, &arguments.settings, &common).await?;
+    let permanent = !arguments.exit_when_idle;
+    let node = open(&arguments.cache, &arguments.settings, &common, held, permanent).await?;
     lamina_node::serve(node, &socket, arguments.exit_when_idle, ready, interrupted()).await?;
     Ok(())
 }
@@ -31,6 +53,8 @@ pub(crate) async fn open(
     cache: &CacheArguments,
     settings: &NodeSettings,
     common: &Common,
+    held: Held,
+    permanent: bool,
 ) -> Result<Arc<Node>> {
     let mut cache = CacheConfig::new(cache.directory.clone(), settings.cache_mib << 20);
     cache.deadline = Duration::from_secs(settings.deadline);
@@ -40,8 +64,8 @@ pub(crate) async fn open(
         mirrors.entry(registry.clone()).or_default().push(mirror.clone());
     }
     let client = client_config(common);
-    let config = NodeConfig { cache, client, mirrors, platform: host_platform(), read_ahead_kb };
+    let config = NodeConfig { cache, client, mirrors, platform: host_platform(), read_ahead_kb, permanent };
     let handle = Handle::current();
-    let node = tokio::task::spawn_blocking(move || Node::open(config, handle)).await??;
+    let node = tokio::task::spawn_blocking(move || Node::open(config, held, handle)).await??;
     Ok(Arc::new(node))
 }

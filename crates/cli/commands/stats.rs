@@ -29,6 +29,7 @@ pub(crate) async fn run(arguments: StatsArguments) -> Result<()> {
                 "reference": mount.reference,
                 "manifest": mount.manifest,
                 "counters": mount.counters,
+                "restored": Some(&mount.restored).filter(|how| !how.is_empty()),
             })
         });
         let mounts: Vec<_> = mounts.collect();
@@ -57,7 +58,9 @@ pub(crate) async fn run(arguments: StatsArguments) -> Result<()> {
         print_counters(&source.counters);
     }
     for mount in &stats.mounts {
-        println!("\n{} at {}", mount.reference, mount.directory);
+        let restored =
+            if mount.restored.is_empty() { String::new() } else { format!(", {}", mount.restored) };
+        println!("\n{} at {}{restored}", mount.reference, mount.directory);
         print_counters(&mount.counters);
     }
     Ok(())

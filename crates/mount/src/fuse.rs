@@ -5,6 +5,7 @@
 use std::ffi::OsStr;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{
@@ -37,6 +38,17 @@ const BLOCK_BYTES: u32 = 4096;
 pub(crate) struct Fuse {
     pub(crate) files: Files,
     pub(crate) handle: Handle,
+    /// Where it says what was agreed with the kernel.
+    pub(crate) agreed: Arc<OnceLock<Agreed>>,
+}
+
+/// What a first request came to.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Agreed {
+    /// The kernel's minor version of the protocol.
+    pub(crate) minor: u32,
+    /// Those of [`CAPABILITIES`] that the kernel has.
+    pub(crate) capabilities: InitFlags,
 }
 
 /// The errno of each error.
@@ -188,11 +200,14 @@ fn send_xattr(answer: Result<&[u8], FsError>, size: u32, reply: ReplyXattr) {
 
 impl Filesystem for Fuse {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        let mut capabilities = InitFlags::empty();
         for capability in CAPABILITIES {
-            if config.add_capabilities(capability).is_err() {
-                debug!(?capability, "the kernel lacks a capability");
+            match config.add_capabilities(capability) {
+                Ok(()) => capabilities |= capability,
+                Err(_) => debug!(?capability, "the kernel lacks a capability"),
             }
         }
+        let _ = self.agreed.set(Agreed { minor: config.kernel_abi().1, capabilities });
         let _ = config.set_max_background(BACKGROUND_MAX);
         Ok(())
     }

@@ -1,8 +1,10 @@
 //! A mount's life: from an empty directory to one again.
 
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::mpsc::Receiver;
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -18,10 +20,11 @@ use crate::ahead::Ahead;
 use crate::boot::{Boot, BootFailure, BootStream, Booting};
 use crate::config::Record;
 use crate::fs::Files;
-use crate::fuse::Fuse;
+use crate::fuse::{Agreed, Fuse};
 use crate::metrics::us_since;
-use crate::mountpoint::{Device, MountPoint};
-use crate::pages::{self, Pages};
+use crate::mountpoint::{self, Device, MountPoint};
+use crate::pages::{self, Pages, Run};
+use crate::resume::{self, Terms};
 use crate::trace::Recorder;
 use crate::window::Window;
 use crate::{MountConfig, MountError, MountSnapshot};
@@ -34,6 +37,8 @@ const EXACT_KB: u32 = 4;
 pub struct Mount {
     point: MountPoint,
     device: Device,
+    agreed: Agreed,
+    connection: Mutex<Option<OwnedFd>>,
     ahead: Arc<Ahead>,
     boot: Arc<Boot>,
     booting: Notifier,
@@ -63,46 +68,64 @@ impl Mount {
         let root_mode = tree.inode(Ino::ROOT).map_err(damaged)?.mode;
         let connection = point.mount(&config.name, root_mode)?;
         let mut started = Started { point: Some(point) };
-        let failed = |cause| MountError::System { action: "serve", path: config.mountpoint.clone(), cause };
-        let ahead = Arc::new(Ahead::new(tree, cache, source, config.clone(), handle.clone()));
-        let (pages, runs) = Pages::new(ahead.tree.frames());
-        let recorder = Arc::new(Recorder::new(config.record != Record::Off));
-        let boot = Arc::new(Boot::default());
-        let pages = Arc::new(pages);
-        let files = Files { ahead: ahead.clone(), pages, boot: boot.clone(), recorder: recorder.clone() };
-        let fuse = Fuse { files, handle };
-        let mut loops = Config::default();
-        loops.n_threads = Some(config.threads.max(1));
-        let session = Session::from_fd(fuse, connection, SessionACL::All, loops).map_err(failed)?;
-        let booting = session.notifier();
-        let (notifier, counters) = (booting.clone(), ahead.counters.clone());
-        // ends with the last of the file system that could send it something
-        std::thread::Builder::new()
-            .name("lamina-pages".to_owned())
-            .spawn(move || pages::store(&runs, &notifier, &counters))
-            .map_err(failed)?;
-        let (ending, ended) = watch::channel(false);
-        let threads = std::thread::Builder::new()
-            .name("lamina-mount".to_owned())
-            .spawn(move || {
-                if let Err(error) = session.run() {
-                    error!(%error, "serving a mount ended with an error");
-                }
-                ending.send_replace(true);
-            })
-            .map_err(failed)?;
+        let (parts, fuse) = Parts::new(tree, cache, source, config, handle);
+        let session = Session::from_fd(fuse, connection, SessionACL::All, parts.loops())
+            .map_err(|cause| parts.failed(cause))?;
+        let serving = parts.serve(session)?;
         let point = started.point.take().expect("taken once");
         let device = point.device().inspect_err(|_| point.detach())?;
-        let sparse = match config.record {
-            Record::Off => config.read_ahead_kb,
-            Record::Start => config.read_ahead_start_kb,
-            Record::Exact => EXACT_KB,
-        };
-        let dense = config.read_ahead_dense_kb;
-        ahead.set_window(Window::new(device.read_ahead_path(), sparse, dense, config.dense_run_bytes));
-        info!(mountpoint = %point.path().display(), "mounted");
-        let threads = Mutex::new(Some(threads));
-        Ok(Self { point, device, ahead, boot, booting, recorder, config, ended, threads })
+        Ok(serving.mount(point, device))
+    }
+
+    /// Goes on with a mount that another process served, which must have ended: `connection` is from its
+    /// [`Mount::take_connection`], and the tree and the mount point are the same. When it returns, all readers that waited
+    /// are being answered.
+    ///
+    /// Mounts nothing. It may have been unmounted meanwhile: then [`Mount::is_attached`] says so, and [`Mount::wait`] returns
+    /// once no program has a file of it open any more.
+    pub fn resume(
+        tree: Arc<Tree>,
+        cache: Arc<Cache>,
+        source: Arc<dyn Source>,
+        config: MountConfig,
+        handle: Handle,
+        (connection, terms): (OwnedFd, Terms),
+    ) -> Result<Self, MountError> {
+        let point = MountPoint::taken(config.mountpoint.clone());
+        let device = Device { major: terms.major_dev, minor: terms.minor_dev };
+        let (parts, fuse) = Parts::new(tree, cache, source, config, handle);
+        let session = resume::session(fuse, connection.as_fd(), &terms, parts.loops())
+            .map_err(|cause| parts.failed(cause))?;
+        let serving = parts.serve(session)?;
+        if let Err(error) = resume::send_again(&connection) {
+            error!(mountpoint = %point.path().display(), %error, "a mount is taken over, but not what was under way");
+        }
+        Ok(serving.mount(point, device))
+    }
+
+    /// Takes away what is left at `path` of a mount with these terms that nobody can take over any more. Whether there was
+    /// such a thing; what anybody else has mounted there stays.
+    pub fn clear(path: &Path, terms: &Terms) -> Result<bool, MountError> {
+        mountpoint::clear(path, Device { major: terms.major_dev, minor: terms.minor_dev })
+    }
+
+    /// Its connection to the kernel, for whoever is to keep it open beyond this process, once. With [`Mount::terms`] another
+    /// process goes on from there.
+    pub fn take_connection(&self) -> Option<OwnedFd> {
+        self.connection.lock().take()
+    }
+
+    /// What was agreed with the kernel.
+    pub fn terms(&self) -> Terms {
+        let Device { major, minor } = self.device;
+        let agreed = self.agreed;
+        let capabilities = agreed.capabilities.bits();
+        Terms { minor: agreed.minor, capabilities, major_dev: major, minor_dev: minor }
+    }
+
+    /// Whether it is still what is mounted there.
+    pub fn is_attached(&self) -> bool {
+        self.point.shows(self.device)
     }
 
     /// Where it is mounted, as an absolute path.
@@ -176,6 +199,114 @@ impl Drop for Mount {
         // the kernel has closed the connection, so the threads are on their way out
         if let Some(threads) = self.threads.lock().take() {
             let _ = threads.join();
+        }
+    }
+}
+
+/// What serves a mount, before there is a session.
+struct Parts {
+    ahead: Arc<Ahead>,
+    boot: Arc<Boot>,
+    recorder: Arc<Recorder>,
+    runs: Receiver<Run>,
+    agreed: Arc<OnceLock<Agreed>>,
+    config: MountConfig,
+}
+
+impl Parts {
+    fn new(
+        tree: Arc<Tree>,
+        cache: Arc<Cache>,
+        source: Arc<dyn Source>,
+        config: MountConfig,
+        handle: Handle,
+    ) -> (Self, Fuse) {
+        let ahead = Arc::new(Ahead::new(tree, cache, source, config.clone(), handle.clone()));
+        let (pages, runs) = Pages::new(ahead.tree.frames());
+        let recorder = Arc::new(Recorder::new(config.record != Record::Off));
+        let boot = Arc::new(Boot::default());
+        let pages = Arc::new(pages);
+        let files = Files { ahead: ahead.clone(), pages, boot: boot.clone(), recorder: recorder.clone() };
+        let agreed = Arc::new(OnceLock::new());
+        let fuse = Fuse { files, handle, agreed: agreed.clone() };
+        (Self { ahead, boot, recorder, runs, agreed, config }, fuse)
+    }
+
+    fn loops(&self) -> Config {
+        let mut loops = Config::default();
+        loops.n_threads = Some(self.config.threads.max(1));
+        loops
+    }
+
+    fn failed(&self, cause: std::io::Error) -> MountError {
+        MountError::System { action: "serve", path: self.config.mountpoint.clone(), cause }
+    }
+
+    /// Starts the threads.
+    fn serve(self, session: Session<Fuse>) -> Result<Serving, MountError> {
+        let booting = session.notifier();
+        let connection = session.as_fd().try_clone_to_owned().map_err(|cause| self.failed(cause))?;
+        let failed =
+            |cause| MountError::System { action: "serve", path: self.config.mountpoint.clone(), cause };
+        let (notifier, counters, runs) = (booting.clone(), self.ahead.counters.clone(), self.runs);
+        // ends with the last of the file system that could send it something
+        std::thread::Builder::new()
+            .name("lamina-pages".to_owned())
+            .spawn(move || pages::store(&runs, &notifier, &counters))
+            .map_err(failed)?;
+        let (ending, ended) = watch::channel(false);
+        let threads = std::thread::Builder::new()
+            .name("lamina-mount".to_owned())
+            .spawn(move || {
+                if let Err(error) = session.run() {
+                    error!(%error, "serving a mount ended with an error");
+                }
+                ending.send_replace(true);
+            })
+            .map_err(failed)?;
+        let agreed = *self.agreed.get().expect("a session begins with the first request");
+        let Self { ahead, boot, recorder, config, .. } = self;
+        Ok(Serving { ahead, boot, recorder, config, booting, agreed, connection, ended, threads })
+    }
+}
+
+/// What serves a mount.
+struct Serving {
+    ahead: Arc<Ahead>,
+    boot: Arc<Boot>,
+    recorder: Arc<Recorder>,
+    config: MountConfig,
+    booting: Notifier,
+    agreed: Agreed,
+    connection: OwnedFd,
+    ended: watch::Receiver<bool>,
+    threads: JoinHandle<()>,
+}
+
+impl Serving {
+    fn mount(self, point: MountPoint, device: Device) -> Mount {
+        let config = self.config;
+        let sparse = match config.record {
+            Record::Off => config.read_ahead_kb,
+            Record::Start => config.read_ahead_start_kb,
+            Record::Exact => EXACT_KB,
+        };
+        let dense = config.read_ahead_dense_kb;
+        let window = Window::new(device.read_ahead_path(), sparse, dense, config.dense_run_bytes);
+        self.ahead.set_window(window);
+        info!(mountpoint = %point.path().display(), "mounted");
+        Mount {
+            point,
+            device,
+            agreed: self.agreed,
+            connection: Mutex::new(Some(self.connection)),
+            ahead: self.ahead,
+            boot: self.boot,
+            booting: self.booting,
+            recorder: self.recorder,
+            config,
+            ended: self.ended,
+            threads: Mutex::new(Some(self.threads)),
         }
     }
 }

@@ -1,9 +1,10 @@
 //! Mounting and unmounting by our own system calls, with an error for each thing that a person can put right.
 
-use std::ffi::CString;
+use std::ffi::{CString, OsString};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, Statx, StatxAttributes, StatxFlags};
@@ -12,6 +13,9 @@ use rustix::mount::{MountFlags, UnmountFlags};
 
 use crate::MountError;
 
+/// What `/proc/mounts` calls our mounts.
+const FILE_SYSTEM: &str = "fuse.lamina";
+
 /// A directory on which something may be mounted, with its absolute path.
 #[derive(Debug)]
 pub(crate) struct MountPoint(PathBuf);
@@ -19,8 +23,8 @@ pub(crate) struct MountPoint(PathBuf);
 /// Which file system it is, as in `st_dev`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Device {
-    major: u32,
-    minor: u32,
+    pub(crate) major: u32,
+    pub(crate) minor: u32,
 }
 
 impl MountPoint {
@@ -46,6 +50,16 @@ impl MountPoint {
         Ok(Self(absolute))
     }
 
+    /// Where something of ours may be mounted already, as an absolute path.
+    pub(crate) fn taken(path: PathBuf) -> Self {
+        Self(path)
+    }
+
+    /// Whether `ours` is what is mounted here. Asks it, so its threads must be running.
+    pub(crate) fn shows(&self, ours: Device) -> bool {
+        stat(&self.0).is_ok_and(|here| is_root(&here) && device(&here) == ours)
+    }
+
     /// The absolute path.
     pub(crate) fn path(&self) -> &Path {
         &self.0
@@ -68,13 +82,13 @@ impl MountPoint {
         );
         let options = CString::new(options).expect("digits and names");
         let name: String = name.chars().map(|c| if c == ',' || c.is_control() { '_' } else { c }).collect();
-        rustix::mount::mount(name.as_str(), &self.0, "fuse.lamina", MountFlags::RDONLY, options.as_c_str())
+        rustix::mount::mount(name.as_str(), &self.0, FILE_SYSTEM, MountFlags::RDONLY, options.as_c_str())
             .map_err(|errno| match errno {
-            Errno::PERM | Errno::ACCESS => MountError::Permission("mount"),
-            Errno::NODEV => MountError::NoDevice,
-            Errno::BUSY => MountError::Occupied(self.0.clone()),
-            errno => MountError::System { action: "mount at", path: self.0.clone(), cause: errno.into() },
-        })?;
+                Errno::PERM | Errno::ACCESS => MountError::Permission("mount"),
+                Errno::NODEV => MountError::NoDevice,
+                Errno::BUSY => MountError::Occupied(self.0.clone()),
+                errno => MountError::System { action: "mount at", path: self.0.clone(), cause: errno.into() },
+            })?;
         Ok(connection.into())
     }
 
@@ -91,8 +105,7 @@ impl MountPoint {
 
     /// Unmounts `ours`, if it is what is mounted here.
     pub(crate) fn unmount(&self, ours: Device, lazy: bool) -> Result<(), MountError> {
-        let here = stat(&self.0).ok().filter(|here| is_root(here) && device(here) == ours);
-        if here.is_none() {
+        if !self.shows(ours) {
             return Err(MountError::Gone(self.0.clone()));
         }
         let flags = if lazy { UnmountFlags::DETACH } else { UnmountFlags::empty() };
@@ -103,6 +116,40 @@ impl MountPoint {
             errno => MountError::System { action: "unmount", path: self.0.clone(), cause: errno.into() },
         })
     }
+}
+
+/// Takes away what is left at `path` of the mount with this `device` whose connection is closed, so that it answers nothing any
+/// more. Whether there was such a thing.
+pub(crate) fn clear(path: &Path, device: Device) -> Result<bool, MountError> {
+    let failed = |action, cause| MountError::System { action, path: path.to_owned(), cause };
+    let table =
+        std::fs::read_to_string("/proc/self/mountinfo").map_err(|cause| failed("list what is at", cause))?;
+    let numbers = format!("{}:{}", device.major, device.minor);
+    // the last line is what is seen; see proc(5) for the fields
+    let here =
+        table.lines().rev().find(|line| line.split(' ').nth(4).is_some_and(|at| unescaped(at) == path));
+    let ours = here.is_some_and(|line| {
+        line.split(' ').nth(2) == Some(&numbers) && line.contains(&format!(" - {FILE_SYSTEM} "))
+    });
+    // numbers are used again, and a mount that answers is somebody's
+    if !ours || !matches!(rustix::fs::statfs(path), Err(Errno::NOTCONN)) {
+        return Ok(false);
+    }
+    let flags = UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
+    rustix::mount::unmount(path, flags).map_err(|errno| failed("unmount what is left of", errno.into()))?;
+    Ok(true)
+}
+
+/// A path of /proc/self/mountinfo, where space, tab, newline and backslash are octal.
+fn unescaped(text: &str) -> PathBuf {
+    let (mut bytes, mut rest) = (Vec::new(), text.as_bytes());
+    while let [first, after @ ..] = rest {
+        let octal = (*first == b'\\').then(|| after.get(..3)).flatten();
+        let byte = octal.and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
+        bytes.push(byte.unwrap_or(*first));
+        rest = if byte.is_some() { &after[3..] } else { after };
+    }
+    PathBuf::from(OsString::from_vec(bytes))
 }
 
 impl Device {
@@ -123,4 +170,15 @@ fn device(stat: &Statx) -> Device {
 
 fn is_root(stat: &Statx) -> bool {
     stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_of_the_mount_table_are_read_back() {
+        assert_eq!(unescaped("/mnt/a\\040b\\134c"), Path::new("/mnt/a b\\c"));
+        assert_eq!(unescaped("/mnt/a\\9"), Path::new("/mnt/a\\9"));
+    }
 }

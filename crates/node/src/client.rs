@@ -2,22 +2,28 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::task;
 use std::time::Duration;
 
-use bytes::Bytes;
-use http::{Request, StatusCode, header};
-use http_body_util::{BodyExt, Full, Limited};
-use hyper::client::conn::http1;
-use hyper_util::rt::TokioIo;
+use http::{Request, Response, Uri};
+use hyper::body::Incoming;
+use hyper::client::conn::http2;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use lamina_wire::proto::node_client::NodeClient;
 use lamina_wire::proto::{
-    CONTENT_TYPE, MountRequest, MountResponse, StatsRequest, StatsResponse, UnmountRequest, UnmountResponse,
+    MountRequest, MountResponse, StatsRequest, StatsResponse, UnmountRequest, UnmountResponse,
+    UpgradeRequest, UpgradeResponse,
 };
-use prost::Message;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
+use tonic::body::Body;
+use tonic::{Code, Status};
 
 /// Answers are small: a thousand mounts with their counters.
 const ANSWER_BYTES_MAX: usize = 16 << 20;
+/// A message for people comes as a header; it may quote what a registry said.
+const HEADERS_BYTES_MAX: u32 = 256 << 10;
 /// The daemon's own deadlines are shorter.
 const ANSWER: Duration = Duration::from_secs(300);
 
@@ -59,23 +65,29 @@ impl Controller {
 
     /// Mounts an image.
     pub async fn mount(&self, request: &MountRequest) -> Result<MountResponse, ControlError> {
-        self.call("mount", request).await
+        let request = request.clone();
+        self.call(async move |mut node| node.mount(request).await).await
     }
 
     /// Unmounts a directory.
     pub async fn unmount(&self, request: &UnmountRequest) -> Result<UnmountResponse, ControlError> {
-        self.call("unmount", request).await
+        let request = request.clone();
+        self.call(async move |mut node| node.unmount(request).await).await
     }
 
     /// All counters.
     pub async fn stats(&self) -> Result<StatsResponse, ControlError> {
-        self.call("stats", &StatsRequest {}).await
+        self.call(async |mut node| node.stats(StatsRequest {}).await).await
     }
 
-    async fn call<Q: Message, A: Message + Default>(
+    /// Puts another program in the daemon's place.
+    pub async fn upgrade(&self, program: String) -> Result<UpgradeResponse, ControlError> {
+        self.call(async move |mut node| node.upgrade(UpgradeRequest { program }).await).await
+    }
+
+    async fn call<A>(
         &self,
-        what: &str,
-        question: &Q,
+        ask: impl AsyncFnOnce(NodeClient<Sender>) -> Result<tonic::Response<A>, Status>,
     ) -> Result<A, ControlError> {
         let broken = |reason: String| ControlError::Broken { socket: self.socket.clone(), reason };
         let stream = UnixStream::connect(&self.socket).await.map_err(|error| match error.kind() {
@@ -84,31 +96,50 @@ impl Controller {
             }
             _ => broken(error.to_string()),
         })?;
-        let (mut sender, connection) =
-            http1::handshake(TokioIo::new(stream)).await.map_err(|error| broken(error.to_string()))?;
-        let request = Request::post(format!("/lamina/v1/{what}"))
-            .header(header::HOST, "node")
-            .header(header::CONTENT_TYPE, CONTENT_TYPE)
-            .body(Full::new(Bytes::from(question.encode_to_vec())))
-            .expect("all parts are valid");
-        let exchange = async {
-            let response = sender.send_request(request).await.map_err(|error| broken(error.to_string()))?;
-            let status = response.status();
-            let body = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await;
-            Ok((status, body.map_err(|error| broken(error.to_string()))?.to_bytes()))
-        };
         let answered = async {
-            tokio::select! {
+            let (sender, connection) = http2::Builder::new(TokioExecutor::new())
+                .max_header_list_size(HEADERS_BYTES_MAX)
+                .handshake(TokioIo::new(stream))
+                .await
+                .map_err(|error| broken(error.to_string()))?;
+            // nothing in it names the socket; the host of a request must have some name
+            let origin = Uri::from_static("http://node");
+            let node =
+                NodeClient::with_origin(Sender(sender), origin).max_decoding_message_size(ANSWER_BYTES_MAX);
+            // the request first: it may have been answered before the connection broke
+            let answer = tokio::select! {
                 biased;
-                answer = exchange => answer,
-                ended = connection => Err(broken(ended.err().map_or("it hung up".into(), |error| error.to_string()))),
+                answer = ask(node) => answer,
+                ended = connection => {
+                    let reason = ended.err().map_or("it hung up".into(), |error| error.to_string());
+                    return Err(broken(reason));
+                }
+            };
+            match answer {
+                Ok(answer) => Ok(answer.into_inner()),
+                Err(status) if status.code() == Code::FailedPrecondition => {
+                    Err(ControlError::Failed(status.message().to_owned()))
+                }
+                Err(status) => Err(broken(status.message().to_owned())),
             }
         };
-        let (status, body) =
-            timeout(ANSWER, answered).await.map_err(|_| broken(format!("no answer within {ANSWER:?}")))??;
-        match status {
-            StatusCode::OK => A::decode(body).map_err(|error| broken(error.to_string())),
-            _ => Err(ControlError::Failed(String::from_utf8_lossy(&body).into_owned())),
-        }
+        timeout(ANSWER, answered).await.map_err(|_| broken(format!("no answer within {ANSWER:?}")))?
+    }
+}
+
+/// A connection as tonic wants it.
+struct Sender(http2::SendRequest<Body>);
+
+impl tower_service::Service<Request<Body>> for Sender {
+    type Response = Response<Incoming>;
+    type Error = hyper::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Self::Error>> + Send>>;
+
+    fn poll_ready(&mut self, context: &mut task::Context<'_>) -> task::Poll<Result<(), Self::Error>> {
+        self.0.poll_ready(context)
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        Box::pin(self.0.send_request(request))
     }
 }

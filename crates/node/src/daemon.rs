@@ -1,17 +1,18 @@
 //! The daemon's state: its cache, its trees, its mounts.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use futures_util::TryStreamExt;
 use lamina_cache::{Cache, CacheConfig, Source};
 use lamina_image::{Digest, Platform, Tree};
-use lamina_mount::{BootStream, Mount, MountConfig, Record};
+use lamina_mount::{BootStream, Mount, MountConfig, MountError, Record, Terms};
 use lamina_wire::proto::{
-    MountRequest, MountResponse, MountStats, SourceStats, StatsResponse, UnmountResponse,
+    MountRecord, MountRequest, MountResponse, MountStats, SourceStats, StatsResponse, UnmountResponse,
 };
 use lamina_wire::{Client, ClientConfig, Reference};
 use parking_lot::Mutex;
@@ -19,10 +20,14 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::io::{StreamReader, SyncIoBridge};
+use tracing::warn;
 
 use crate::boot_files::{BootFiles, KeptBoot, KeptSource};
+use crate::held::Held;
 use crate::known::Known;
-use crate::resolve::resolve;
+use crate::line::MOUNT;
+use crate::records::{Records, image_record};
+use crate::resolve::{Resolved, resolve};
 use crate::sources::{Hosts, Mirrors, Sources, State};
 use crate::start::{Report, Starting};
 use crate::trees::Trees;
@@ -33,6 +38,8 @@ const MOUNTS_MAX: usize = 4096;
 /// A tree's blob over 1 GiB is refused: some ten million files.
 const TREE_BLOB_BYTES_MAX: u64 = 1 << 30;
 
+/// What the cache directory's lock is called where it is kept.
+const LOCK: &str = "lock";
 /// A tree that takes longer to come is given up: the largest one over 100 Mbit/s.
 const TREE: Duration = Duration::from_secs(90);
 /// Boot packs get this part of what the cache may take, beside it.
@@ -51,6 +58,8 @@ pub struct NodeConfig {
     pub platform: Platform,
     /// The kernel's readahead while a start runs, in KiB; `None` for what was measured to be best.
     pub read_ahead_kb: Option<u32>,
+    /// Whether the mounts that it has at its end come again with the next daemon of the cache.
+    pub permanent: bool,
 }
 
 /// The daemon.
@@ -62,6 +71,14 @@ pub struct Node {
     trees: Trees,
     boot_files: BootFiles,
     mounts: Mutex<BTreeMap<PathBuf, Mounted>>,
+    /// Directories that are being mounted on.
+    reserved: Mutex<BTreeSet<PathBuf>>,
+    pub(crate) records: Records,
+    pub(crate) held: Held,
+    /// Whether what goes now is to come again with the next daemon.
+    ending: AtomicBool,
+    /// Whether another program is to take this one's place.
+    pub(crate) replaced: AtomicBool,
     /// Trees that are mounted: two mounts of an image share one.
     loaded: Mutex<BTreeMap<Digest, std::sync::Weak<Tree>>>,
     /// Mounts, and requests that are being answered: what keeps the daemon from ending.
@@ -77,25 +94,65 @@ impl Drop for Busy {
     }
 }
 
-struct Mounted {
-    mount: Arc<Mount>,
-    reference: String,
-    manifest: Digest,
+/// A mount, as its daemon knows it.
+pub(crate) struct Mounted {
+    pub(crate) mount: Arc<Mount>,
+    /// Its record's.
+    pub(crate) number: u64,
+    pub(crate) record: MountRecord,
     /// What becomes of its trace, where it is recorded until the unmount.
-    report: Option<watch::Receiver<Option<Report>>>,
+    pub(crate) report: Option<watch::Receiver<Option<Report>>>,
+    /// How it came here, if not by a request to this process.
+    pub(crate) restored: &'static str,
+}
+
+/// What a request asks of whom.
+pub(crate) struct Asked {
+    pub(crate) reference: Reference,
+    pub(crate) sources: Sources,
+    /// How many requests it took so far.
+    pub(crate) requests: u32,
+}
+
+/// A directory that one request has taken, until it is dropped.
+struct Reserved(Arc<Node>, PathBuf);
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        self.0.reserved.lock().remove(&self.1);
+    }
+}
+
+/// What a mount's connection is called where it is kept.
+pub(crate) fn held_name(number: u64) -> String {
+    format!("{MOUNT}{number}")
+}
+
+fn with_terms(record: MountRecord, terms: &Terms) -> MountRecord {
+    MountRecord {
+        fuse_minor: terms.minor,
+        fuse_capabilities: terms.capabilities,
+        device_major: terms.major_dev,
+        device_minor: terms.minor_dev,
+        ..record
+    }
 }
 
 impl Node {
-    /// Opens the cache and the trees beside it. Blocks.
-    pub fn open(config: NodeConfig, handle: Handle) -> Result<Self, NodeError> {
-        // it locks and checks the directory, so it comes first
-        let cache = Arc::new(Cache::open(config.cache.clone(), handle)?);
-        let trees = Trees::open(config.cache.directory.join("trees"))?;
+    /// Opens the cache and the trees beside it. What `held` has kept of a daemon that died is left to [`Node::restore`]. Blocks.
+    pub fn open(config: NodeConfig, held: Held, handle: Handle) -> Result<Self, NodeError> {
         let part = |name| config.cache.directory.join(name);
         let failed = |path| move |error| NodeError::File { path, error };
+        // a dead daemon's lock is ours, even where it cannot quite die
+        let lock = held.find(LOCK).map(|lock| lock.try_clone()).transpose().map_err(failed(part(LOCK)))?;
+        // it locks and checks the directory, so it comes first
+        let cache = Arc::new(Cache::open_locked(config.cache.clone(), lock, handle)?);
+        held.keep(LOCK, cache.lock().map_err(failed(part(LOCK)))?);
+        let trees = Trees::open(part("trees"))?;
         let boot_files = BootFiles::open(part("boot"), config.cache.bytes_max / BOOT_PART);
         let boot_files = boot_files.map_err(failed(part("boot")))?;
         let known = Known::open(part("images")).map_err(failed(part("images")))?;
+        let records = Records::open(&config.cache.directory)?;
         let hosts = Hosts::new(config.client, config.mirrors.clone());
         let (count, _) = watch::channel(0);
         Ok(Self {
@@ -106,6 +163,11 @@ impl Node {
             trees,
             boot_files,
             mounts: Mutex::default(),
+            reserved: Mutex::default(),
+            records,
+            held,
+            ending: AtomicBool::new(false),
+            replaced: AtomicBool::new(false),
             loaded: Mutex::default(),
             count,
         })
@@ -116,40 +178,115 @@ impl Node {
         self.count.subscribe()
     }
 
+    /// Whether a mount is being made now.
+    pub(crate) fn is_mounting(&self) -> bool {
+        !self.reserved.lock().is_empty()
+    }
+
+    pub(crate) fn cache(&self) -> Arc<Cache> {
+        Arc::clone(&self.cache)
+    }
+
     pub(crate) fn busy(self: &Arc<Self>) -> Busy {
         self.count.send_modify(|count| *count += 1);
         Busy(Arc::clone(self))
     }
 
-    /// Mounts an image. When it returns, the mount answers.
+    /// Mounts an image. When it returns, the mount answers, and outlives this process where it has a holder.
     pub async fn mount(self: &Arc<Self>, request: MountRequest) -> Result<MountResponse, NodeError> {
         let begun = Instant::now();
         if self.mounts.lock().len() >= MOUNTS_MAX {
             return Err(NodeError::TooManyMounts(MOUNTS_MAX));
         }
+        let _reserved = self.reserve(Path::new(&request.directory))?;
+        let mut asked = self.ask(&request)?;
+        let Asked { sources, reference, .. } = &asked;
+        let (platform, deadline) = (&self.config.platform, self.config.cache.deadline);
+        let resolved = resolve(sources, &self.known, reference, platform, request.require_bound, deadline);
+        let Resolved { found, offline } = resolved.await?;
+        asked.requests = found.requests;
+        let (manifest, tree) = (found.manifest.to_string(), found.tree.to_string());
+        let record = MountRecord {
+            image: Some(image_record(&asked.reference.to_string(), &found)),
+            request: Some(request),
+            ..MountRecord::default()
+        };
+        let number = self.records.number();
+        let made = self.make(number, record, &mut asked, &found, "").await;
+        if made.is_err() {
+            self.records.forget_mount(number);
+        }
+        made?;
+        let elapsed_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+        Ok(MountResponse {
+            manifest,
+            tree,
+            elapsed_us,
+            requests: asked.requests,
+            offline: offline.unwrap_or_default(),
+        })
+    }
+
+    /// Mounts an image that was found, and remembers it as `record` under `number`.
+    pub(crate) async fn make(
+        self: &Arc<Self>,
+        number: u64,
+        mut record: MountRecord,
+        asked: &mut Asked,
+        found: &Found,
+        restored: &'static str,
+    ) -> Result<(), NodeError> {
+        record.mounted = false;
+        self.remember(number, &record);
+        let request = record.request.clone().unwrap_or_default();
+        let (starting, kept) = self.starting(asked, found, request.record);
+        // a boot pack is the registry's word, so an image that must be bound does without
+        let boot = !request.no_boot && !request.record && !request.require_bound;
+        let boot = boot.then(|| starting.find_boot());
+        let tree = self.tree(asked, found).await?;
+        let config = self.mount_config(&asked.reference, &request);
+        let source: Arc<dyn Source> = Arc::new(KeptSource(kept));
+        // behind the tree, which the mount waits for
+        let boot = boot.map(|found| Starting::stream_boot(found, Arc::clone(&source)));
+        let (cache, handle) = (Arc::clone(&self.cache), Handle::current());
+        let mount = Arc::new(blocking(move || Mount::start(tree, cache, source, config, handle)).await?);
+        if let Some(connection) = mount.take_connection() {
+            self.held.keep(&held_name(number), connection);
+        }
+        record = MountRecord { mounted: true, ..with_terms(record, &mount.terms()) };
+        self.remember(number, &record);
+        let report = request.record.then_some(None);
+        self.keep(Mounted { mount, number, record, report: None, restored }, report, starting, boot);
+        Ok(())
+    }
+
+    /// What a request asks of whom.
+    pub(crate) fn ask(&self, request: &MountRequest) -> Result<Asked, NodeError> {
         let reference: Reference = request.reference.parse()?;
         let sources = self.hosts.sources(&reference, request.plain_http)?;
-        let (platform, deadline) = (&self.config.platform, self.config.cache.deadline);
-        let resolved =
-            resolve(&sources, &self.known, &reference, platform, request.require_bound, deadline).await?;
-        let found = resolved.found;
-        let mut requests = found.requests;
+        Ok(Asked { reference, sources, requests: 0 })
+    }
+
+    pub(crate) fn starting(
+        &self,
+        asked: &Asked,
+        found: &Found,
+        until_unmount: bool,
+    ) -> (Starting, Arc<KeptBoot>) {
+        let Asked { sources, reference, .. } = asked;
         let kept = Arc::new(KeptBoot::new(sources.clone(), self.boot_files.clone()));
         let starting = Starting {
             client: sources.registry(),
             repository: reference.repository.clone(),
             manifest: found.manifest,
             tree: found.tree,
-            until_unmount: request.record,
+            until_unmount,
             kept: Arc::clone(&kept),
         };
-        // a boot pack is the registry's word, so an image that must be bound does without
-        let boot = !request.no_boot && !request.record && !request.require_bound;
-        let boot = boot.then(|| starting.find_boot());
-        let tree = self.tree(&sources, &reference, &found, &mut requests).await?;
-        let source: Arc<dyn Source> = Arc::new(KeptSource(kept));
-        // behind the tree, which the mount waits for
-        let boot = boot.map(|found| Starting::stream_boot(found, Arc::clone(&source)));
+        (starting, kept)
+    }
+
+    pub(crate) fn mount_config(&self, reference: &Reference, request: &MountRequest) -> MountConfig {
         let mut config = MountConfig::new(PathBuf::from(&request.directory));
         config.name = reference.to_string();
         config.read_ahead_kb = self.config.read_ahead_kb.unwrap_or(config.read_ahead_kb);
@@ -158,37 +295,60 @@ impl Node {
             (false, false) => Record::Start,
             (false, true) => Record::Off,
         };
-        let (cache, handle) = (Arc::clone(&self.cache), Handle::current());
-        let mount = blocking(move || Mount::start(tree, cache, source, config, handle)).await?;
-        self.keep(Arc::new(mount), &reference, starting, boot);
-        let elapsed_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
-        let (manifest, tree) = (found.manifest.to_string(), found.tree.to_string());
-        let offline = resolved.offline.unwrap_or_default();
-        Ok(MountResponse { manifest, tree, elapsed_us, requests, offline })
+        config
     }
 
-    /// Remembers a mount, and forgets it when it is gone, whoever unmounted it.
-    fn keep(
+    /// Remembers a mount beyond this process's end, if the disk lets it. Nobody waits for the disk. What ends with this process
+    /// by design is not remembered.
+    pub(crate) fn remember(self: &Arc<Self>, number: u64, record: &MountRecord) {
+        if !self.held.is_held() {
+            return;
+        }
+        if let Err(error) = self.records.save_mount(number, record) {
+            warn!(%error, "a mount is not remembered: it ends if this process is killed");
+            return;
+        }
+        let node = Arc::clone(self);
+        tokio::task::spawn_blocking(move || node.records.sync_mount(number));
+    }
+
+    /// Takes a directory for one request. *Errors*: another one has it.
+    fn reserve(self: &Arc<Self>, directory: &Path) -> Result<Reserved, NodeError> {
+        if !self.reserved.lock().insert(directory.to_owned()) {
+            return Err(NodeError::Mount(MountError::Occupied(directory.to_owned())));
+        }
+        Ok(Reserved(Arc::clone(self), directory.to_owned()))
+    }
+
+    /// Remembers a mount, and forgets it when it is gone, whoever unmounted it. Where its start is recorded until the unmount,
+    /// `report` is what is known of that so far.
+    pub(crate) fn keep(
         self: &Arc<Self>,
-        mount: Arc<Mount>,
-        reference: &Reference,
+        mut mounted: Mounted,
+        report: Option<Option<Report>>,
         starting: Starting,
         boot: Option<JoinHandle<Option<BootStream>>>,
     ) {
-        let path = mount.mountpoint().to_owned();
-        let (started, report) = watch::channel(None);
         // nobody who only unmounts waits for a registry
-        let report = starting.until_unmount.then_some(report);
-        let (reference, manifest) = (reference.to_string(), starting.manifest);
-        let mounted = Mounted { mount: Arc::clone(&mount), reference, manifest, report };
-        self.mounts.lock().insert(path.clone(), mounted);
+        let known = report.clone().flatten();
+        let (started, watched) = watch::channel(known.clone());
+        mounted.report = report.is_some().then_some(watched);
+        let (mount, number) = (Arc::clone(&mounted.mount), mounted.number);
+        let path = mount.mountpoint().to_owned();
+        if !mounted.record.detached {
+            self.mounts.lock().insert(path.clone(), mounted);
+        }
         let busy = self.busy();
         let node = Arc::clone(self);
         tokio::spawn(async move {
             let report = starting.see(Arc::clone(&mount), boot).await;
-            started.send_replace(Some(report));
+            started.send_replace(Some(known.unwrap_or(report)));
             mount.wait().await;
             node.forget(&path, &mount);
+            node.held.forget(&held_name(number));
+            if !node.ending.load(Ordering::Relaxed) {
+                node.records.forget_mount(number);
+            }
             drop(busy);
         });
     }
@@ -202,13 +362,9 @@ impl Node {
         }
     }
 
-    async fn tree(
-        &self,
-        sources: &Sources,
-        reference: &Reference,
-        found: &Found,
-        requests: &mut u32,
-    ) -> Result<Arc<Tree>, NodeError> {
+    pub(crate) async fn tree(&self, asked: &mut Asked, found: &Found) -> Result<Arc<Tree>, NodeError> {
+        let Asked { sources, reference, requests } = asked;
+        let reference = &*reference;
         let digest = found.tree;
         if let Some(tree) = self.loaded.lock().get(&digest).and_then(std::sync::Weak::upgrade) {
             return Ok(tree);
@@ -253,13 +409,24 @@ impl Node {
     }
 
     /// Unmounts a directory. If a start was recorded on it until now, this returns when the registry was told.
-    pub async fn unmount(&self, directory: &Path, lazy: bool) -> Result<UnmountResponse, NodeError> {
-        let mounted = self.mounts.lock().get(directory).map(|it| (Arc::clone(&it.mount), it.report.clone()));
-        let (mount, report) = mounted.ok_or_else(|| NodeError::NotMounted(directory.to_owned()))?;
+    pub async fn unmount(
+        self: &Arc<Self>,
+        directory: &Path,
+        lazy: bool,
+    ) -> Result<UnmountResponse, NodeError> {
+        let mounted = self
+            .mounts
+            .lock()
+            .get(directory)
+            .map(|it| (Arc::clone(&it.mount), it.report.clone(), it.number, it.record.clone()));
+        let (mount, report, number, record) =
+            mounted.ok_or_else(|| NodeError::NotMounted(directory.to_owned()))?;
         let waiting = Arc::clone(&mount);
         blocking(move || mount.unmount(lazy)).await?;
         if !lazy {
             waiting.wait().await;
+        } else if !self.ending.load(Ordering::Relaxed) {
+            self.remember(number, &MountRecord { detached: true, ..record });
         }
         self.forget(directory, &waiting);
         let Some(mut report) = report.filter(|_| !lazy) else { return Ok(UnmountResponse::default()) };
@@ -269,8 +436,9 @@ impl Node {
         Ok(UnmountResponse { trace_names: report.names, trace_pages: report.pages, trace_refused })
     }
 
-    /// Unmounts everything, lazily where something is in use. Used at the end.
-    pub async fn unmount_all(&self) {
+    /// Unmounts everything, lazily where something is in use. Used at the end. A daemon that stays remembers what it had.
+    pub async fn unmount_all(self: &Arc<Self>) {
+        self.ending.store(self.config.permanent, Ordering::Relaxed);
         let mounts: Vec<PathBuf> = self.mounts.lock().keys().cloned().collect();
         for directory in mounts {
             if let Err(error) = self.unmount(&directory, false).await {
@@ -288,8 +456,9 @@ impl Node {
         let mounts = self.mounts.lock();
         let mounts = mounts.iter().map(|(directory, mounted)| MountStats {
             directory: directory.display().to_string(),
-            reference: mounted.reference.clone(),
-            manifest: mounted.manifest.to_string(),
+            reference: mounted.record.image.clone().unwrap_or_default().reference,
+            manifest: mounted.record.image.clone().unwrap_or_default().manifest,
+            restored: mounted.restored.to_owned(),
             counters: named(mounted.mount.snapshot().named()),
         });
         let mounts = mounts.collect();
@@ -309,12 +478,13 @@ impl Node {
             }
         });
         let cache = named(self.cache.snapshot().named());
-        StatsResponse { pid: std::process::id(), cache, mounts, sources: sources.collect() }
+        let version = env!("CARGO_PKG_VERSION").to_owned();
+        StatsResponse { pid: std::process::id(), cache, mounts, sources: sources.collect(), version }
     }
 }
 
 /// Runs what blocks where blocking is allowed.
-async fn blocking<T, E, F>(work: F) -> Result<T, NodeError>
+pub(crate) async fn blocking<T, E, F>(work: F) -> Result<T, NodeError>
 where
     T: Send + 'static,
     E: Into<NodeError> + Send + 'static,

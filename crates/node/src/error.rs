@@ -77,4 +77,12 @@ pub enum NodeError {
     /// The daemon has as many mounts as it takes.
     #[error("there are {0} mounts already, as many as one daemon takes")]
     TooManyMounts(usize),
+    /// Another program cannot take this one's place.
+    #[error("the node cannot be upgraded to {program}: {reason}")]
+    Upgrade {
+        /// Which.
+        program: PathBuf,
+        /// Why not, and what to do.
+        reason: String,
+    },
 }

@@ -7,18 +7,27 @@ mod boot_files;
 mod client;
 mod daemon;
 mod error;
+mod held;
+mod holder;
 mod image;
 mod known;
+mod line;
+mod records;
 mod resolve;
+mod restore;
 mod server;
 mod sources;
 mod start;
 mod trees;
+mod upgrade;
 
 pub use client::{ControlError, Controller};
 pub use daemon::{Node, NodeConfig};
 pub use error::NodeError;
+pub use held::Held;
+pub use holder::{HolderConfig, hold};
 pub use image::{Found, find_image};
+pub use restore::Restored;
 pub use server::serve;
 pub use sources::Mirrors;
 

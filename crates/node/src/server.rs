@@ -1,37 +1,43 @@
 //! The control socket.
 
-use std::convert::Infallible;
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
-use http::{Method, Request, Response, StatusCode};
-use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::Incoming;
-use hyper::server::conn::http1;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
-use lamina_wire::proto::{MountRequest, StatsRequest, UnmountRequest};
-use prost::Message;
-use tokio::net::UnixListener;
+use hyper::server::conn::http2;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use lamina_wire::proto;
+use lamina_wire::proto::node_server::NodeServer;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{Notify, Semaphore};
 use tokio::time::timeout;
+use tonic::{Request, Response, Status};
+use tracing::{debug, info};
 
-use crate::{Node, NodeError};
+use crate::{Node, NodeError, Restored};
 
+/// What the socket is called where it is kept.
+const CONTROL: &str = "control";
 /// Requests on the socket are small.
 const REQUEST_BYTES_MAX: usize = 64 << 10;
-/// A connection that says nothing for so long is closed.
-const HEAD: Duration = Duration::from_secs(10);
+/// A client that has been silent for so long is asked whether it is there,
+const SILENCE: Duration = Duration::from_secs(30);
+/// and has this long to say so.
+const ANSWER: Duration = Duration::from_secs(10);
+/// Commands at once; more wait to be heard. A thousand mounts are made by that many at a time.
+const CLIENTS_MAX: usize = 128;
 /// After the last mount the daemon waits this long for another: scripts unmount and mount again.
 const LINGER: Duration = Duration::from_secs(2);
 
 /// Serves the node on a socket in its cache directory, which only root and its own user may use.
 ///
-/// Returns when `shutdown` is ready, having unmounted everything; with `idle_exit` also some seconds after the last
-/// mount has gone. `ready` is called once the socket answers.
+/// Mounts that the daemon before had are there before anybody is heard; `ready` is called then. Returns when `shutdown` is ready,
+/// having unmounted everything; with `idle_exit` also some seconds after the last mount has gone. Returns as well, and leaves the
+/// mounts alone, once another program is to take its place.
 pub async fn serve(
     node: Arc<Node>,
     socket: &Path,
@@ -39,24 +45,42 @@ pub async fn serve(
     ready: impl FnOnce(),
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), NodeError> {
-    let failed = |error| NodeError::File { path: socket.to_owned(), error };
-    // the cache's lock says that no other daemon is there, so a socket that is left belongs to a dead one
-    match std::fs::remove_file(socket) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
-        _ => {}
+    let listener =
+        listen(&node, socket).map_err(|error| NodeError::File { path: socket.to_owned(), error })?;
+    let restored = if node.held.is_held() { node.restore().await } else { Restored::default() };
+    if restored != Restored::default() {
+        info!(?restored, "mounts of the daemon before");
     }
-    let listener = UnixListener::bind(socket).map_err(failed)?;
-    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
+    node.held.ready();
     ready();
     tokio::select! {
-        () = accept(&listener, &node) => {}
+        () = accept(&listener, &node) => return Ok(()),
         () = idle(&node), if idle_exit => {}
         () = shutdown => {}
     }
     // whoever comes now finds no socket and starts another daemon, which waits for this one's lock
     let _ = std::fs::remove_file(socket);
     node.unmount_all().await;
+    node.held.done();
     Ok(())
+}
+
+/// The socket: one that a dead daemon listened on, where it was kept, so that whoever asks meanwhile only waits.
+fn listen(node: &Node, socket: &Path) -> io::Result<UnixListener> {
+    if let Some(kept) = node.held.find(CONTROL) {
+        let listener = std::os::unix::net::UnixListener::from(kept.try_clone()?);
+        listener.set_nonblocking(true)?;
+        return UnixListener::from_std(listener);
+    }
+    // the cache's lock says that no other daemon is there, so a socket that is left belongs to a dead one
+    match std::fs::remove_file(socket) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = UnixListener::bind(socket)?;
+    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))?;
+    node.held.keep(CONTROL, listener.as_fd().try_clone_to_owned()?);
+    Ok(listener)
 }
 
 /// Ready when there was no mount and no request for a while.
@@ -72,79 +96,85 @@ async fn idle(node: &Node) {
     }
 }
 
+/// Hears whoever comes. Returns when another program is to take this one's place, and whoever asked for that knows.
 async fn accept(listener: &UnixListener, node: &Arc<Node>) {
+    let clients = Arc::new(Semaphore::new(CLIENTS_MAX));
+    let gone = Arc::new(Notify::new());
     loop {
-        let Ok((stream, _)) = listener.accept().await else {
+        let client = Arc::clone(&clients).acquire_owned().await.expect("it is never closed");
+        let stream = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = gone.notified(), if node.is_replaced() => return,
+        };
+        let Ok((stream, _)) = stream else {
             tokio::time::sleep(Duration::from_millis(50)).await;
             continue;
         };
-        let node = Arc::clone(node);
+        let (node, gone) = (Arc::clone(node), Arc::clone(&gone));
         tokio::spawn(async move {
-            let service = service_fn(|request| answer(&node, request));
-            let connection = http1::Builder::new()
-                .timer(TokioTimer::new())
-                .header_read_timeout(HEAD)
-                .serve_connection(TokioIo::new(stream), service);
-            if let Err(error) = connection.await {
-                tracing::debug!(%error, "a control connection ended early");
-            }
+            hear(stream, Arc::clone(&node)).await;
+            drop(client);
+            gone.notify_one();
         });
     }
 }
 
-async fn answer(node: &Arc<Node>, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
-    let path = request.uri().path().to_owned();
-    let plain = |status: StatusCode, message: String| {
-        let mut response = Response::new(Full::new(Bytes::from(message)));
-        *response.status_mut() = status;
-        response
-    };
-    if request.method() != Method::POST {
-        return Ok(plain(StatusCode::METHOD_NOT_ALLOWED, "requests are POST".into()));
-    }
-    let body = match timeout(HEAD, Limited::new(request.into_body(), REQUEST_BYTES_MAX).collect()).await {
-        Ok(Ok(body)) => body.to_bytes(),
-        _ => return Ok(plain(StatusCode::BAD_REQUEST, "the request did not come whole".into())),
-    };
-    let _busy = node.busy();
-    Ok(match dispatch(node, &path, body).await {
-        Ok(message) => Response::new(Full::new(Bytes::from(message))),
-        Err(Refused::Unknown) => plain(StatusCode::NOT_FOUND, format!("{path} is nothing that a node does")),
-        Err(Refused::Garbage(error)) => plain(StatusCode::BAD_REQUEST, error.to_string()),
-        Err(Refused::Failed(error)) => plain(StatusCode::CONFLICT, error.to_string()),
-    })
-}
-
-/// Why there is no answer.
-enum Refused {
-    Unknown,
-    Garbage(prost::DecodeError),
-    Failed(NodeError),
-}
-
-impl From<prost::DecodeError> for Refused {
-    fn from(error: prost::DecodeError) -> Self {
-        Self::Garbage(error)
+/// One connection. Whatever a client sends, it harms nobody but itself.
+async fn hear(stream: UnixStream, node: Arc<Node>) {
+    let service = NodeServer::new(Control(node)).max_decoding_message_size(REQUEST_BYTES_MAX);
+    let connection = http2::Builder::new(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .keep_alive_interval(SILENCE)
+        .keep_alive_timeout(ANSWER)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
+    if let Err(error) = connection.await {
+        debug!(%error, "a control connection ended early");
     }
 }
 
-impl From<NodeError> for Refused {
-    fn from(error: NodeError) -> Self {
-        Self::Failed(error)
-    }
+/// The node as gRPC has it.
+struct Control(Arc<Node>);
+
+/// What cannot be done is said as it would be to a person.
+fn refused(error: NodeError) -> Status {
+    Status::failed_precondition(error.to_string())
 }
 
-async fn dispatch(node: &Arc<Node>, path: &str, body: Bytes) -> Result<Vec<u8>, Refused> {
-    Ok(match path {
-        "/lamina/v1/mount" => node.mount(MountRequest::decode(body)?).await?.encode_to_vec(),
-        "/lamina/v1/unmount" => {
-            let request = UnmountRequest::decode(body)?;
-            node.unmount(&PathBuf::from(request.directory), request.lazy).await?.encode_to_vec()
-        }
-        "/lamina/v1/stats" => {
-            let StatsRequest {} = StatsRequest::decode(body)?;
-            node.stats().encode_to_vec()
-        }
-        _ => return Err(Refused::Unknown),
-    })
+#[tonic::async_trait]
+impl proto::node_server::Node for Control {
+    async fn mount(
+        &self,
+        request: Request<proto::MountRequest>,
+    ) -> Result<Response<proto::MountResponse>, Status> {
+        let _busy = self.0.busy();
+        self.0.mount(request.into_inner()).await.map(Response::new).map_err(refused)
+    }
+
+    async fn unmount(
+        &self,
+        request: Request<proto::UnmountRequest>,
+    ) -> Result<Response<proto::UnmountResponse>, Status> {
+        let _busy = self.0.busy();
+        let request = request.into_inner();
+        let unmounted = self.0.unmount(&PathBuf::from(request.directory), request.lazy).await;
+        unmounted.map(Response::new).map_err(refused)
+    }
+
+    async fn stats(
+        &self,
+        _request: Request<proto::StatsRequest>,
+    ) -> Result<Response<proto::StatsResponse>, Status> {
+        let _busy = self.0.busy();
+        Ok(Response::new(self.0.stats()))
+    }
+
+    async fn upgrade(
+        &self,
+        request: Request<proto::UpgradeRequest>,
+    ) -> Result<Response<proto::UpgradeResponse>, Status> {
+        let _busy = self.0.busy();
+        let program = PathBuf::from(request.into_inner().program);
+        let version = self.0.upgrade(&program).await.map_err(refused)?;
+        Ok(Response::new(proto::UpgradeResponse { version }))
+    }
 }

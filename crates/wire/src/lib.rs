@@ -21,12 +21,18 @@ pub use reference::{ParseReferenceError, Reference, Version, is_repository_name,
 /// The messages of `proto/lamina/v1`, as prost makes them.
 pub mod proto {
     mod generated {
-        #![expect(missing_docs, reason = "proto/ has the comments")]
+        #![expect(
+            missing_docs,
+            unused_qualifications,
+            clippy::allow_attributes_without_reason,
+            clippy::too_many_lines,
+            reason = "it is generated; proto/ has the comments"
+        )]
         include!(concat!(env!("OUT_DIR"), "/lamina.v1.rs"));
     }
     pub use generated::*;
 
-    /// The content type of every request and answer under `/lamina/v1`.
+    /// The content type of every request and answer of a registry under `/lamina/v1`.
     pub const CONTENT_TYPE: &str = "application/x-protobuf";
     /// Chunk ids in one request: 4096 × 32 B = 128 KiB, about 1 ms on a 1 Gbit/s link, so that a slow round trip is
     /// still the larger cost.

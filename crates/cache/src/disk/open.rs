@@ -1,7 +1,9 @@
 //! Opening the directory: the lock, the index, and what a crash left.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -34,13 +36,14 @@ impl Disk {
     pub(crate) fn open(
         directory: &Path,
         bytes_max: u64,
+        inherited: Option<OwnedFd>,
         counters: Arc<Counters>,
     ) -> Result<Self, CacheError> {
         let failed =
             |cause| CacheError::Directory { directory: directory.to_owned(), cause: Arc::new(cause) };
         let segments_directory = directory.join("segments");
         directory::prepare(directory)?;
-        let lock = lock(directory)?;
+        let lock = lock(directory, inherited)?;
         directory::stamp(directory);
         fs::create_dir_all(&segments_directory).map_err(failed)?;
         let index = Index::open(&directory.join("index")).unwrap_or_else(|error| {
@@ -153,12 +156,16 @@ fn located(segment: u32, offset: u64, record: RecordHeader) -> (FrameId, Locatio
     (id, Location { segment, offset, sealed_len, plain_len })
 }
 
-/// Makes this process the owner of the directory.
-fn lock(directory: &Path) -> Result<File, CacheError> {
+/// Makes this process the owner of the directory: by the `inherited` lock of one that died, where there is one.
+fn lock(directory: &Path, inherited: Option<OwnedFd>) -> Result<File, CacheError> {
     let failed = |cause| CacheError::Directory { directory: directory.to_owned(), cause: Arc::new(cause) };
     let path = directory.join("lock");
-    let mut file =
-        File::options().read(true).write(true).create(true).truncate(false).open(&path).map_err(failed)?;
+    let mut file = match inherited {
+        Some(lock) => File::from(lock),
+        None => {
+            File::options().read(true).write(true).create(true).truncate(false).open(&path).map_err(failed)?
+        }
+    };
     match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => {}
         Err(rustix::io::Errno::WOULDBLOCK) => {
@@ -170,6 +177,7 @@ fn lock(directory: &Path) -> Result<File, CacheError> {
         Err(error) => return Err(failed(error.into())),
     }
     // a full disk must not keep the cache from opening: the pid is for people
-    let _ = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
+    let pid = format!("{}\n", std::process::id());
+    let _ = file.set_len(0).and_then(|()| file.write_all_at(pid.as_bytes(), 0));
     Ok(file)
 }

@@ -24,7 +24,7 @@ fn frame(chunk: &Chunk) -> (FrameId, Sealed) {
 }
 
 fn open(directory: &Path, bytes_max: u64) -> Disk {
-    Disk::open(directory, bytes_max, Arc::default()).expect("opened")
+    Disk::open(directory, bytes_max, None, Arc::default()).expect("opened")
 }
 
 fn copy(from: &Path, to: &Path) {
@@ -220,7 +220,7 @@ fn a_lower_cap_is_kept_at_the_next_open() {
 #[test]
 fn a_second_owner_is_told_who_the_first_is() {
     let rig = Rig::new(1 << 20);
-    let error = Disk::open(&rig.directory(), 1 << 20, Arc::default()).err().expect("busy");
+    let error = Disk::open(&rig.directory(), 1 << 20, None, Arc::default()).err().expect("busy");
     let pid = std::process::id().to_string();
     assert!(matches!(&error, crate::CacheError::Busy { pid: Some(owner), .. } if *owner == pid), "{error}");
 }

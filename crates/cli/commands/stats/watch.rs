@@ -197,7 +197,9 @@ mod tests {
                 away_ms: 3000,
                 counters: counters(&[("requests", reads)]),
             }],
+            version: String::new(),
             mounts: vec![MountStats {
+                restored: String::new(),
                 directory: "/m".into(),
                 reference: "r/a:t".into(),
                 manifest: String::new(),

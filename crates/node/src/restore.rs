@@ -1,0 +1,225 @@
+//! A daemon goes on where another ended: mounts whose connections a holder has kept are resumed, all others that are remembered
+//! are made again. No registry is asked for either, as long as the trees are here.
+
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::{StreamExt, stream};
+use lamina_mount::{Mount, MountError, Record, Terms};
+use lamina_wire::proto::MountRecord;
+use tokio::runtime::Handle;
+use tokio::time::sleep;
+use tracing::{error, info, warn};
+
+use crate::boot_files::KeptSource;
+use crate::daemon::{Mounted, blocking, held_name};
+use crate::line::MOUNT;
+use crate::records::found;
+use crate::start::Report;
+use crate::{Found, Node, NodeError};
+
+/// How many mounts are restored at once: each reads a tree and some more.
+const AT_ONCE: usize = 8;
+/// Where a tree is not here and no registry has it, that is tried again after this long,
+const PAUSE_MIN: Duration = Duration::from_millis(250);
+/// and at last every so often: programs wait, or want to start.
+const PAUSE_MAX: Duration = Duration::from_secs(10);
+
+/// How a mount came here, as statistics say it.
+const RESUMED: &str = "resumed";
+const AGAIN: &str = "mounted again";
+
+/// What became of the mounts of a daemon that has ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Restored {
+    /// Served on, so that no program noticed.
+    pub resumed: usize,
+    /// Made again.
+    pub again: usize,
+    /// Cannot be had yet; tried again and again.
+    pub waiting: usize,
+    /// Given up. The log says why.
+    pub lost: usize,
+}
+
+enum Outcome {
+    Resumed,
+    Again,
+    Waiting,
+    Lost,
+}
+
+impl Node {
+    /// Restores all mounts of the daemon that owned the cache before. Returns when each is there or cannot be had now; says of
+    /// each what became of it.
+    pub async fn restore(self: &Arc<Self>) -> Restored {
+        let records = self.records.mounts();
+        let known: Vec<String> = records.iter().map(|(number, _)| held_name(*number)).collect();
+        for name in self.held.names().into_iter().filter(|name| name.starts_with(MOUNT)) {
+            if let Some(number) = name.strip_prefix(MOUNT).and_then(|digits| digits.parse().ok()) {
+                self.records.take_numbers(number);
+            }
+            if !known.contains(&name) {
+                warn!(name, "nothing is known of a mount that was kept; it ends");
+                self.held.forget(&name);
+            }
+        }
+        let outcomes = stream::iter(records)
+            .map(|(number, record)| self.restore_one(number, record))
+            .buffer_unordered(AT_ONCE)
+            .collect::<Vec<_>>();
+        let mut restored = Restored::default();
+        for outcome in outcomes.await {
+            let count = match outcome {
+                Outcome::Resumed => &mut restored.resumed,
+                Outcome::Again => &mut restored.again,
+                Outcome::Waiting => &mut restored.waiting,
+                Outcome::Lost => &mut restored.lost,
+            };
+            *count += 1;
+        }
+        restored
+    }
+
+    async fn restore_one(self: &Arc<Self>, number: u64, record: MountRecord) -> Outcome {
+        let Remembered { directory, image, terms } = match Remembered::of(&record) {
+            Some(remembered) => remembered,
+            None => return self.lose(number, "its record names no image"),
+        };
+        let connection = self.held.find(&held_name(number));
+        if !record.mounted || (record.detached && connection.is_none()) {
+            // whoever asked for it has got an error, or nobody can reach it any more
+            self.held.forget(&held_name(number));
+            self.records.forget_mount(number);
+            let _ = Mount::clear(&directory, &terms);
+            return Outcome::Lost;
+        }
+        match self.try_restore(number, &record, &image, connection.as_deref()).await {
+            Ok(outcome) => outcome,
+            Err(error) if is_passing(&error) => {
+                warn!(directory = %directory.display(), %error, "a mount cannot be restored yet; trying on");
+                let node = Arc::clone(self);
+                tokio::spawn(async move { node.go_on_trying(number, record, image).await });
+                Outcome::Waiting
+            }
+            Err(error) => self.lose(number, &error.to_string()),
+        }
+    }
+
+    fn lose(&self, number: u64, reason: &str) -> Outcome {
+        error!(number, reason, "a mount of the daemon before is lost");
+        self.held.forget(&held_name(number));
+        self.records.forget_mount(number);
+        Outcome::Lost
+    }
+
+    async fn go_on_trying(self: Arc<Self>, number: u64, record: MountRecord, image: Found) {
+        let _busy = self.busy();
+        let mut pause = PAUSE_MIN;
+        loop {
+            sleep(pause).await;
+            pause = (pause * 2).min(PAUSE_MAX);
+            let connection = self.held.find(&held_name(number));
+            match self.try_restore(number, &record, &image, connection.as_deref()).await {
+                Ok(_) => return,
+                Err(error) if is_passing(&error) => {}
+                Err(error) => {
+                    self.lose(number, &error.to_string());
+                    return;
+                }
+            }
+        }
+    }
+
+    async fn try_restore(
+        self: &Arc<Self>,
+        number: u64,
+        record: &MountRecord,
+        image: &Found,
+        connection: Option<&OwnedFd>,
+    ) -> Result<Outcome, NodeError> {
+        let (reference, manifest) = (record.image.clone().unwrap_or_default().reference, image.manifest);
+        let directory = record.request.clone().unwrap_or_default().directory;
+        if let Some(connection) = connection {
+            self.resume(number, record, image, connection).await?;
+            info!(reference, %manifest, directory, "goes on with a mount; no registry was asked");
+            return Ok(Outcome::Resumed);
+        }
+        let remembered = Remembered::of(record);
+        let terms = remembered.as_ref().map(|it| it.terms);
+        let path = PathBuf::from(&directory);
+        if let Some(terms) = terms
+            && blocking(move || Mount::clear(&path, &terms)).await?
+        {
+            warn!(directory, "took away what was left of a mount that nobody kept alive");
+        }
+        let mut asked = self.ask(&record.request.clone().unwrap_or_default())?;
+        self.make(number, record.clone(), &mut asked, image, AGAIN).await?;
+        info!(reference, %manifest, directory, requests = asked.requests, "mounted again what was mounted before");
+        Ok(Outcome::Again)
+    }
+
+    /// Goes on with a mount whose connection was kept.
+    async fn resume(
+        self: &Arc<Self>,
+        number: u64,
+        record: &MountRecord,
+        image: &Found,
+        connection: &OwnedFd,
+    ) -> Result<(), NodeError> {
+        let request = record.request.clone().unwrap_or_default();
+        let terms = Remembered::of(record).expect("looked at").terms;
+        let mut asked = self.ask(&request)?;
+        let tree = self.tree(&mut asked, image).await?;
+        let (starting, kept) = self.starting(&asked, image, false);
+        let mut config = self.mount_config(&asked.reference, &request);
+        // what a start touched before is not known here
+        config.record = Record::Off;
+        let failed =
+            |cause| MountError::System { action: "take over", path: config.mountpoint.clone(), cause };
+        let connection = connection.try_clone().map_err(failed)?;
+        let (cache, handle, source) = (self.cache(), Handle::current(), Arc::new(KeptSource(kept)));
+        let mount = blocking(move || {
+            let mount = Mount::resume(tree, cache, source, config, handle, (connection, terms))?;
+            let attached = mount.is_attached();
+            Ok::<_, MountError>((Arc::new(mount), attached))
+        });
+        let (mount, attached) = mount.await?;
+        let record = MountRecord { detached: !attached, ..record.clone() };
+        self.remember(number, &record);
+        let refused = "the node died during the recording".to_owned();
+        let report = request.record.then(|| Some(Report { refused: Some(refused), ..Report::default() }));
+        let mounted = Mounted { mount, number, record, report: None, restored: RESUMED };
+        self.keep(mounted, report, starting, None);
+        Ok(())
+    }
+}
+
+/// What a record says.
+struct Remembered {
+    directory: PathBuf,
+    image: Found,
+    terms: Terms,
+}
+
+impl Remembered {
+    fn of(record: &MountRecord) -> Option<Self> {
+        Some(Self {
+            directory: PathBuf::from(&record.request.as_ref()?.directory),
+            image: found(record.image.as_ref()?)?,
+            terms: Terms {
+                minor: record.fuse_minor,
+                capabilities: record.fuse_capabilities,
+                major_dev: record.device_major,
+                minor_dev: record.device_minor,
+            },
+        })
+    }
+}
+
+/// Whether it may help to try again: a registry may come back.
+fn is_passing(error: &NodeError) -> bool {
+    matches!(error, NodeError::Wire(error) if error.is_passing())
+}

@@ -1,0 +1,18 @@
+//! The real binary, killed: what programs that read a mount notice of it, which is nothing.
+//!
+//! Needs root and `/dev/fuse`. Without them every test here fails; none is skipped.
+
+#[path = "survival/kill.rs"]
+mod kill;
+#[path = "survival/node.rs"]
+mod node;
+#[expect(dead_code, reason = "other tests use the rest")]
+#[path = "e2e/proxy.rs"]
+mod proxy;
+#[path = "survival/restart.rs"]
+mod restart;
+#[expect(dead_code, reason = "other tests use the rest")]
+#[path = "cli/rig.rs"]
+mod rig;
+#[path = "survival/upgrade.rs"]
+mod upgrade;
