@@ -61,10 +61,10 @@ impl MountConfig {
             read_ahead_start_kb: 8,
             record: Record::Off,
             dense_run_bytes: 8 << 20,
-            recorded_run_bytes: 256 << 20,
+            recorded_run_bytes: 64 << 20,
             neighbour_bytes: 168 << 10,
             file_ramp: Ramp { run_min: 256 << 10, ahead_max: 16 << 20, slack: 128 << 10 },
-            pack_ramp: Ramp { run_min: 512 << 10, ahead_max: 8 << 20, slack: 256 << 10 },
+            pack_ramp: Ramp { run_min: 512 << 10, ahead_max: 32 << 20, slack: 256 << 10 },
         }
     }
 }

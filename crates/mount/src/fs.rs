@@ -120,7 +120,7 @@ impl Files {
         let run = self.ahead.note(ino, offset..offset.saturating_add(size.into()), touched);
         match run < self.ahead.config.recorded_run_bytes {
             true => self.recorder.read(ino, offset, size, Instant::now()),
-            false => self.recorder.busy(Instant::now()),
+            false => self.recorder.busy(ino, Instant::now()),
         }
     }
 

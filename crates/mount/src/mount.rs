@@ -223,7 +223,7 @@ impl Parts {
     ) -> (Self, Fuse) {
         let ahead = Arc::new(Ahead::new(tree, cache, source, config.clone(), handle.clone()));
         let (pages, runs) = Pages::new(ahead.tree.frames());
-        let recorder = Arc::new(Recorder::new(config.record != Record::Off));
+        let recorder = Arc::new(Recorder::new(config.record, ahead.tree.inodes()));
         let boot = Arc::new(Boot::default());
         let pages = Arc::new(pages);
         let files = Files { ahead: ahead.clone(), pages, boot: boot.clone(), recorder: recorder.clone() };
