@@ -1,5 +1,6 @@
 //! What can be said on the command line. Nothing here is acted on.
 
+mod limits;
 mod profile;
 
 use std::net::SocketAddr;
@@ -8,6 +9,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use lamina_wire::Reference;
 
+pub(crate) use self::limits::RegistryLimits;
 pub(crate) use self::profile::{ProfileArguments, ProfileCommand, ProfileRecord, ProfileShow};
 use crate::source::SourceName;
 
@@ -40,13 +42,24 @@ pub(crate) struct Common {
         long,
         global = true,
         env = "LAMINA_LOG",
-        default_value = "warn,fuser=error",
+        default_value = "warn,audit=info,fuser=error",
         value_name = "FILTER"
     )]
     pub(crate) log: String,
+    /// How log lines look
+    #[arg(long, global = true, env = "LAMINA_LOG_FORMAT", default_value = "text", value_name = "FORMAT")]
+    pub(crate) log_format: LogFormat,
     /// A TOML file with options under their own names [default: /etc/lamina/config.toml, where it exists]
     #[arg(long, global = true, env = "LAMINA_CONFIG", value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
+}
+
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum LogFormat {
+    /// For people
+    Text,
+    /// One JSON object a line
+    Json,
 }
 
 #[derive(Subcommand, Debug)]
@@ -81,6 +94,8 @@ pub(crate) struct RegistryArguments {
     /// The directory that holds everything
     #[arg(long, env = "LAMINA_STORAGE", default_value = "/var/lib/lamina/registry", value_name = "DIR")]
     pub(crate) storage: PathBuf,
+    #[command(flatten)]
+    pub(crate) limits: RegistryLimits,
 }
 
 #[derive(Args, Debug)]

@@ -3,7 +3,6 @@
 use std::io::Write;
 
 use anyhow::{Context, Result, ensure};
-use lamina_registry::RegistryConfig;
 use lamina_store::{Store, StoreConfig};
 use tokio::net::TcpListener;
 
@@ -18,7 +17,7 @@ pub(crate) async fn run(arguments: RegistryArguments, common: Common) -> Result<
         "{address} is not on loopback, and this registry speaks plain HTTP: put TLS in front of it, or say --plain-http"
     );
     let storage = arguments.storage;
-    let config = StoreConfig::new(storage.join("index"));
+    let config = arguments.limits.storing(StoreConfig::new(storage.join("index")));
     let store =
         Store::open_directory(&storage, config).await.with_context(|| storage.display().to_string())?;
     let listener = TcpListener::bind(address)
@@ -26,6 +25,6 @@ pub(crate) async fn run(arguments: RegistryArguments, common: Common) -> Result<
         .with_context(|| format!("cannot listen on {address}; is another registry running? See --listen"))?;
     println!("listening on http://{}", listener.local_addr()?);
     std::io::stdout().flush()?;
-    lamina_registry::serve(listener, store, RegistryConfig::default(), interrupted()).await?;
+    lamina_registry::serve(listener, store, arguments.limits.serving(), interrupted()).await?;
     Ok(())
 }

@@ -21,6 +21,11 @@ use crate::{ApiError, RegistryConfig};
 
 /// Manifests that are checked in depth at the same time: each may hold an image's recipes and tree, some 100 MiB.
 const ADMISSIONS_MAX: usize = 2;
+/// Manifests over [`SMALL_MANIFEST_BYTES`] that come in at the same time: each may be 4 MiB long, and ten times that while
+/// it is parsed.
+const MANIFESTS_MAX: usize = 16;
+/// Nearly every manifest is shorter.
+pub(crate) const SMALL_MANIFEST_BYTES: u64 = 64 << 10;
 /// Traces and profiles that come in at the same time: each may be 32 MiB long.
 const INTAKE_MAX: usize = 8;
 /// Of those, that are parsed at the same time: a bad one may need ten times its length before it is refused.
@@ -33,6 +38,7 @@ pub(crate) struct Api {
     pub(crate) converter: Arc<Converter>,
     pub(crate) learner: Arc<Learner>,
     pub(crate) admissions: Semaphore,
+    pub(crate) manifests: Semaphore,
     pub(crate) intake: Semaphore,
     pub(crate) checks: Semaphore,
     pub(crate) metrics: Metrics,
@@ -82,9 +88,10 @@ impl Api {
         learner: Arc<Learner>,
         metrics: Metrics,
     ) -> Self {
-        let [admissions, intake, checks] = [ADMISSIONS_MAX, INTAKE_MAX, CHECKS_MAX].map(Semaphore::new);
+        let [admissions, manifests, intake, checks] =
+            [ADMISSIONS_MAX, MANIFESTS_MAX, INTAKE_MAX, CHECKS_MAX].map(Semaphore::new);
         let store = converter.store.clone();
-        Self { store, converter, learner, admissions, intake, checks, metrics, config }
+        Self { store, converter, learner, admissions, manifests, intake, checks, metrics, config }
     }
 
     pub(crate) fn config(&self) -> &RegistryConfig {

@@ -61,6 +61,11 @@ impl Upstream {
         Self { body, waits, stall_max, begun: Instant::now(), len: 0, received }
     }
 
+    /// How long it is at most, in bytes, where the client has said so.
+    pub(crate) fn len_max(&self) -> Option<u64> {
+        self.body.as_ref().map_or(Some(0), |body| body.size_hint().upper())
+    }
+
     /// The next frame; `None` at the end.
     pub(crate) async fn next(&mut self) -> Result<Option<Bytes>, ApiError> {
         self.waits = false;

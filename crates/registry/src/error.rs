@@ -86,8 +86,8 @@ pub enum ApiError {
     /// The image has no tree yet, or never will.
     #[error("image {0} has no tree, so nothing can be learnt of its starts; its status says why")]
     NoTree(Digest),
-    /// Too much waits to be learnt already. Retrying later will help.
-    #[error("too many traces and profiles are waiting; try again later")]
+    /// Too much of this kind is on its way already. Retrying later will help.
+    #[error("too many requests of this kind are being worked on; try again later")]
     Busy,
     /// The store said no.
     #[error(transparent)]

@@ -1,12 +1,13 @@
 //! Manifests out, and their end.
 
-use http::{HeaderValue, Response, StatusCode, header};
+use bytes::Bytes;
+use http::{HeaderValue, Method, Response, StatusCode, header};
 use lamina_image::{Descriptor, Digest, Document, media_type};
-use lamina_store::Repo;
+use lamina_store::{Blob, Repo, StoreError};
 
 use crate::ApiError;
 use crate::api::{Answer, Api, Head, empty, etag_of, not_modified};
-use crate::body::full;
+use crate::body::{full, streamed};
 use crate::put::OUR_ARTIFACTS;
 use crate::route::Target;
 
@@ -18,16 +19,25 @@ impl Api {
             Target::Digest(digest) => *digest,
             Target::Tag(tag) => self.store.reference(repo, tag).await?.manifest.ok_or_else(unknown)?,
         };
-        let (media_type, bytes) = self.store.manifest(repo, digest).await?.ok_or_else(unknown)?;
+        let link = self.store.manifest_link(repo, digest).await?.ok_or_else(unknown)?;
         if head.knows(digest) {
             return Ok(not_modified(digest));
         }
-        let mut response = Response::new(full(bytes.clone()));
+        let (media_type, size) = (link.media_type, link.size);
+        let body = match head.method == Method::HEAD {
+            true => full(Bytes::new()),
+            // as a stream, so that many slow readers of long manifests do not each hold a whole one
+            false => {
+                let bytes = self.store.read_blob(digest, Blob::Stored { size }, 0..size).await;
+                streamed(bytes.map_err(|error| missing(error, unknown))?, self.metrics.sent.clone())
+            }
+        };
+        let mut response = Response::new(body);
         let headers = response.headers_mut();
         let media_type = media_type.parse().unwrap_or(HeaderValue::from_static(media_type::OCI_MANIFEST));
         let ours = |text: String| text.parse::<HeaderValue>().expect("hexadecimal digits");
         headers.insert(header::CONTENT_TYPE, media_type);
-        headers.insert(header::CONTENT_LENGTH, bytes.len().into());
+        headers.insert(header::CONTENT_LENGTH, size.into());
         headers.insert(header::ETAG, ours(etag_of(digest)));
         headers.insert("docker-content-digest", ours(digest.to_string()));
         Ok(response)
@@ -60,6 +70,14 @@ impl Api {
             }
         }
         Ok(())
+    }
+}
+
+/// A manifest whose bytes are gone is as good as none.
+fn missing(error: StoreError, unknown: impl Fn() -> ApiError) -> ApiError {
+    match error {
+        StoreError::Missing(_) => unknown(),
+        other => other.into(),
     }
 }
 

@@ -11,7 +11,7 @@ use lamina_image::{
 };
 use lamina_store::{ManifestPut, Referrer, Repo, Tag};
 
-use crate::api::{Answer, Api, Head, empty};
+use crate::api::{Answer, Api, Head, SMALL_MANIFEST_BYTES, empty};
 use crate::body::Upstream;
 use crate::manifests::{artifact_type_of, referrer_of};
 use crate::route::Target;
@@ -78,6 +78,11 @@ impl Api {
         target: Target,
         body: Upstream,
     ) -> Answer {
+        let large = body.len_max().is_none_or(|len| len > SMALL_MANIFEST_BYTES);
+        let _place = match large {
+            true => Some(self.manifests.try_acquire().map_err(|_| ApiError::Busy)?),
+            false => None,
+        };
         let bytes = body.whole(MANIFEST_BYTES_MAX).await?;
         let incoming = Incoming::read(head, target, bytes)?;
         self.check_claims(repo, incoming.digest, &incoming.document).await?;

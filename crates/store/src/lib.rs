@@ -11,6 +11,7 @@ mod arrivals;
 mod blobs;
 mod check;
 mod error;
+mod frames;
 mod images;
 mod index;
 mod keys;

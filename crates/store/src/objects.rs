@@ -1,8 +1,6 @@
 //! The few calls on an object store that this crate needs, with absence as `None` and bodies in large frames.
 
-use std::fs::File;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
@@ -16,6 +14,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::StoreError;
+use crate::frames::file_frames;
 
 /// Bodies come in frames of 1 MiB, the last one shorter: an HTTP server is twice as fast with them as with 64 KiB.
 pub const FRAME_BYTES: u64 = 1 << 20;
@@ -131,30 +130,13 @@ fn present<T>(result: object_store::Result<T>) -> object_store::Result<Option<T>
     }
 }
 
-/// The body in frames of [`FRAME_BYTES`]. A store that gives a file is read in such pieces, one of them ahead.
+/// The body in frames of [`FRAME_BYTES`].
 fn frames(result: GetResult) -> ByteStream {
     let range = result.range.clone();
     match result.payload {
         GetResultPayload::File(file, _) => file_frames(file, range),
         GetResultPayload::Stream(body) => coalesce(body.map_err(StoreError::from).boxed()),
     }
-}
-
-fn file_frames(file: File, range: Range<u64>) -> ByteStream {
-    let file = Arc::new(file);
-    let starts = (range.start..range.end).step_by(FRAME_BYTES as usize);
-    let frames = starts.map(move |start| {
-        let (file, len) = (Arc::clone(&file), FRAME_BYTES.min(range.end - start));
-        async move {
-            let read = tokio::task::spawn_blocking(move || {
-                let mut frame = vec![0; usize::try_from(len).expect("at most 1 MiB")];
-                file.read_exact_at(&mut frame, start).map(|()| Bytes::from(frame))
-            });
-            let read = read.await.expect("reading does not panic");
-            read.map_err(|error| StoreError::Object(Error::Generic { store: "file", source: error.into() }))
-        }
-    });
-    stream::iter(frames).buffered(2).boxed()
 }
 
 /// Joins small pieces, so that no frame but the last is shorter than [`FRAME_BYTES`].

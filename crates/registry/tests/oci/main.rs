@@ -7,6 +7,7 @@ mod conversion;
 mod crash;
 mod documents;
 mod endpoints;
+mod everyday;
 mod fuzz;
 mod hostile;
 mod learning;

@@ -1,0 +1,137 @@
+//! Files as bodies, in frames of [`FRAME_BYTES`].
+//!
+//! Budget: a registry serves the same file to many readers from the page cache, and is measured against sendfile. So what
+//! is cached is read where it is asked for, without a thread in between, into buffers that are used again: a new one of
+//! 1 MiB costs more in page faults and zeros than the copy itself. What has to come from the disk is read by the blocking
+//! pool. Memory: one frame for each body, and at most [`SPARE_MAX`] spare ones.
+
+use std::fs::File;
+use std::io::{self, IoSliceMut};
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures_util::stream::{self, StreamExt};
+use parking_lot::Mutex;
+use rustix::io::{Errno, ReadWriteFlags, preadv2};
+
+use crate::StoreError;
+use crate::objects::{ByteStream, FRAME_BYTES};
+
+const FRAME_LEN: usize = FRAME_BYTES as usize;
+/// Buffers that are kept for the next frame: as many as the usual number of busy connections.
+const SPARE_MAX: usize = 32;
+
+/// Buffers without a frame. They are the process's: which store a frame is of does not matter to them.
+static SPARE: Mutex<Vec<Box<[u8]>>> = Mutex::new(Vec::new());
+
+/// A buffer with a frame in it, which goes back when nobody reads it any more.
+struct Frame {
+    buffer: Box<[u8]>,
+    len: usize,
+}
+
+impl Frame {
+    fn new(len: usize) -> Self {
+        let spare = SPARE.lock().pop();
+        Self { buffer: spare.unwrap_or_else(|| vec![0; FRAME_LEN].into()), len }
+    }
+
+    fn unread(&mut self, from: usize) -> &mut [u8] {
+        &mut self.buffer[from..self.len]
+    }
+}
+
+impl AsRef<[u8]> for Frame {
+    fn as_ref(&self) -> &[u8] {
+        &self.buffer[..self.len]
+    }
+}
+
+impl Drop for Frame {
+    fn drop(&mut self) {
+        let mut spare = SPARE.lock();
+        if spare.len() < SPARE_MAX {
+            spare.push(std::mem::take(&mut self.buffer));
+        }
+    }
+}
+
+/// The bytes of a range of a file, which must lie inside.
+pub(crate) fn file_frames(file: File, range: Range<u64>) -> ByteStream {
+    let file = Arc::new(file);
+    let frames = stream::try_unfold(range, move |range| {
+        let file = Arc::clone(&file);
+        async move {
+            if range.is_empty() {
+                return Ok(None);
+            }
+            let len = FRAME_BYTES.min(range.end - range.start);
+            let frame = read(file, range.start, usize::try_from(len).expect("at most 1 MiB")).await;
+            let wrong =
+                |error: io::Error| object_store::Error::Generic { store: "file", source: error.into() };
+            let frame = frame.map_err(|error| StoreError::Object(wrong(error)))?;
+            Ok(Some((Bytes::from_owner(frame), range.start + len..range.end)))
+        }
+    });
+    frames.boxed()
+}
+
+async fn read(file: Arc<File>, offset: u64, len: usize) -> io::Result<Frame> {
+    let mut frame = Frame::new(len);
+    let cached = read_cached(&file, frame.unread(0), offset)?;
+    if cached == len {
+        return Ok(frame);
+    }
+    let rest = tokio::task::spawn_blocking(move || {
+        file.read_exact_at(frame.unread(cached), offset + cached as u64).map(|()| frame)
+    });
+    rest.await.expect("reading does not panic")
+}
+
+/// Reads what can be read without waiting. Gives how many bytes that were.
+fn read_cached(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+    match preadv2(file, &mut [IoSliceMut::new(buffer)], offset, ReadWriteFlags::NOWAIT) {
+        Ok(read) => Ok(read),
+        // nothing is cached, or the file system cannot tell
+        Err(Errno::AGAIN | Errno::OPNOTSUPP | Errno::INTR) => Ok(0),
+        Err(error) => Err(error.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::TryStreamExt;
+    use std::io::Write;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn every_range_of_a_file_comes_as_it_is_in_full_frames() {
+        let bytes: Vec<u8> = (0..FRAME_LEN * 2 + 5).map(|at| (at % 251) as u8).collect();
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&bytes).unwrap();
+        for range in [0..0, 0..1, 3..FRAME_LEN + 3, 0..bytes.len(), bytes.len() - 1..bytes.len()] {
+            let frames = file_frames(file.try_clone().unwrap(), range.start as u64..range.end as u64);
+            let frames: Vec<Bytes> = frames.try_collect().await.unwrap();
+            assert!(frames.concat() == bytes[range.clone()], "{range:?}");
+            assert!(frames.iter().rev().skip(1).all(|frame| frame.len() == FRAME_LEN));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_file_that_became_shorter_is_an_error_and_not_a_short_body() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[1; 1000]).unwrap();
+        let frames: Result<Vec<Bytes>, _> = file_frames(file, 0..2000).try_collect().await;
+        assert!(frames.is_err());
+    }
+
+    #[test]
+    fn buffers_are_used_again_and_not_hoarded() {
+        let frames: Vec<Frame> = (0..SPARE_MAX * 2).map(|_| Frame::new(10)).collect();
+        drop(frames);
+        assert!(SPARE.lock().len() <= SPARE_MAX);
+    }
+}
