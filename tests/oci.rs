@@ -1,6 +1,7 @@
 //! The real binary as a registry, with the clients that people have: skopeo, podman, containerd's `ctr`, and ours.
 
 use std::collections::BTreeMap;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -209,6 +210,32 @@ fn the_second_push_sends_next_to_nothing_and_reads_no_layer() -> Result<()> {
     let second = push("app:v2")?;
     ensure!(second["layers_known"] == 2 && second["read_bytes"] == 0, "{second}");
     ensure!(second["sent_bytes"].as_u64().is_some_and(|sent| sent < 10_000), "{second}");
+    registry.stop()
+}
+
+#[test]
+fn clients_that_go_away_in_the_middle_of_a_blob_do_not_end_the_registry() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let registry = Registry::start(&directory.path().join("storage"))?;
+    let bytes = noise(16_000_000, 1);
+    let digest = lamina_image::Digest::of(&bytes);
+    let send = |head: String, body: &[u8]| -> Result<std::net::TcpStream> {
+        let mut stream = std::net::TcpStream::connect(&registry.address)?;
+        stream.write_all(
+            format!("{head} HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n", body.len()).as_bytes(),
+        )?;
+        stream.write_all(body)?;
+        Ok(stream)
+    };
+    let mut answer = [0; 12];
+    send(format!("POST /v2/a/blobs/uploads/?digest={digest}"), &bytes)?.read_exact(&mut answer)?;
+    ensure!(answer == *b"HTTP/1.1 201", "{}", String::from_utf8_lossy(&answer));
+    for _ in 0..50 {
+        let mut stream = send(format!("GET /v2/a/blobs/{digest}"), b"")?;
+        stream.read_exact(&mut [0; 100_000])?;
+    }
+    send("GET /v2/".to_owned(), b"")?.read_exact(&mut answer)?;
+    ensure!(answer == *b"HTTP/1.1 200", "{}", String::from_utf8_lossy(&answer));
     registry.stop()
 }
 

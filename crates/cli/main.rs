@@ -11,14 +11,15 @@ use std::process::ExitCode;
 
 use tracing_subscriber::EnvFilter;
 
-use crate::args::{Arguments, Command};
+use crate::args::{Arguments, Command, LogFormat};
 
 /// Ended by Ctrl-C or SIGTERM, as shells count it.
 const INTERRUPTED: u8 = 130;
+/// Ended by SIGPIPE, as shells count it.
+const CLOSED_PIPE: i32 = 141;
 
 fn main() -> ExitCode {
-    // writing to a closed pipe (`lamina inspect … | head`) ends the process as it does every other tool
-    restore_sigpipe();
+    end_at_closed_pipes();
     let arguments = match config::parse() {
         Ok(arguments) => arguments,
         Err(error) => return complain(&error),
@@ -84,11 +85,26 @@ fn start_logging(arguments: &Arguments) {
     let filter = EnvFilter::try_new(&arguments.common.log).unwrap_or_else(|_| EnvFilter::new("warn"));
     // a log on a full disk must not take the daemon with it: what cannot be written is dropped
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    log.log_internal_errors(false).with_ansi(std::io::stderr().is_terminal()).init();
+    let log = log.log_internal_errors(false).with_ansi(std::io::stderr().is_terminal());
+    match arguments.common.log_format {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => {
+            log.json().flatten_event(true).with_current_span(true).with_span_list(false).init()
+        }
+    }
 }
 
-#[expect(unsafe_code, reason = "there is no safe call for signal dispositions")]
-fn restore_sigpipe() {
-    // SAFETY: called before any thread is started
-    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+/// Writing to a closed pipe (`lamina inspect … | head`) ends the process as it does every other tool.
+///
+/// By the panic that it causes, not by the signal: that would come for sockets too, and whoever closes a connection would
+/// end a registry or a node.
+fn end_at_closed_pipes() {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let said = panic.payload().downcast_ref::<String>().map_or("", String::as_str);
+        if said.starts_with("failed printing to stdout") && said.contains("Broken pipe") {
+            std::process::exit(CLOSED_PIPE);
+        }
+        usual(panic);
+    }));
 }
