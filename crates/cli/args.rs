@@ -10,7 +10,7 @@ use clap::{Args, Parser, Subcommand};
 use lamina_wire::Reference;
 
 pub(crate) use self::limits::RegistryLimits;
-pub(crate) use self::profile::{ProfileArguments, ProfileCommand, ProfileRecord, ProfileShow};
+pub(crate) use self::profile::{ProfileArguments, ProfileCommand, ProfilePush, ProfileRecord, ProfileShow};
 use crate::source::SourceName;
 
 /// Container images as deduplicated chunks, started before they have arrived.
@@ -52,6 +52,18 @@ pub(crate) struct Common {
     /// A TOML file with options under their own names [default: /etc/lamina/config.toml, where it exists]
     #[arg(long, global = true, env = "LAMINA_CONFIG", value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
+    /// Logins for registries [default: what docker and podman use: $REGISTRY_AUTH_FILE, or
+    /// $DOCKER_CONFIG/config.json, $XDG_RUNTIME_DIR/containers/auth.json, ~/.config/containers/auth.json,
+    /// ~/.docker/config.json]
+    #[arg(long, global = true, env = "LAMINA_AUTH_FILE", value_name = "FILE")]
+    pub(crate) auth_file: Option<PathBuf>,
+    /// A directory with containerd's hosts.toml or certificates for registries, below HOST[:PORT]/ [default:
+    /// /etc/containerd/certs.d, /etc/containers/certs.d and /etc/docker/certs.d]
+    #[arg(long, global = true, env = "LAMINA_HOSTS_DIR", value_name = "DIR")]
+    pub(crate) hosts_dir: Option<PathBuf>,
+    /// Trust the certificates in this PEM file as well, and speak TLS on loopback too
+    #[arg(long, global = true, env = "LAMINA_CA", value_name = "FILE")]
+    pub(crate) ca: Option<PathBuf>,
 }
 
 #[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]

@@ -15,6 +15,7 @@ use clap::CommandFactory;
 use lamina_wire::{ClientConfig, Scheme};
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::access::access;
 use crate::args::{Arguments, Common, CompletionsArguments};
 
 /// Somebody pressed Ctrl-C, and everything was cleaned up.
@@ -37,9 +38,13 @@ pub(crate) async fn interrupted() {
 }
 
 /// How to speak to registries.
-pub(crate) fn client_config(common: &Common) -> ClientConfig {
-    let scheme = if common.plain_http { Scheme::PlainHttp } else { Scheme::Automatic };
-    ClientConfig { scheme, ..ClientConfig::default() }
+pub(crate) fn client_config(common: &Common) -> Result<ClientConfig> {
+    let scheme = match (common.plain_http, &common.ca) {
+        (true, _) => Scheme::PlainHttp,
+        (false, Some(_)) => Scheme::Tls,
+        (false, None) => Scheme::Automatic,
+    };
+    Ok(ClientConfig { scheme, access: access(common)?, ..ClientConfig::default() })
 }
 
 pub(crate) fn completions(arguments: CompletionsArguments) -> Result<()> {

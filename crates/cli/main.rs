@@ -1,5 +1,6 @@
 //! `lamina`: registry, node and command line in one binary.
 
+mod access;
 mod args;
 mod commands;
 mod config;

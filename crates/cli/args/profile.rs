@@ -21,6 +21,8 @@ pub(crate) enum ProfileCommand {
     Export(ProfileExport),
     /// Replace an image's profile
     Import(ProfileImport),
+    /// Make the profile and the boot pack of an image here, and hang them on it in a registry that does not learn
+    Push(ProfilePush),
     /// Make the registry forget an image's profile and boot pack
     Drop(ProfileDrop),
     /// Run a command in an image, and record exactly what it touches
@@ -53,6 +55,16 @@ pub(crate) struct ProfileImport {
     pub(crate) reference: Reference,
     /// What `lamina profile export` wrote
     pub(crate) file: PathBuf,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ProfilePush {
+    /// The image: [host[:port]/]repository[:tag|@digest]
+    pub(crate) reference: Reference,
+    /// What `lamina profile export` wrote [default: what starts on this node have touched since the last push]
+    pub(crate) file: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) cache: CacheArguments,
 }
 
 #[derive(Args, Debug)]

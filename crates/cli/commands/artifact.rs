@@ -23,8 +23,9 @@ pub(crate) struct Artifact {
 }
 
 impl Artifact {
-    /// Puts it on the image. Its config, [`config`], must have been pushed. Gives its length in bytes.
-    pub(crate) async fn push(self, client: &Client, repository: &str) -> Result<u64> {
+    /// Puts it on the image. Its config, [`config`], must have been pushed. Gives what a list of referrers says of
+    /// it.
+    pub(crate) async fn push(self, client: &Client, repository: &str) -> Result<Descriptor> {
         let subject = self.subject.digest;
         let manifest = Manifest {
             schema_version: 2,
@@ -39,9 +40,8 @@ impl Artifact {
         let mut listed = Descriptor::of(media_type::OCI_MANIFEST, &bytes);
         listed.artifact_type = Some(self.kind.to_owned());
         listed.annotations = self.annotations;
-        let len = bytes.len() as u64;
-        client.push_referrer(repository, subject, listed, bytes).await?;
-        Ok(len)
+        client.push_referrer(repository, subject, listed.clone(), bytes).await?;
+        Ok(listed)
     }
 }
 

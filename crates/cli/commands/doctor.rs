@@ -66,7 +66,7 @@ pub(crate) async fn run(arguments: DoctorArguments, common: Common) -> Result<()
         Err(error) => checks.push(Check::bad("node", error.to_string(), "end it, and mount again")),
     }
     for name in &registries {
-        checks.extend(registry::checks(name, client_config(&common)).await);
+        checks.extend(registry::checks(name, client_config(&common)?).await);
     }
     print(&checks, arguments.json);
     let bad = checks.iter().filter(|check| check.verdict == Verdict::Bad).count();

@@ -11,7 +11,7 @@ use crate::source::{Remote, host_platform};
 /// Prints what a registry has of an image.
 pub(crate) async fn run(arguments: InspectArguments, common: Common) -> Result<()> {
     let reference = &arguments.reference;
-    let client = Client::new(&reference.host, client_config(&common))?;
+    let client = Client::new(&reference.host, client_config(&common)?)?;
     let (fetched, document) = Remote::manifest(&client, reference, &host_platform()).await?;
     let repository = &reference.repository;
     let status = match client.image_status(repository, fetched.digest).await {

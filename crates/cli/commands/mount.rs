@@ -161,6 +161,13 @@ async fn start_daemon(cache: &CacheArguments, settings: &NodeSettings, common: &
         .stderr(log.try_clone()?)
         // Ctrl-C at the terminal is for this process, not for the daemon
         .process_group(0);
+    let files =
+        [("--auth-file", &common.auth_file), ("--hosts-dir", &common.hosts_dir), ("--ca", &common.ca)];
+    for (option, path) in files {
+        if let Some(path) = path {
+            command.arg(option).arg(std::path::absolute(path)?);
+        }
+    }
     if let Some(kib) = settings.read_ahead_kb {
         command.args(["--read-ahead-kb", &kib.to_string()]);
     }

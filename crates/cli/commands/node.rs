@@ -15,6 +15,7 @@ mod upgrade;
 
 use self::upgrade::upgrade;
 use super::{Ended, client_config, interrupted};
+use crate::access;
 use crate::args::{CacheArguments, Common, NodeArguments, NodeCommand, NodeSettings};
 use crate::source::host_platform;
 
@@ -59,11 +60,11 @@ pub(crate) async fn open(
     let mut cache = CacheConfig::new(cache.directory.clone(), settings.cache_mib << 20);
     cache.deadline = Duration::from_secs(settings.deadline);
     let read_ahead_kb = settings.read_ahead_kb;
-    let mut mirrors = Mirrors::new();
+    let mut mirrors: Mirrors = access::mirrors(common)?.into_iter().collect();
     for (registry, mirror) in &settings.mirrors {
         mirrors.entry(registry.clone()).or_default().push(mirror.clone());
     }
-    let client = client_config(common);
+    let client = client_config(common)?;
     let config = NodeConfig { cache, client, mirrors, platform: host_platform(), read_ahead_kb, permanent };
     let handle = Handle::current();
     let node = tokio::task::spawn_blocking(move || Node::open(config, held, handle)).await??;

@@ -1,5 +1,6 @@
 //! `lamina profile`: what starts of an image touch, as its registry knows it.
 
+mod push;
 mod record;
 mod show;
 
@@ -9,8 +10,10 @@ use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
 use bytes::Bytes;
-use lamina_image::{Digest, Document, PROFILE_ANNOTATION, PROFILE_BYTES_MAX, Profile, media_type};
-use lamina_wire::{Client, Reference, WireError};
+use lamina_image::{
+    Descriptor, Digest, Document, PROFILE_ANNOTATION, PROFILE_BYTES_MAX, Profile, media_type,
+};
+use lamina_wire::{Client, Reference};
 
 use super::client_config;
 use crate::args::{Common, ProfileArguments, ProfileCommand};
@@ -21,6 +24,7 @@ pub(crate) async fn run(arguments: ProfileArguments, common: Common) -> Result<(
         ProfileCommand::Show(it) => show::run(it, &common).await,
         ProfileCommand::Export(it) => export(&it.reference, it.file.as_deref(), &common).await,
         ProfileCommand::Import(it) => import(&it.reference, &it.file, &common).await,
+        ProfileCommand::Push(it) => push::run(it, &common).await,
         ProfileCommand::Drop(it) => drop_profile(&it.reference, &common).await,
         ProfileCommand::Record(it) => record::run(it, &common).await,
     }
@@ -31,14 +35,16 @@ struct Image<'a> {
     client: Client,
     reference: &'a Reference,
     manifest: Digest,
+    subject: Descriptor,
     document: Document,
 }
 
 impl<'a> Image<'a> {
     async fn find(reference: &'a Reference, common: &Common) -> Result<Self> {
-        let client = Client::new(&reference.host, client_config(common))?;
+        let client = Client::new(&reference.host, client_config(common)?)?;
         let (fetched, document) = Remote::manifest(&client, reference, &host_platform()).await?;
-        Ok(Self { client, reference, manifest: fetched.digest, document })
+        let subject = Descriptor::named(&fetched.media_type, fetched.digest, fetched.bytes.len() as u64);
+        Ok(Self { client, reference, manifest: fetched.digest, subject, document })
     }
 
     fn repository(&self) -> &str {
@@ -64,14 +70,6 @@ fn no_profile(reference: &Reference) -> anyhow::Error {
     )
 }
 
-/// Says what it means that a registry does not know this address, of an image that it does know.
-fn refused(error: WireError, reference: &Reference) -> anyhow::Error {
-    match error.is_not_found() {
-        true => anyhow!("{} does not keep profiles", reference.host),
-        false => error.into(),
-    }
-}
-
 async fn export(reference: &Reference, file: Option<&Path>, common: &Common) -> Result<()> {
     let found = Image::find(reference, common).await?.profile().await?;
     let (_, json) = found.ok_or_else(|| no_profile(reference))?;
@@ -85,19 +83,28 @@ async fn export(reference: &Reference, file: Option<&Path>, common: &Common) -> 
     }
 }
 
-async fn import(reference: &Reference, path: &Path, common: &Common) -> Result<()> {
+/// A profile from a file, and its JSON.
+fn read_profile(path: &Path) -> Result<(Profile, Bytes)> {
     let named = || path.display().to_string();
     let mut json = Vec::new();
     // one more than is taken, so that the parser sees that it is too long
     File::open(path).with_context(named)?.take(PROFILE_BYTES_MAX as u64 + 1).read_to_end(&mut json)?;
-    Profile::parse(&json).with_context(named)?;
+    Ok((Profile::parse(&json).with_context(named)?, json.into()))
+}
+
+async fn import(reference: &Reference, path: &Path, common: &Common) -> Result<()> {
+    let (profile, json) = read_profile(path)?;
     let image = Image::find(reference, common).await?;
-    let put = image.client.put_profile(image.repository(), image.manifest, json.into()).await;
-    put.map_err(|error| refused(error, reference))
+    match image.client.put_profile(image.repository(), image.manifest, json).await {
+        Err(error) if error.is_unserved() => push::push(&image, profile).await,
+        put => Ok(put?),
+    }
 }
 
 async fn drop_profile(reference: &Reference, common: &Common) -> Result<()> {
     let image = Image::find(reference, common).await?;
-    let dropped = image.client.drop_profile(image.repository(), image.manifest).await;
-    dropped.map_err(|error| refused(error, reference))
+    match image.client.drop_profile(image.repository(), image.manifest).await {
+        Err(error) if error.is_unserved() => push::take_all_down(&image).await,
+        dropped => Ok(dropped?),
+    }
 }

@@ -53,10 +53,11 @@ pub(crate) async fn run(arguments: PushArguments, common: Common) -> Result<()> 
         bail!("push to a tag: {digest} names what is there already");
     }
     let platform = platform(arguments.platform.as_deref())?;
-    let config = client_config(&common);
+    let config = client_config(&common)?;
     let name = arguments.source.clone();
     let chosen = platform.clone();
-    let source = tokio::task::spawn_blocking(move || open(&name, &chosen, config)).await??;
+    let from = config.clone();
+    let source = tokio::task::spawn_blocking(move || open(&name, &chosen, from)).await??;
     let client = Client::new(&arguments.reference.host, config)?;
     let progress = Arc::new(Progress::default());
     let push = Push {
@@ -213,7 +214,7 @@ impl Push {
                 .flatten()
         };
         let asked: Vec<Digest> = (0..layers.len()).flat_map(names).collect();
-        let told = self.client.known_layers(&asked).await?;
+        let told = self.client.known_layers(&self.reference.repository, &asked).await?;
         let earlier = match told {
             Some(_) => None,
             None => Some(Earlier::find(&self.client, &self.reference).await?),

@@ -140,6 +140,18 @@ impl Profile {
         self.runs.iter().map(|run| run.2).sum()
     }
 
+    /// The same with no more than its first so many pages.
+    #[must_use]
+    pub fn first_pages(mut self, pages_max: u64) -> Self {
+        let mut left = pages_max;
+        self.runs.retain_mut(|run| {
+            run.2 = run.2.min(left);
+            left -= run.2;
+            run.2 > 0
+        });
+        self
+    }
+
     /// The profile of one start on `tree`. What is not in the tree is left out: a trace is somebody's word.
     ///
     /// Cost: one step for each name in the tree, and one for each item of the trace.

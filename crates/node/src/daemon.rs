@@ -31,7 +31,7 @@ use crate::resolve::{Resolved, resolve};
 use crate::sources::{Hosts, Mirrors, Sources, State};
 use crate::start::{Report, Starting};
 use crate::trees::Trees;
-use crate::{Found, NodeError};
+use crate::{Found, KeptTraces, NodeError};
 
 /// One daemon takes no more mounts.
 const MOUNTS_MAX: usize = 4096;
@@ -153,7 +153,7 @@ impl Node {
         let boot_files = boot_files.map_err(failed(part("boot")))?;
         let known = Known::open(part("images")).map_err(failed(part("images")))?;
         let records = Records::open(&config.cache.directory)?;
-        let hosts = Hosts::new(config.client, config.mirrors.clone());
+        let hosts = Hosts::new(config.client.clone(), config.mirrors.clone());
         let (count, _) = watch::channel(0);
         Ok(Self {
             config,
@@ -282,6 +282,7 @@ impl Node {
             tree: found.tree,
             until_unmount,
             kept: Arc::clone(&kept),
+            traces: KeptTraces::new(self.config.cache.directory.join("traces")),
         };
         (starting, kept)
     }
@@ -433,7 +434,8 @@ impl Node {
         let report =
             report.wait_for(Option::is_some).await.ok().and_then(|report| report.clone()).unwrap_or_default();
         let trace_refused = report.refused.unwrap_or_default();
-        Ok(UnmountResponse { trace_names: report.names, trace_pages: report.pages, trace_refused })
+        let (trace_names, trace_pages, trace_kept) = (report.names, report.pages, report.kept);
+        Ok(UnmountResponse { trace_names, trace_pages, trace_refused, trace_kept })
     }
 
     /// Unmounts everything, lazily where something is in use. Used at the end. A daemon that stays remembers what it had.

@@ -18,6 +18,7 @@ mod restore;
 mod server;
 mod sources;
 mod start;
+mod traces;
 mod trees;
 mod upgrade;
 
@@ -30,5 +31,6 @@ pub use image::{Found, find_image};
 pub use restore::Restored;
 pub use server::serve;
 pub use sources::Mirrors;
+pub use traces::KeptTraces;
 
 pub use lamina_cache::check_directory as check_cache_directory;

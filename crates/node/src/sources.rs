@@ -77,7 +77,7 @@ impl Hosts {
             hosts.retain(|_, host| Arc::strong_count(host) > 1);
         }
         let scheme = if plain_http { Scheme::PlainHttp } else { self.config.scheme };
-        let host = Arc::new(Host::new(name.to_owned(), ClientConfig { scheme, ..self.config })?);
+        let host = Arc::new(Host::new(name.to_owned(), ClientConfig { scheme, ..self.config.clone() })?);
         hosts.insert((name.to_owned(), plain_http), Arc::clone(&host));
         Ok(host)
     }

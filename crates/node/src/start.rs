@@ -6,11 +6,12 @@ use std::time::Duration;
 use lamina_cache::Source;
 use lamina_image::{BootPack, Digest, Trace, media_type};
 use lamina_mount::{BootFailure, BootStream, Mount};
-use lamina_wire::{Client, WireError, write_trace};
+use lamina_wire::{Client, proto, write_trace};
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 use tracing::{debug, info, warn};
 
+use crate::KeptTraces;
 use crate::boot_files::KeptBoot;
 
 /// A start that has read nothing new for so long is over.
@@ -29,6 +30,8 @@ pub(crate) struct Report {
     pub(crate) pages: u64,
     /// Why the registry did not get it.
     pub(crate) refused: Option<String>,
+    /// Whether this node keeps it.
+    pub(crate) kept: bool,
 }
 
 /// The image that starts, as its registry knows it.
@@ -42,6 +45,8 @@ pub(crate) struct Starting {
     pub(crate) until_unmount: bool,
     /// Where boot packs are kept.
     pub(crate) kept: Arc<KeptBoot>,
+    /// Where traces stay that the registry does not want.
+    pub(crate) traces: KeptTraces,
 }
 
 impl Starting {
@@ -123,7 +128,7 @@ impl Starting {
 
     async fn tell(&self, trace: Trace) -> Report {
         let pages = trace.runs.iter().map(|run| run.pages).sum();
-        let mut report = Report { names: trace.names.len() as u64, pages, refused: None };
+        let mut report = Report { names: trace.names.len() as u64, pages, ..Report::default() };
         if trace.boot && pages < MISSED_PAGES_MIN {
             return report;
         }
@@ -132,7 +137,10 @@ impl Starting {
         let told = timeout(REPORT, sent).await;
         report.refused = match told {
             Ok(Ok(())) => None,
-            Ok(Err(WireError::NotFound { .. })) => Some("the registry does not learn from starts".to_owned()),
+            Ok(Err(error)) if error.is_unserved() => {
+                report.kept = self.keep_trace(message).await;
+                Some("the registry does not learn from starts".to_owned())
+            }
             Ok(Err(error)) => Some(error.to_string()),
             Err(_) => Some(format!("the registry did not answer within {REPORT:?}")),
         };
@@ -141,5 +149,13 @@ impl Starting {
             Some(reason) => debug!(reason, "the registry did not take a trace"),
         }
         report
+    }
+
+    /// Keeps a trace for `lamina profile push`, if that can be.
+    async fn keep_trace(&self, message: proto::Trace) -> bool {
+        let (traces, manifest) = (self.traces.clone(), self.manifest);
+        let kept = tokio::task::spawn_blocking(move || traces.keep(manifest, &message)).await;
+        let kept = kept.expect("keeping does not panic");
+        kept.inspect_err(|error| warn!(%error, "a trace is not kept")).is_ok()
     }
 }

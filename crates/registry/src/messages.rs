@@ -19,7 +19,7 @@ const DIGEST_TEXT_BYTES: usize = 80;
 const READS: usize = 16;
 
 impl Api {
-    /// `POST /lamina/v1/chunks`.
+    /// `POST /lamina/v1/<repository>/chunks`.
     pub(crate) async fn find_chunks(&self, body: Upstream) -> Answer {
         let bytes = body.whole(proto::IDS_PER_REQUEST * 32 + 16).await?;
         let request = proto::ChunksRequest::decode(bytes).map_err(not_protobuf)?;
@@ -33,7 +33,7 @@ impl Api {
         Ok(protobuf(&write_places(&self.store.find_chunks(&ids).await)))
     }
 
-    /// `POST /lamina/v1/layers`.
+    /// `POST /lamina/v1/<repository>/layers`.
     pub(crate) async fn find_layers(&self, body: Upstream) -> Answer {
         let bytes = body.whole(proto::LAYERS_PER_REQUEST * DIGEST_TEXT_BYTES).await?;
         let request = proto::LayersRequest::decode(bytes).map_err(not_protobuf)?;

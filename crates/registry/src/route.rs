@@ -36,8 +36,8 @@ pub(crate) enum Route {
     Manifest(Repo, Target),
     Tags(Repo),
     Referrers(Repo, Digest),
-    Chunks,
-    Layers,
+    Chunks(Repo),
+    Layers(Repo),
     Image(Repo, Digest),
     Traces(Repo, Digest),
     Profile(Repo, Digest),
@@ -56,8 +56,8 @@ impl Route {
             Self::Manifest(..) => "manifest",
             Self::Tags(_) => "tags",
             Self::Referrers(..) => "referrers",
-            Self::Chunks => "chunks",
-            Self::Layers => "layers",
+            Self::Chunks(_) => "chunks",
+            Self::Layers(_) => "layers",
             Self::Image(..) => "image",
             Self::Traces(..) => "traces",
             Self::Profile(..) => "profile",
@@ -72,12 +72,15 @@ impl Route {
             "/healthz" => return Ok(Self::Health),
             "/readyz" => return Ok(Self::Ready),
             "/metrics" => return Ok(Self::Metrics),
-            "/lamina/v1/chunks" => return Ok(Self::Chunks),
-            "/lamina/v1/layers" => return Ok(Self::Layers),
             _ => {}
         }
         if let Some(rest) = path.strip_prefix("/lamina/v1/") {
             let (rest, digest) = rest.rsplit_once('/').ok_or(ApiError::NotFound)?;
+            match digest {
+                "chunks" => return Ok(Self::Chunks(rest.parse()?)),
+                "layers" => return Ok(Self::Layers(rest.parse()?)),
+                _ => {}
+            }
             let (repo, what) = rest.rsplit_once('/').ok_or(ApiError::NotFound)?;
             let route = match what {
                 "images" => Self::Image,

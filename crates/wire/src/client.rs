@@ -11,7 +11,9 @@ use futures_util::{StreamExt, TryStreamExt};
 use http::{Method, Request, StatusCode, Uri, header};
 use lamina_image::{Digest, Hasher, MANIFEST_BYTES_MAX, media_type};
 
-use crate::http_call::{Answer, Http, RequestBody, no_body};
+use crate::access::Access;
+use crate::auth::{Auth, Need, Sent};
+use crate::http_call::{Answer, Http, Payload};
 use crate::{Version, WireError};
 
 /// Redirects that are followed for one blob: object stores need one.
@@ -21,20 +23,26 @@ const UPLOAD: Duration = Duration::from_secs(1800);
 /// A range's buffer is reserved at once up to 1 MiB; beyond it grows with what comes.
 const RANGE_RESERVED: usize = 1 << 20;
 
-/// How a registry is spoken to.
+pub(crate) const USER_AGENT: &str = concat!("lamina/", env!("CARGO_PKG_VERSION"));
+
+/// How a registry is spoken to, unless its [`HostAccess`](crate::HostAccess) says it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scheme {
     /// TLS, but plain HTTP on loopback addresses and `localhost`.
     Automatic,
+    /// TLS everywhere.
+    Tls,
     /// Plain HTTP everywhere.
     PlainHttp,
 }
 
 /// Settings of a client.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct ClientConfig {
     /// TLS or not.
     pub scheme: Scheme,
+    /// What it takes to be let in.
+    pub access: Arc<Access>,
     /// How long a connection may take to come about.
     pub connect: Duration,
     /// How long the head of an answer may take.
@@ -46,7 +54,7 @@ pub struct ClientConfig {
 impl Default for ClientConfig {
     fn default() -> Self {
         let (connect, answer) = (Duration::from_secs(5), Duration::from_secs(30));
-        Self { scheme: Scheme::Automatic, connect, answer, tries: 4 }
+        Self { scheme: Scheme::Automatic, access: Arc::default(), connect, answer, tries: 4 }
     }
 }
 
@@ -88,6 +96,7 @@ pub struct Fetched {
 #[derive(Clone)]
 pub struct Client {
     http: Arc<Http>,
+    auth: Arc<Auth>,
     base: String,
     config: ClientConfig,
 }
@@ -99,27 +108,41 @@ impl std::fmt::Debug for Client {
 }
 
 impl Client {
-    /// A client of the registry at `host[:port]`. Nothing is sent yet. Must be called inside a tokio runtime.
+    /// A client of the registry at `host[:port]`. Nothing is sent yet, but certificates are read. Must be called inside a tokio
+    /// runtime.
     pub fn new(host: &str, config: ClientConfig) -> Result<Self, WireError> {
-        let plain = config.scheme == Scheme::PlainHttp || is_loopback(host);
-        let base = format!("{}://{host}", if plain { "http" } else { "https" });
-        let http = Http::new(config.connect, config.answer).map_err(|error| {
-            let reason = format!("the system's certificates cannot be read: {error}");
-            WireError::Unreachable { url: base.clone(), reason }
-        })?;
-        Ok(Self { http: Arc::new(http), base, config })
+        let special = config.access.hosts.get(host);
+        let plain = match config.scheme {
+            Scheme::PlainHttp => true,
+            Scheme::Tls => false,
+            Scheme::Automatic => is_loopback(host) && special.is_none(),
+        };
+        let server = special.and_then(|special| special.server.clone());
+        // docker.io is a name, not a machine that serves images
+        let address = if host == "docker.io" { "registry-1.docker.io" } else { host };
+        let base = server.unwrap_or_else(|| format!("{}://{address}", if plain { "http" } else { "https" }));
+        let http = Http::new(&config, host);
+        let http = http.map_err(|reason| WireError::Configured { host: host.to_owned(), reason })?;
+        let http = Arc::new(http);
+        let files = config.access.credentials.clone();
+        let auth = Arc::new(Auth::new(Arc::clone(&http), host, base.starts_with("https:"), files));
+        Ok(Self { http, auth, base, config })
     }
 
     /// The same client, over the same connections, that sends a request at most `tries` times: for whoever decides itself
     /// when to ask again, and whom.
     pub fn with_tries(&self, tries: usize) -> Self {
-        Self { config: ClientConfig { tries, ..self.config }, ..self.clone() }
+        Self { config: ClientConfig { tries, ..self.config.clone() }, ..self.clone() }
     }
 
     /// Whether anybody who speaks HTTP is there and well, whatever it says of us. One small request.
     pub async fn ping(&self) -> Result<Pong, WireError> {
         let url = format!("{}/v2/", self.base);
-        let answer = self.call(Request::get(&url), no_body()).await?;
+        // without saying who is asking: nobody who guards it need be there as well
+        let request = Request::get(&url).body(Payload::Empty.into_body());
+        let request =
+            request.map_err(|error| WireError::Answer { url: url.clone(), reason: error.to_string() })?;
+        let answer = self.http.send(request).await?;
         let status = answer.status().as_u16();
         if status >= 500 {
             return Err(WireError::Status { url, status, message: "it is not well".into() });
@@ -144,7 +167,7 @@ impl Client {
                 media_type::DOCKER_INDEX,
             ];
             let request = Request::get(&url).header(header::ACCEPT, accept.join(", "));
-            let answer = self.call(request, no_body()).await?.expect(&[StatusCode::OK]).await?;
+            let answer = self.call(request, Payload::Empty).await?.expect(&[StatusCode::OK]).await?;
             let media_type = answer.header(header::CONTENT_TYPE).unwrap_or_default();
             let media_type = media_type.split(';').next().unwrap_or_default().trim().to_owned();
             let bytes = answer.bytes(MANIFEST_BYTES_MAX as u64).await?;
@@ -166,7 +189,7 @@ impl Client {
 
     async fn has(&self, url: String) -> Result<bool, WireError> {
         self.retrying(|| async {
-            let answer = self.call(Request::head(&url), no_body()).await?;
+            let answer = self.call(Request::head(&url), Payload::Empty).await?;
             if answer.status() == StatusCode::NOT_FOUND {
                 return Ok(false);
             }
@@ -269,7 +292,7 @@ impl Client {
             if let Some(range) = range {
                 request = request.header(header::RANGE, format!("bytes={}-{}", range.start, range.end - 1));
             }
-            let answer = self.call(request, no_body()).await?;
+            let answer = self.call(request, Payload::Empty).await?;
             if !answer.status().is_redirection() {
                 return Ok(answer);
             }
@@ -278,34 +301,73 @@ impl Client {
         Err(WireError::Answer { url: url.into(), reason: "it redirects in circles".into() })
     }
 
-    /// Sends one request, once.
+    /// Sends one request, and once more where the registry wants to know who is asking.
     pub(crate) async fn call(
         &self,
         request: http::request::Builder,
-        body: RequestBody,
+        payload: Payload,
     ) -> Result<Answer, WireError> {
-        self.http.send(self.request(request, body)?).await
+        self.send(request, payload, None).await
     }
 
     /// The same for a request whose body takes long to send, or whose answer takes the registry long to find.
     pub(crate) async fn upload(
         &self,
         request: http::request::Builder,
-        body: RequestBody,
+        payload: Payload,
     ) -> Result<Answer, WireError> {
-        self.http.send_within(self.request(request, body)?, UPLOAD).await
+        self.send(request, payload, Some(UPLOAD)).await
     }
 
-    fn request(
+    async fn send(
         &self,
         request: http::request::Builder,
-        body: RequestBody,
-    ) -> Result<Request<RequestBody>, WireError> {
-        let request = request.header(header::USER_AGENT, concat!("lamina/", env!("CARGO_PKG_VERSION")));
-        request.body(body).map_err(|error| {
+        payload: Payload,
+        within: Option<Duration>,
+    ) -> Result<Answer, WireError> {
+        let request = request.header(header::USER_AGENT, USER_AGENT).body(()).map_err(|error| {
             let reason = format!("no request can be made of this: {error}");
             WireError::Answer { url: self.base.clone(), reason }
-        })
+        })?;
+        // where a redirect leads, nobody is told who is asking
+        if !self.is_ours(request.uri()) {
+            return self.http.send_within(request.map(|()| payload.into_body()), within).await;
+        }
+        let need = Need::of(request.method(), request.uri().path());
+        let again = payload.again();
+        let sent = self.auth.header(&need).await;
+        let answer = self.send_as(request.clone(), payload, sent.as_ref(), within).await?;
+        let Some(payload) = again.filter(|_| answer.status() == StatusCode::UNAUTHORIZED) else {
+            return Ok(answer);
+        };
+        match self.auth.answer(&need, answer.response.headers(), sent.as_ref()).await? {
+            None => Ok(answer),
+            better => self.send_as(request, payload, better.as_ref(), within).await,
+        }
+    }
+
+    async fn send_as(
+        &self,
+        request: Request<()>,
+        payload: Payload,
+        sent: Option<&Sent>,
+        within: Option<Duration>,
+    ) -> Result<Answer, WireError> {
+        let mut request = request.map(|()| payload.into_body());
+        if let Some(sent) = sent {
+            request.headers_mut().insert(header::AUTHORIZATION, sent.header.clone());
+        }
+        let mut answer = self.http.send_within(request, within).await?;
+        answer.credential = match sent {
+            Some(sent) => Arc::clone(&sent.origin),
+            None => self.auth.nobody().into(),
+        };
+        Ok(answer)
+    }
+
+    fn is_ours(&self, url: &Uri) -> bool {
+        let text = url.to_string();
+        text.strip_prefix(&self.base).is_some_and(|rest| rest.starts_with('/'))
     }
 
     /// Repeats what may be repeated: after 50 ms, then twice as long each time, with jitter.
@@ -359,7 +421,7 @@ fn exactly(
 }
 
 /// Whether a host is this machine itself, by address or by the one name that always is.
-fn is_loopback(host: &str) -> bool {
+pub(crate) fn is_loopback(host: &str) -> bool {
     let name = match host.strip_prefix('[') {
         Some(rest) => rest.split(']').next().unwrap_or_default(),
         None => host.split(':').next().unwrap_or_default(),

@@ -24,7 +24,7 @@ pub enum WireError {
         waited: Duration,
     },
     /// The registry wants to know who is asking. Another try will not help.
-    #[error("{url}: {status}: {message}; no credential was sent, since none is configured for this registry")]
+    #[error("{url}: {status}: {message}; {credential}")]
     Denied {
         /// What was asked.
         url: String,
@@ -32,6 +32,26 @@ pub enum WireError {
         status: u16,
         /// What the registry said.
         message: String,
+        /// Whose credential was sent and where it came from, or where one was looked for.
+        credential: String,
+    },
+    /// A credential is configured but cannot be had. Another try will not help.
+    #[error("the credential for {host} cannot be had: {origin}: {reason}")]
+    Credential {
+        /// The registry.
+        host: String,
+        /// The file or the helper.
+        origin: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A certificate, a key or an address that is configured for a registry cannot be used.
+    #[error("{host} cannot be reached as it is configured: {reason}")]
+    Configured {
+        /// The registry.
+        host: String,
+        /// What is wrong, with the file's name.
+        reason: String,
     },
     /// The registry does not have it. Another try will not help.
     #[error("{url}: not found: {message}")]
@@ -105,6 +125,15 @@ impl WireError {
             | Self::WrongBytes { .. }
             | Self::Length { .. } => true,
             Self::Status { status, .. } => *status == 429 || *status >= 500,
+            _ => false,
+        }
+    }
+
+    /// Whether a registry has no such path, as far as one can tell: what one that is not Lamina's says to a question of ours.
+    pub fn is_unserved(&self) -> bool {
+        match self {
+            Self::NotFound { .. } | Self::Answer { .. } => true,
+            Self::Status { status, .. } => matches!(status, 400..=499) && *status != 429,
             _ => false,
         }
     }

@@ -1,5 +1,6 @@
 //! One HTTP request: sent, answered, read within its bounds.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -9,12 +10,14 @@ use http::{Request, Response, StatusCode, Uri, header};
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Empty, Full, StreamBody};
 use hyper::body::{Frame, Incoming};
-use hyper_rustls::HttpsConnector;
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client as Pool;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 
-use crate::WireError;
+use crate::proxy::{Connector, Proxies};
+use crate::tls::client_tls;
+use crate::{ClientConfig, WireError};
 
 /// What an error may say, in bytes: more is cut off.
 const MESSAGE_BYTES_MAX: usize = 4 << 10;
@@ -23,20 +26,37 @@ const STALL: Duration = Duration::from_secs(20);
 /// Idle connections are kept this long: a mount reads in bursts.
 const IDLE: Duration = Duration::from_secs(90);
 
+/// What goes over the wire.
+pub(crate) type WireBody = BoxBody<Bytes, std::io::Error>;
+
 /// What a request carries.
-pub(crate) type RequestBody = BoxBody<Bytes, std::io::Error>;
-
-pub(crate) fn no_body() -> RequestBody {
-    Empty::new().map_err(|never| match never {}).boxed()
+pub(crate) enum Payload {
+    Empty,
+    Whole(Bytes),
+    /// Can be sent once.
+    Stream(BoxStream<'static, std::io::Result<Bytes>>),
 }
 
-pub(crate) fn whole_body(bytes: Bytes) -> RequestBody {
-    Full::new(bytes).map_err(|never| match never {}).boxed()
-}
+impl Payload {
+    /// The same once more; `None` of a stream.
+    pub(crate) fn again(&self) -> Option<Self> {
+        match self {
+            Self::Empty => Some(Self::Empty),
+            Self::Whole(bytes) => Some(Self::Whole(bytes.clone())),
+            Self::Stream(_) => None,
+        }
+    }
 
-pub(crate) fn stream_body(stream: BoxStream<'static, std::io::Result<Bytes>>) -> RequestBody {
-    // `BoxBody` must be Sync; a stream in a mutex that nobody shares is
-    BodyExt::boxed(StreamBody::new(SyncStream(std::sync::Mutex::new(stream)).map_ok(Frame::data)))
+    pub(crate) fn into_body(self) -> WireBody {
+        match self {
+            Self::Empty => Empty::new().map_err(|never| match never {}).boxed(),
+            Self::Whole(bytes) => Full::new(bytes).map_err(|never| match never {}).boxed(),
+            // `BoxBody` must be Sync; a stream in a mutex that nobody shares is
+            Self::Stream(stream) => {
+                BodyExt::boxed(StreamBody::new(SyncStream(std::sync::Mutex::new(stream)).map_ok(Frame::data)))
+            }
+        }
+    }
 }
 
 struct SyncStream(std::sync::Mutex<BoxStream<'static, std::io::Result<Bytes>>>);
@@ -55,45 +75,76 @@ impl futures_util::Stream for SyncStream {
 
 /// A pool of connections.
 pub(crate) struct Http {
-    pool: Pool<HttpsConnector<HttpConnector>, RequestBody>,
+    pool: Pool<HttpsConnector<Connector>, WireBody>,
+    proxies: Proxies,
     answer: Duration,
 }
 
 impl Http {
-    pub(crate) fn new(connect: Duration, answer: Duration) -> std::io::Result<Self> {
+    /// Connections to the registry at `host`, and wherever it leads.
+    ///
+    /// # Errors
+    /// A certificate or key that cannot be used, named.
+    pub(crate) fn new(config: &ClientConfig, host: &str) -> Result<Self, String> {
         let mut tcp = HttpConnector::new();
         tcp.set_nodelay(true);
-        tcp.set_connect_timeout(Some(connect));
+        tcp.set_connect_timeout(Some(config.connect));
         tcp.enforce_http(false);
-        let connector = hyper_rustls::HttpsConnectorBuilder::new();
-        let connector = connector.with_native_roots()?.https_or_http().enable_http1().wrap_connector(tcp);
+        let proxies = Proxies::new(&config.access.proxy);
+        let connector = HttpsConnectorBuilder::new().with_tls_config(client_tls(&config.access, host)?);
+        let connector = connector.https_or_http().enable_http1();
+        let connector = connector.wrap_connector(Connector { tcp, proxies: proxies.clone() });
         let pool = Pool::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(IDLE)
             .pool_max_idle_per_host(32)
             .http1_max_buf_size(1 << 20)
             .build(connector);
-        Ok(Self { pool, answer })
+        Ok(Self { pool, proxies, answer: config.answer })
     }
 
     /// Sends a request and waits for the head of the answer, whatever its status.
-    pub(crate) async fn send(&self, request: Request<RequestBody>) -> Result<Answer, WireError> {
-        self.send_within(request, self.answer).await
+    pub(crate) async fn send(&self, request: Request<WireBody>) -> Result<Answer, WireError> {
+        self.send_within(request, None).await
     }
 
     /// The same, where the answer may take longer: behind a large body, or where the registry has to work.
     pub(crate) async fn send_within(
         &self,
-        request: Request<RequestBody>,
-        waited: Duration,
+        mut request: Request<WireBody>,
+        within: Option<Duration>,
     ) -> Result<Answer, WireError> {
         let url = request.uri().to_string();
+        let waited = within.unwrap_or(self.answer);
+        let proxy = self.proxies.intercept(request.uri());
+        if let Some(auth) = proxy.as_ref().and_then(|proxy| proxy.basic_auth())
+            && request.uri().scheme_str() == Some("http")
+        {
+            request.headers_mut().insert(header::PROXY_AUTHORIZATION, auth.clone());
+        }
         match tokio::time::timeout(waited, self.pool.request(request)).await {
             Err(_) => Err(WireError::Timeout { url, waited }),
-            Ok(Err(error)) => Err(WireError::Unreachable { url, reason: reason(&error) }),
-            Ok(Ok(response)) => Ok(Answer { url, response }),
+            Ok(Err(error)) => Err(unreachable(url, proxy.map(|proxy| proxy.uri().to_string()), &error)),
+            Ok(Ok(response)) => Ok(Answer { url, credential: "no credential was sent".into(), response }),
         }
     }
+}
+
+/// What it means that no answer came.
+fn unreachable(url: String, proxy: Option<String>, error: &dyn std::error::Error) -> WireError {
+    let reason = reason(error);
+    // rustls quotes the first bytes of what is no TLS
+    if url.starts_with("https:") && reason.contains("InvalidContentType") {
+        return WireError::PlainHttp(url);
+    }
+    let hint = match reason.contains("UnknownIssuer") {
+        true => {
+            "; nobody whom this machine trusts has signed its certificate: name its CA with --ca, or in a hosts.toml"
+        }
+        false => "",
+    };
+    let through = proxy.map(|proxy| format!("through the proxy {proxy}: ")).unwrap_or_default();
+    WireError::Unreachable { url, reason: format!("{through}{reason}{hint}") }
 }
 
 /// The innermost cause: the outer ones only say that a request failed.
@@ -108,6 +159,8 @@ fn reason(error: &dyn std::error::Error) -> String {
 /// The head of an answer, with its body still to come.
 pub(crate) struct Answer {
     pub(crate) url: String,
+    /// What was said of the sender, for messages.
+    pub(crate) credential: Arc<str>,
     pub(crate) response: Response<Incoming>,
 }
 
@@ -140,11 +193,11 @@ impl Answer {
         if wanted.contains(&self.status()) {
             return Ok(self);
         }
-        let (url, status) = (self.url.clone(), self.status().as_u16());
+        let (url, status, credential) = (self.url.clone(), self.status().as_u16(), self.credential.clone());
         let body = self.bytes(MESSAGE_BYTES_MAX as u64).await.unwrap_or_default();
         let message = oci_message(&body);
         Err(match status {
-            401 | 403 => WireError::Denied { url, status, message },
+            401 | 403 => WireError::Denied { url, status, message, credential: credential.to_string() },
             404 => WireError::NotFound { url, message },
             _ => WireError::Status { url, status, message },
         })

@@ -2,21 +2,31 @@
 //! retries, and the protobuf messages of `proto/`.
 //!
 //! This crate never parses an image: it carries documents and blobs, and checks that they are the ones asked for.
-//! It reads no environment and keeps nothing on disk.
+//! It reads no environment and keeps nothing on disk; of files it reads those with credentials and certificates that it was
+//! told of.
 
+mod access;
+mod auth;
+mod challenge;
 mod client;
+mod credentials;
 mod error;
 mod http_call;
 mod profile;
+mod proxy;
 mod push;
 mod reference;
 mod referrers;
+mod tls;
 
+pub use access::{Access, ClientCertificate, HostAccess, ProxySettings};
 pub use client::{Blob, Client, ClientConfig, Fetched, Pong, Scheme};
+pub use credentials::CredentialFiles;
 pub use error::WireError;
 pub use profile::{read_trace, write_trace};
 pub use push::{KnownLayer, write_places};
 pub use reference::{ParseReferenceError, Reference, Version, is_repository_name, is_tag};
+pub use referrers::CREATED_ANNOTATION;
 
 /// The messages of `proto/lamina/v1`, as prost makes them.
 pub mod proto {

@@ -5,7 +5,7 @@ use http::{Method, Request, StatusCode, header};
 use lamina_image::{Digest, Ino, PROFILE_ITEMS_MAX, Trace, TraceRun, media_type};
 use prost::Message;
 
-use crate::http_call::{no_body, whole_body};
+use crate::http_call::Payload;
 use crate::{Client, WireError, proto};
 
 /// The message of a trace of a start on the tree with this digest.
@@ -59,7 +59,7 @@ impl Client {
             let request = Request::post(&url)
                 .header(header::CONTENT_TYPE, proto::CONTENT_TYPE)
                 .header(header::CONTENT_LENGTH, body.len());
-            let answer = self.call(request, whole_body(body.clone())).await?;
+            let answer = self.call(request, Payload::Whole(body.clone())).await?;
             answer.expect(&[StatusCode::ACCEPTED]).await.map(drop)
         })
         .await
@@ -77,7 +77,7 @@ impl Client {
             let request = Request::put(&url)
                 .header(header::CONTENT_TYPE, media_type::PROFILE)
                 .header(header::CONTENT_LENGTH, json.len());
-            let answer = self.call(request, whole_body(json.clone())).await?;
+            let answer = self.call(request, Payload::Whole(json.clone())).await?;
             answer.expect(&[StatusCode::ACCEPTED]).await.map(drop)
         })
         .await
@@ -88,7 +88,7 @@ impl Client {
         let url = self.profile_url(repository, manifest);
         self.retrying(|| async {
             let request = Request::builder().method(Method::DELETE).uri(&url);
-            self.call(request, no_body()).await?.expect(&[StatusCode::ACCEPTED]).await.map(drop)
+            self.call(request, Payload::Empty).await?.expect(&[StatusCode::ACCEPTED]).await.map(drop)
         })
         .await
     }

@@ -9,12 +9,11 @@ use lamina_chunk::{ChunkId, ChunkPlace, Frame, FrameId, PackId, Place};
 use lamina_image::{Digest, MANIFEST_BYTES_MAX};
 use prost::Message;
 
-use crate::http_call::{Answer, no_body, stream_body, whole_body};
+use crate::http_call::{Answer, Payload};
 use crate::proto::{
     CONTENT_TYPE, ChunksRequest, ChunksResponse, IDS_PER_REQUEST, LAYERS_PER_REQUEST, LayersRequest,
     LayersResponse,
 };
-use crate::referrers::is_unserved;
 use crate::{Client, Version, WireError, proto};
 
 /// An answer about chunks or layers is at most 1 MiB long: 4,096 frames of 60 bytes, as many packs, 3 numbers each.
@@ -42,7 +41,7 @@ impl Client {
                 .header(header::CONTENT_LENGTH, bytes.len())
                 .header(header::CONTENT_TYPE, "application/octet-stream");
             // a pack of 64 MiB takes a minute over 10 Mbit/s
-            let answer = self.upload(request, whole_body(bytes.clone())).await?;
+            let answer = self.upload(request, Payload::Whole(bytes.clone())).await?;
             answer.expect(&[StatusCode::CREATED]).await.map(drop)
         })
         .await
@@ -60,11 +59,11 @@ impl Client {
         let request = Request::patch(&location)
             .header(header::CONTENT_LENGTH, len)
             .header(header::CONTENT_TYPE, "application/octet-stream");
-        let answer = self.upload(request, stream_body(bytes)).await?;
+        let answer = self.upload(request, Payload::Stream(bytes)).await?;
         let answer = answer.expect(&[StatusCode::ACCEPTED]).await?;
         let location = answer.location()?.to_string();
         let request = Request::put(with_digest(&location, digest)).header(header::CONTENT_LENGTH, 0);
-        self.call(request, no_body()).await?.expect(&[StatusCode::CREATED]).await.map(drop)
+        self.call(request, Payload::Empty).await?.expect(&[StatusCode::CREATED]).await.map(drop)
     }
 
     /// Makes a blob that the registry has in another repository belong to this one too. False where it has none that
@@ -72,7 +71,7 @@ impl Client {
     pub async fn mount_blob(&self, repository: &str, digest: Digest) -> Result<bool, WireError> {
         let url = format!("{}/v2/{repository}/blobs/uploads/?mount={digest}", self.base());
         let request = Request::post(url).header(header::CONTENT_LENGTH, 0);
-        let answer = self.call(request, no_body()).await?;
+        let answer = self.call(request, Payload::Empty).await?;
         let answer = answer.expect(&[StatusCode::CREATED, StatusCode::ACCEPTED]).await?;
         if answer.status() == StatusCode::CREATED {
             return Ok(true);
@@ -80,7 +79,7 @@ impl Client {
         // it began an upload instead, which nobody wants; where this fails it expires
         if let Ok(location) = answer.location() {
             let request = Request::delete(location.to_string());
-            let _ = self.call(request, no_body()).await;
+            let _ = self.call(request, Payload::Empty).await;
         }
         Ok(false)
     }
@@ -88,7 +87,7 @@ impl Client {
     async fn begin_upload(&self, repository: &str) -> Result<String, WireError> {
         let url = format!("{}/v2/{repository}/blobs/uploads/", self.base());
         let request = Request::post(url).header(header::CONTENT_LENGTH, 0);
-        let answer = self.call(request, no_body()).await?.expect(&[StatusCode::ACCEPTED]).await?;
+        let answer = self.call(request, Payload::Empty).await?.expect(&[StatusCode::ACCEPTED]).await?;
         Ok(answer.location()?.to_string())
     }
 
@@ -116,7 +115,7 @@ impl Client {
         let request = Request::put(url)
             .header(header::CONTENT_TYPE, media_type)
             .header(header::CONTENT_LENGTH, bytes.len());
-        let answer = self.upload(request, whole_body(bytes)).await?;
+        let answer = self.upload(request, Payload::Whole(bytes)).await?;
         answer.expect(&[StatusCode::CREATED]).await
     }
 
@@ -129,7 +128,7 @@ impl Client {
         }
         let url = format!("{}/v2/{repository}/tags/list", self.base());
         let listed = self.retrying(|| async {
-            let answer = self.call(Request::get(&url), no_body()).await?;
+            let answer = self.call(Request::get(&url), Payload::Empty).await?;
             answer.expect(&[StatusCode::OK]).await?.bytes(MANIFEST_BYTES_MAX as u64).await
         });
         let bytes = match listed.await {
@@ -141,25 +140,34 @@ impl Client {
         Ok(list.tags.unwrap_or_default())
     }
 
-    /// Where each of these chunks is, `None` for those that the registry lacks. One request for 4,096.
-    pub async fn known_chunks(&self, ids: &[ChunkId]) -> Result<Vec<Option<ChunkPlace>>, WireError> {
+    /// Where each of these chunks is, `None` for those that the registry lacks, or does not offer to who pushes to this
+    /// repository. One request for 4,096.
+    pub async fn known_chunks(
+        &self,
+        repository: &str,
+        ids: &[ChunkId],
+    ) -> Result<Vec<Option<ChunkPlace>>, WireError> {
         let mut places = Vec::with_capacity(ids.len());
         for ids in ids.chunks(IDS_PER_REQUEST) {
             let ids: Vec<u8> = ids.iter().flat_map(|id| *id.as_bytes()).collect();
             let count = ids.len() / 32;
-            let answer: ChunksResponse = self.ask("chunks", &ChunksRequest { ids }).await?;
+            let answer: ChunksResponse = self.ask(repository, "chunks", &ChunksRequest { ids }).await?;
             let found = read_places(&answer).filter(|found| found.len() == count);
-            let url = format!("{}/lamina/v1/chunks", self.base());
+            let url = format!("{}/lamina/v1/{repository}/chunks", self.base());
             places.extend(found.ok_or(WireError::Answer { url, reason: "its places do not add up".into() })?);
         }
         Ok(places)
     }
 
-    /// Those of these layers that the registry can rebuild; `None` where it is an OCI registry of another kind, which cannot
+    /// Those of these layers that the registry can rebuild for this repository; `None` where it is an OCI registry of another kind, which cannot
     /// say. One request for 1,000, and at least one.
-    pub async fn known_layers(&self, digests: &[Digest]) -> Result<Option<Vec<KnownLayer>>, WireError> {
-        match self.ask_layers(digests).await {
-            Err(error) if is_unserved(&error) => self.check_api().await.map(|()| None),
+    pub async fn known_layers(
+        &self,
+        repository: &str,
+        digests: &[Digest],
+    ) -> Result<Option<Vec<KnownLayer>>, WireError> {
+        match self.ask_layers(repository, digests).await {
+            Err(error) if error.is_unserved() => self.check_api().await.map(|()| None),
             layers => layers.map(Some),
         }
     }
@@ -168,15 +176,15 @@ impl Client {
     async fn check_api(&self) -> Result<(), WireError> {
         let url = format!("{}/v2/", self.base());
         let asked = self.retrying(|| async {
-            self.call(Request::get(&url), no_body()).await?.expect(&[StatusCode::OK]).await.map(drop)
+            self.call(Request::get(&url), Payload::Empty).await?.expect(&[StatusCode::OK]).await.map(drop)
         });
-        asked.await.map_err(|error| match is_unserved(&error) {
+        asked.await.map_err(|error| match error.is_unserved() {
             true => WireError::NoRegistry { url: url.clone(), reason: error.to_string() },
             false => error,
         })
     }
 
-    async fn ask_layers(&self, digests: &[Digest]) -> Result<Vec<KnownLayer>, WireError> {
+    async fn ask_layers(&self, repository: &str, digests: &[Digest]) -> Result<Vec<KnownLayer>, WireError> {
         let mut layers = Vec::new();
         // no question is also a question: whether this is a registry of ours
         let none: [&[Digest]; 1] = [&[]];
@@ -184,9 +192,9 @@ impl Client {
         let questions = none.into_iter().take(usize::from(digests.is_empty())).chain(questions);
         for digests in questions {
             let digests = digests.iter().map(Digest::to_string).collect();
-            let answer: LayersResponse = self.ask("layers", &LayersRequest { digests }).await?;
+            let answer: LayersResponse = self.ask(repository, "layers", &LayersRequest { digests }).await?;
             for layer in answer.layers {
-                let url = format!("{}/lamina/v1/layers", self.base());
+                let url = format!("{}/lamina/v1/{repository}/layers", self.base());
                 let wrong =
                     |_| WireError::Answer { url: url.clone(), reason: "a layer without a digest".into() };
                 layers.push(KnownLayer {
@@ -204,21 +212,26 @@ impl Client {
     pub async fn image_status(&self, repository: &str, manifest: Digest) -> Result<Bytes, WireError> {
         let url = format!("{}/lamina/v1/{repository}/images/{manifest}", self.base());
         self.retrying(|| async {
-            let answer = self.call(Request::get(&url), no_body()).await?;
+            let answer = self.call(Request::get(&url), Payload::Empty).await?;
             answer.expect(&[StatusCode::OK]).await?.bytes(ANSWER_BYTES_MAX).await
         })
         .await
     }
 
-    async fn ask<Q: Message, A: Message + Default>(&self, what: &str, question: &Q) -> Result<A, WireError> {
-        let url = format!("{}/lamina/v1/{what}", self.base());
+    async fn ask<Q: Message, A: Message + Default>(
+        &self,
+        repository: &str,
+        what: &str,
+        question: &Q,
+    ) -> Result<A, WireError> {
+        let url = format!("{}/lamina/v1/{repository}/{what}", self.base());
         let body = Bytes::from(question.encode_to_vec());
         let answer = self
             .retrying(|| async {
                 let request = Request::post(&url)
                     .header(header::CONTENT_TYPE, CONTENT_TYPE)
                     .header(header::CONTENT_LENGTH, body.len());
-                let answer = self.call(request, whole_body(body.clone())).await?;
+                let answer = self.call(request, Payload::Whole(body.clone())).await?;
                 answer.expect(&[StatusCode::OK]).await?.bytes(ANSWER_BYTES_MAX).await
             })
             .await?;

@@ -5,13 +5,13 @@ use bytes::Bytes;
 use http::{Method, Request, StatusCode, header};
 use lamina_image::{Descriptor, Digest, Index, MANIFEST_BYTES_MAX, media_type};
 
-use crate::http_call::no_body;
+use crate::http_call::Payload;
 use crate::{Client, Version, WireError};
 
 /// Pages of referrers that are read.
 const REFERRER_PAGES_MAX: usize = 16;
-/// When an artifact was made; the image specification's annotation (annotations.md).
-const CREATED: &str = "org.opencontainers.image.created";
+/// Annotation on an artifact that a client has made: when, in seconds since 1970. The newest of its kind counts.
+pub const CREATED_ANNOTATION: &str = "dev.lamina.created";
 /// Set in answers to a manifest with a subject, by registries that list it there by themselves.
 const OCI_SUBJECT: &str = "oci-subject";
 
@@ -29,7 +29,7 @@ impl Client {
         for page in 0..REFERRER_PAGES_MAX {
             let (listed, next) = match self.retrying(|| self.referrer_page(&url)).await {
                 // every registry that has the API answers with an index, even where nothing is in it
-                Err(error) if page == 0 && is_unserved(&error) => {
+                Err(error) if page == 0 && error.is_unserved() => {
                     let index = self.tagged_referrers(repository, subject).await?;
                     (index.map(|index| index.manifests).unwrap_or_default(), None)
                 }
@@ -43,14 +43,14 @@ impl Client {
                 None => break,
             }
         }
-        // RFC 3339 in UTC sorts as text; the sort is stable
-        found.sort_by(|one, other| other.annotations.get(CREATED).cmp(&one.annotations.get(CREATED)));
+        let created = |one: &Descriptor| one.annotations.get(CREATED_ANNOTATION)?.parse::<u64>().ok();
+        found.sort_by_key(|one| std::cmp::Reverse(created(one)));
         Ok(found)
     }
 
     async fn referrer_page(&self, url: &str) -> Result<(Vec<Descriptor>, Option<String>), WireError> {
         let request = Request::get(url).header(header::ACCEPT, media_type::OCI_INDEX);
-        let answer = self.call(request, no_body()).await?.expect(&[StatusCode::OK]).await?;
+        let answer = self.call(request, Payload::Empty).await?.expect(&[StatusCode::OK]).await?;
         let next = answer.header(header::LINK).and_then(|link| link.split(['<', '>']).nth(1));
         let next = next
             .map(|path| if path.starts_with('/') { format!("{}{path}", self.base()) } else { path.into() });
@@ -112,7 +112,7 @@ impl Client {
         let url = format!("{}/v2/{repository}/manifests/{artifact}", self.base());
         self.retrying(|| async {
             let request = Request::builder().method(Method::DELETE).uri(&url);
-            let answer = self.call(request, no_body()).await?;
+            let answer = self.call(request, Payload::Empty).await?;
             answer.expect(&[StatusCode::ACCEPTED, StatusCode::NOT_FOUND]).await.map(drop)
         })
         .await
@@ -127,15 +127,6 @@ impl Client {
         let bytes = Bytes::from(serde_json::to_vec(index).expect("an index has string keys"));
         let version = Version::Tag(tag_of(subject));
         self.push_manifest(repository, &version, media_type::OCI_INDEX, bytes).await
-    }
-}
-
-/// Whether an answer means that a registry has no such path, rather than that something is wrong.
-pub(crate) fn is_unserved(error: &WireError) -> bool {
-    match error {
-        WireError::NotFound { .. } | WireError::Answer { .. } => true,
-        WireError::Status { status, .. } => matches!(status, 400..=499) && *status != 429,
-        _ => false,
     }
 }
 

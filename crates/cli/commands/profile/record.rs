@@ -58,7 +58,7 @@ pub(super) async fn run(arguments: ProfileRecord, common: &Common) -> Result<()>
         bail!("{reference}: the command has left processes behind, so its recording has no end and is lost");
     };
     let (names, pages) = (recorded.trace_names, recorded.trace_pages);
-    if !recorded.trace_refused.is_empty() {
+    if !recorded.trace_refused.is_empty() && !recorded.trace_kept {
         bail!(
             "{reference}: {names} names and {pages} pages were recorded in vain: {}",
             recorded.trace_refused
@@ -66,6 +66,9 @@ pub(super) async fn run(arguments: ProfileRecord, common: &Common) -> Result<()>
     }
     // the command has stdout for itself
     eprintln!("recorded {names} names and {pages} pages ({})", mib(pages * PAGE_BYTES));
+    if recorded.trace_kept {
+        eprintln!("{}; `lamina profile push {reference}` makes the profile", recorded.trace_refused);
+    }
     match code(ended) {
         0 => Ok(()),
         code => bail!(Ended(code)),

@@ -192,5 +192,5 @@ pub(super) async fn push_artifacts(
     let (digest, bytes) = config();
     client.push_blob(repository, digest, bytes).await?;
     let pushed = stream::iter(artifacts).then(|artifact| artifact.push(client, repository));
-    pushed.try_fold(0, |sent, len| async move { Ok(sent + len) }).await
+    pushed.try_fold(0, |sent, listed| async move { Ok(sent + listed.size) }).await
 }

@@ -34,7 +34,7 @@ impl ChunkSink for RegistrySink {
     fn known(&self, ids: &[ChunkId]) -> Result<Vec<Option<ChunkPlace>>, SinkError> {
         match &self.earlier {
             Some(earlier) => Ok(earlier.known(ids)),
-            None => Ok(self.runtime.block_on(self.client.known_chunks(ids))?),
+            None => Ok(self.runtime.block_on(self.client.known_chunks(&self.repository, ids))?),
         }
     }
 

@@ -86,7 +86,7 @@ impl std::fmt::Debug for Host {
 impl Host {
     /// A host that nobody has asked yet.
     pub(crate) fn new(name: String, config: ClientConfig) -> Result<Self, WireError> {
-        let client = RwLock::new(Client::new(&name, config)?);
+        let client = RwLock::new(Client::new(&name, config.clone())?);
         let (state, _) = watch::channel(State::Here);
         Ok(Self { name, config, client, state, pace: Mutex::default(), counters: HostCounters::default() })
     }
@@ -152,11 +152,11 @@ impl Host {
 
     /// One look. Gives a client whose connection works.
     async fn look(&self, within: Duration) -> Result<Client, String> {
-        let config = ClientConfig { connect: within, answer: within, tries: 1, ..self.config };
+        let config = ClientConfig { connect: within, answer: within, tries: 1, ..self.config.clone() };
         let client = Client::new(&self.name, config).map_err(|error| error.to_string())?;
         match timeout(within, client.ping()).await {
             // all that is pooled may lead to where nobody is any more, or to where the name pointed before
-            Ok(Ok(_)) => Client::new(&self.name, self.config).map_err(|error| error.to_string()),
+            Ok(Ok(_)) => Client::new(&self.name, self.config.clone()).map_err(|error| error.to_string()),
             Ok(Err(error)) => Err(error.to_string()),
             Err(_) => Err(format!("{}: no answer within {within:?}", client.base())),
         }

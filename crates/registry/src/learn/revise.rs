@@ -123,15 +123,10 @@ fn same_pages(one: &Profile, other: &Profile) -> bool {
 pub(super) fn build(
     tree: &Tree,
     digest: Digest,
-    mut profile: Profile,
+    profile: Profile,
     open: impl FnMut(FrameId, Place) -> Result<Chunk, LearnError>,
 ) -> Result<Option<Vec<u8>>, LearnError> {
-    let mut left = BOOT_PAGES_MAX;
-    profile.runs.retain_mut(|run| {
-        run.2 = run.2.min(left);
-        left -= run.2;
-        run.2 > 0
-    });
+    let profile = profile.first_pages(BOOT_PAGES_MAX);
     build_boot(tree, digest, &profile, open).map_err(|error| match error {
         BuildError::Tree(error) => error.into(),
         BuildError::Frame(error) => error,

@@ -141,7 +141,8 @@ async fn chunks_and_layers_of_a_pushed_image_are_offered_as_known() {
     let known = records[0].chunks[0].id;
     let ids = [*known.as_bytes(), [9; 32], *id.as_bytes()].concat();
     let request = proto::ChunksRequest { ids }.encode_to_vec();
-    let reply = registry.send(Method::POST, "/lamina/v1/chunks", &[], request).await.expect(StatusCode::OK);
+    let reply =
+        registry.send(Method::POST, "/lamina/v1/app/chunks", &[], request).await.expect(StatusCode::OK);
     let reply = proto::ChunksResponse::decode(reply.body).unwrap();
     assert_eq!((reply.frame[0], reply.frame[1]), (1, 0));
     assert_eq!(reply.packs, Digest::of(&bound.packs[0]).as_bytes());
@@ -149,17 +150,18 @@ async fn chunks_and_layers_of_a_pushed_image_are_offered_as_known() {
     let unknown = Digest::of(b"unknown").to_string();
     let digests = vec![unknown, bound.layers[1].digest.to_string()];
     let request = proto::LayersRequest { digests }.encode_to_vec();
-    let reply = registry.send(Method::POST, "/lamina/v1/layers", &[], request).await.expect(StatusCode::OK);
+    let reply =
+        registry.send(Method::POST, "/lamina/v1/app/layers", &[], request).await.expect(StatusCode::OK);
     let reply = proto::LayersResponse::decode(reply.body).unwrap();
     assert_eq!(reply.layers.len(), 1);
     assert_eq!(reply.layers[0].recipe, Digest::of(&bound.recipes[1]).to_string());
 
     let too_many = proto::ChunksRequest { ids: vec![0; 32 * 4097] }.encode_to_vec();
     registry
-        .send(Method::POST, "/lamina/v1/chunks", &[], too_many)
+        .send(Method::POST, "/lamina/v1/app/chunks", &[], too_many)
         .await
         .expect(StatusCode::PAYLOAD_TOO_LARGE);
-    registry.send(Method::POST, "/lamina/v1/layers", &[], "\u{7}").await.expect(StatusCode::BAD_REQUEST);
+    registry.send(Method::POST, "/lamina/v1/app/layers", &[], "\u{7}").await.expect(StatusCode::BAD_REQUEST);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

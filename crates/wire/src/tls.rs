@@ -1,0 +1,98 @@
+//! Whom a client trusts, and who it is.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+
+use crate::access::{Access, HostAccess};
+
+/// The settings for the registry at `host`. *Errors*: a file that cannot be used, named.
+pub(crate) fn client_tls(access: &Access, host: &str) -> Result<ClientConfig, String> {
+    let special = access.hosts.get(host).cloned().unwrap_or_default();
+    let provider = Arc::new(ring::default_provider());
+    let builder = ClientConfig::builder_with_provider(Arc::clone(&provider));
+    let builder = builder.with_safe_default_protocol_versions().map_err(|error| error.to_string())?;
+    let builder = match special.skip_verify {
+        true => {
+            tracing::warn!(host, "its certificate may be anything: skip_verify is set for it");
+            builder.dangerous().with_custom_certificate_verifier(Arc::new(Anyone(provider)))
+        }
+        false => builder.with_root_certificates(roots(access, &special)?),
+    };
+    let Some(client) = &special.client else { return Ok(builder.with_no_client_auth()) };
+    let chain = certificates(&client.certificate)?;
+    let key = PrivateKeyDer::from_pem_file(&client.key);
+    let key = key.map_err(|error| format!("the private key in {}: {error}", client.key.display()))?;
+    let wrong = |error| format!("the client certificate {}: {error}", client.certificate.display());
+    builder.with_client_auth_cert(chain, key).map_err(wrong)
+}
+
+fn roots(access: &Access, special: &HostAccess) -> Result<RootCertStore, String> {
+    let mut roots = RootCertStore::empty();
+    let native = rustls_native_certs::load_native_certs();
+    for error in &native.errors {
+        tracing::debug!(%error, "some of the system's certificates cannot be read");
+    }
+    roots.add_parsable_certificates(native.certs);
+    for path in access.ca.iter().chain(&special.ca) {
+        for certificate in certificates(path)? {
+            let added = roots.add(certificate);
+            added.map_err(|error| format!("the certificate in {}: {error}", path.display()))?;
+        }
+    }
+    Ok(roots)
+}
+
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
+    let failed = |error| format!("the certificate in {}: {error}", path.display());
+    let found: Result<Vec<_>, _> = CertificateDer::pem_file_iter(path).map_err(failed)?.collect();
+    let found = found.map_err(failed)?;
+    if found.is_empty() {
+        return Err(format!("there is no certificate in {}", path.display()));
+    }
+    Ok(found)
+}
+
+/// Believes every certificate. Only where somebody wrote `skip_verify`.
+#[derive(Debug)]
+struct Anyone(Arc<CryptoProvider>);
+
+impl ServerCertVerifier for Anyone {
+    fn verify_server_cert(
+        &self,
+        _end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        _now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls12_signature(message, certificate, signed, &self.0.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, certificate, signed, &self.0.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
