@@ -1,7 +1,10 @@
 //! What can be said on the command line. Nothing here is acted on.
 
+mod fsck;
+mod gc;
 mod limits;
 mod profile;
+mod storage;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -9,8 +12,11 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use lamina_wire::Reference;
 
+pub(crate) use self::fsck::FsckArguments;
+pub(crate) use self::gc::{GcArguments, GcSettings};
 pub(crate) use self::limits::RegistryLimits;
 pub(crate) use self::profile::{ProfileArguments, ProfileCommand, ProfilePush, ProfileRecord, ProfileShow};
+pub(crate) use self::storage::StorageArguments;
 use crate::source::SourceName;
 
 /// Container images as deduplicated chunks, started before they have arrived.
@@ -94,6 +100,10 @@ pub(crate) enum Command {
     Doctor(DoctorArguments),
     /// See, record and exchange what starts of an image touch: boot packs are made from it
     Profile(ProfileArguments),
+    /// Collect garbage: what no tag leads to any more
+    Gc(GcArguments),
+    /// Hash everything in a storage again, say what is damaged and which images that touches, and repair it
+    Fsck(FsckArguments),
     /// Print a completion script for a shell
     Completions(CompletionsArguments),
 }
@@ -103,9 +113,13 @@ pub(crate) struct RegistryArguments {
     /// The address to listen on
     #[arg(long, env = "LAMINA_LISTEN", default_value = "127.0.0.1:5000", value_name = "ADDRESS:PORT")]
     pub(crate) listen: SocketAddr,
-    /// The directory that holds everything
-    #[arg(long, env = "LAMINA_STORAGE", default_value = "/var/lib/lamina/registry", value_name = "DIR")]
-    pub(crate) storage: PathBuf,
+    #[command(flatten)]
+    pub(crate) storage: StorageArguments,
+    /// How often garbage is collected; 0 for never
+    #[arg(long, env = "LAMINA_GC_EVERY", default_value = "24h", value_name = "TIME", value_parser = gc::duration)]
+    pub(crate) gc_every: std::time::Duration,
+    #[command(flatten)]
+    pub(crate) gc: GcSettings,
     #[command(flatten)]
     pub(crate) limits: RegistryLimits,
 }

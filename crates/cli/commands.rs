@@ -2,6 +2,8 @@
 
 mod artifact;
 pub(crate) mod doctor;
+pub(crate) mod fsck;
+pub(crate) mod gc;
 pub(crate) mod inspect;
 pub(crate) mod mount;
 pub(crate) mod node;

@@ -64,6 +64,8 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Stats(it) => commands::stats::run(it).await,
         Command::Doctor(it) => commands::doctor::run(it, common).await,
         Command::Profile(it) => commands::profile::run(it, common).await,
+        Command::Gc(it) => commands::gc::run(it, common).await,
+        Command::Fsck(it) => commands::fsck::run(it, common).await,
         Command::Completions(it) => commands::completions(it),
     }
 }

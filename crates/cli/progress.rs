@@ -1,4 +1,4 @@
-//! What a person sees while a push runs.
+//! What a person sees while something long runs.
 
 use std::io::IsTerminal;
 use std::sync::Arc;
@@ -10,6 +10,16 @@ use lamina_image::Progress;
 
 /// How often the bar is drawn again.
 const TICK: Duration = Duration::from_millis(100);
+
+/// A bar on stderr over so many bytes, where stderr is a terminal.
+pub(crate) fn bytes(total: u64) -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let template = "{elapsed} {bar:30} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec}";
+    let style = ProgressStyle::with_template(template).expect("the template is valid");
+    ProgressBar::new(total).with_style(style)
+}
 
 /// Draws a bar on stderr until it is dropped, where stderr is a terminal.
 pub(crate) struct Bar {

@@ -119,6 +119,8 @@ impl Api {
             )));
         };
         let digest: Digest = recipe.parse().map_err(|error| invalid(format!("its recipe: {error}")))?;
+        // held from now on, where it is there
+        self.store.take_blob(digest).await?;
         match self.store.recipe(digest).await {
             Ok(recipe) => Ok((digest, Arc::new(recipe))),
             Err(StoreError::Missing(digest)) => Err(absent("the recipe", digest)),
@@ -129,7 +131,7 @@ impl Api {
     /// Compares the client's tree with the one that the recipes make. Gives the length of its blob in bytes.
     async fn check_tree(&self, tree: Digest, recipes: Vec<Arc<Recipe>>) -> Result<u64, ApiError> {
         let invalid = |text: String| ApiError::ManifestInvalid(format!("tree {tree}: {text}"));
-        let Some(Blob::Stored { size }) = self.store.blob(tree).await? else {
+        let Some(Blob::Stored { size }) = self.store.take_blob(tree).await? else {
             return Err(absent("the tree", tree));
         };
         let blob = self.store.small_blob(tree, TREE_BYTES_MAX).await?;

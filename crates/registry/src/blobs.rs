@@ -12,7 +12,12 @@ use crate::range::{Wanted, wanted};
 impl Api {
     /// `GET` and `HEAD`, whole or in part.
     pub(crate) async fn read_blob(&self, head: &Head, repo: &Repo, digest: Digest) -> Answer {
-        let blob = self.store.blob_in(repo, digest).await?.ok_or(ApiError::BlobUnknown(digest))?;
+        // who only asks may be about to push, and builds on the answer
+        let blob = match head.method == http::Method::HEAD {
+            true => self.store.take_blob_in(repo, digest).await?,
+            false => self.store.blob_in(repo, digest).await?,
+        };
+        let blob = blob.ok_or(ApiError::BlobUnknown(digest))?;
         if head.knows(digest) {
             return Ok(not_modified(digest));
         }

@@ -3,6 +3,7 @@
 use std::time::{Duration, SystemTime};
 
 use lamina_image::IngestOptions;
+use lamina_store::GcConfig;
 
 /// How a registry behaves.
 #[derive(Clone, Debug)]
@@ -21,6 +22,8 @@ pub struct RegistryConfig {
     pub trace_every: Duration,
     /// How pushed layers are cut.
     pub ingest: IngestOptions,
+    /// How often garbage is collected, and how; `None` for never.
+    pub gc: Option<(Duration, GcConfig)>,
     /// What time it is.
     pub clock: fn() -> SystemTime,
 }
@@ -35,6 +38,7 @@ impl Default for RegistryConfig {
             metrics: true,
             trace_every: Duration::from_secs(3),
             ingest: IngestOptions::default(),
+            gc: None,
             clock: SystemTime::now,
         }
     }

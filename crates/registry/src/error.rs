@@ -185,6 +185,9 @@ fn store_parts(error: &StoreError) -> (StatusCode, &'static str) {
         StoreError::UploadsFull(_) => (StatusCode::TOO_MANY_REQUESTS, "TOOMANYREQUESTS"),
         StoreError::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "SIZE_INVALID"),
         StoreError::Contended(_) => (StatusCode::CONFLICT, "TOOMANYREQUESTS"),
+        StoreError::Collecting(_) | StoreError::Closed => {
+            (StatusCode::SERVICE_UNAVAILABLE, "TOOMANYREQUESTS")
+        }
         _ if is_full(error) => (StatusCode::INSUFFICIENT_STORAGE, "UNKNOWN"),
         // a bucket that is slow or says no now may say yes later
         StoreError::Object(_) | StoreError::Truncated(_) => (StatusCode::SERVICE_UNAVAILABLE, "UNKNOWN"),

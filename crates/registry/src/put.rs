@@ -164,7 +164,7 @@ impl Api {
             let link = self.store.manifest_link(repo, digest).await?;
             return Ok(link.is_none().then_some(Absent { what, digest }));
         };
-        let Some(blob) = self.store.blob_in(repo, digest).await? else {
+        let Some(blob) = self.store.take_blob_in(repo, digest).await? else {
             return Ok(Some(Absent { what, digest }));
         };
         let size = blob.size();

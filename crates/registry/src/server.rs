@@ -10,7 +10,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
-use lamina_store::Store;
+use lamina_store::{Store, StoreError};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
@@ -45,6 +45,7 @@ pub async fn serve(
     let api = Arc::new(Api::new(config.clone(), Arc::clone(&converter), Arc::clone(&learner), metrics));
     let learning = tokio::spawn(Arc::clone(&learner).run());
     let converting = tokio::spawn(Arc::clone(&converter).run());
+    let collecting = tokio::spawn(collect(store.clone(), config.clone()));
     let housekeeping = tokio::spawn(keep_house(store, config));
     let graceful = GracefulShutdown::new();
     let accepted = {
@@ -62,6 +63,8 @@ pub async fn serve(
     converter.stop();
     learner.stop();
     housekeeping.abort();
+    // a collection may end anywhere: what it has not deleted is garbage, and the next one goes on
+    collecting.abort();
     // it ends with the layer that it reads, or at once where it waits
     converting.await.map_err(io::Error::other)?;
     learning.await.map_err(io::Error::other)?;
@@ -124,6 +127,21 @@ async fn keep_house(store: Store, config: RegistryConfig) {
         let expired = store.expire_uploads(Instant::now()).await;
         if expired > 0 {
             tracing::info!(expired, "uploads to which nobody wrote were dropped");
+        }
+    }
+}
+
+/// Collects garbage, where and as often as it is wanted. Each registry on a bucket may: the store lets one at a time.
+async fn collect(store: Store, config: RegistryConfig) {
+    let Some((every, gc)) = &config.gc else { return };
+    loop {
+        // not at once: a registry that restarts often would do nothing else
+        tokio::time::sleep(*every).await;
+        let begun = Instant::now();
+        match store.keeper().gc(gc, config.now()).await {
+            Ok(report) => tracing::info!(?report, elapsed = ?begun.elapsed(), "garbage was collected"),
+            Err(StoreError::Collected) => tracing::info!("another process is collecting garbage"),
+            Err(error) => tracing::error!(%error, "garbage was not collected"),
         }
     }
 }

@@ -70,7 +70,7 @@ impl Api {
             None => self.store.repositories_of(digest, 1).await?.pop(),
         };
         let Some(from) = from else { return Ok(false) };
-        let found = self.store.blob_in(&from, digest).await?.is_some();
+        let found = self.store.take_blob_in(&from, digest).await?.is_some();
         if found {
             self.store.link_blobs(repo, [digest]).await?;
         }

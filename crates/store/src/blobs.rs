@@ -6,6 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use lamina_image::{Digest, Recipe};
 
+use crate::record::LayerRecord;
 use crate::{ByteStream, Store, StoreError, keys};
 
 /// Recipes over 512 MiB are refused: enough for a layer of 300 GiB.
@@ -43,6 +44,18 @@ impl Store {
         if let Some(meta) = self.objects.head(&keys::blob(digest)).await? {
             return Ok(Some(Blob::Stored { size: meta.size }));
         }
+        let layer: Option<LayerRecord> = self.objects.json(&keys::layer(digest)).await?;
+        let layer = layer.filter(|layer| layer.diff_id == digest);
+        Ok(layer.map(|layer| Blob::Rebuilt { size: layer.tar_bytes, recipe: layer.recipe }))
+    }
+
+    /// The same for whoever tells others that the blob is there, or builds on it: no collection removes it from now on,
+    /// for as long as a push may take.
+    pub async fn take_blob(&self, digest: Digest) -> Result<Option<Blob>, StoreError> {
+        if let Some(meta) = self.objects.take(&keys::blob(digest)).await? {
+            return Ok(Some(Blob::Stored { size: meta.size }));
+        }
+        // the record holds its recipe, and that its packs
         let layer = self.layer(digest).await?.filter(|layer| layer.diff_id == digest);
         Ok(layer.map(|layer| Blob::Rebuilt { size: layer.tar_bytes, recipe: layer.recipe }))
     }
@@ -85,7 +98,7 @@ impl Store {
         let hashed = bytes.clone();
         let digest = tokio::task::spawn_blocking(move || Digest::of(&hashed)).await;
         let digest = digest.expect("hashing does not panic");
-        if !self.objects.exists(&keys::blob(digest)).await? {
+        if self.objects.take(&keys::blob(digest)).await?.is_none() {
             self.objects.put(&keys::blob(digest), bytes.into()).await?;
         }
         Ok(digest)

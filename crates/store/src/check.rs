@@ -8,7 +8,7 @@ use lamina_chunk::{Chunk, ChunkError, ChunkId, Frame, FrameId, PackId, PackRecor
 use lamina_image::{Digest, Hasher, Recipe};
 use parking_lot::Mutex;
 
-use crate::{Store, StoreError};
+use crate::{Store, StoreError, keys};
 
 /// Packs whose indexes are read at the same time.
 const PACKS: usize = 4;
@@ -55,7 +55,7 @@ impl Proof {
 }
 
 /// The record of a frame in its pack's index.
-fn at(records: &[PackRecord], id: FrameId, frame: Frame) -> Option<&PackRecord> {
+pub(crate) fn at(records: &[PackRecord], id: FrameId, frame: Frame) -> Option<&PackRecord> {
     let found = records.binary_search_by_key(&frame.offset, |record| record.frame.offset).ok()?;
     records.get(found).filter(|record| record.id == id && record.frame == frame)
 }
@@ -73,6 +73,7 @@ impl Store {
             packs.entry(place.pack).or_default().push((*id, place.frame));
         }
         let check = |(pack, claims): (PackId, Vec<(FrameId, Frame)>)| async move {
+            self.objects.hold(&keys::blob(pack.into())).await?;
             let records = match proof.records(pack).or_else(|| self.arrivals.records(pack)) {
                 Some(records) => records,
                 None => Arc::new(self.pack_records(pack).await?),

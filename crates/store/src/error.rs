@@ -89,6 +89,9 @@ pub enum StoreError {
     /// A blob ended before its length. Retrying may help where the store is remote.
     #[error("blob {0} ended too early")]
     Truncated(Digest),
+    /// Another process serves the directory.
+    #[error("{0} is in use: another registry serves it")]
+    InUse(String),
     /// The index directory cannot be used at all.
     #[error("the index at {path} cannot be opened: {reason}; is another registry using this storage?")]
     Index {
@@ -97,6 +100,43 @@ pub enum StoreError {
         /// What the index or the file system says.
         reason: String,
     },
+    /// The storage is none, or cannot be reached.
+    #[error("the storage {storage} cannot be used: {reason}")]
+    Storage {
+        /// The directory or URL.
+        storage: String,
+        /// Why not.
+        reason: String,
+    },
+    /// The bucket writes where it was told not to: two registries would overwrite each other's tags.
+    #[error(
+        "{0} does not honour If-None-Match on writes, so tags would get lost in it; use a store with conditional writes"
+    )]
+    Unconditional(String),
+    /// A collection is deleting this just now, and takes long. Retrying will help.
+    #[error("{0} is just being removed by a garbage collection; try again in a minute")]
+    Collecting(String),
+    /// The store was closed.
+    #[error("the store was closed")]
+    Closed,
+    /// Somebody else is collecting.
+    #[error("another garbage collection is under way in this storage; try again when it has ended")]
+    Collected,
+    /// What is collected cannot be known while this is damaged.
+    #[error(
+        "nothing is collected while {what} {digest} is damaged, since what it names is unknown: {reason}; see `lamina fsck`"
+    )]
+    Unmarkable {
+        /// What it is.
+        what: &'static str,
+        /// Its blob.
+        digest: Digest,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// An object was removed by somebody else in the middle of its use.
+    #[error("the object {0} is gone")]
+    Vanished(String),
     /// The storage directory cannot be used.
     #[error("the storage at {path} cannot be opened: {error}")]
     Directory {

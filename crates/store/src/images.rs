@@ -10,9 +10,9 @@ use crate::{Repo, Store, StoreError, keys};
 const JOBS_MAX: usize = 10_000;
 
 impl Store {
-    /// What became of the image with this manifest.
+    /// What became of the image with this manifest. No collection removes its tree from now on.
     pub async fn image(&self, manifest: Digest) -> Result<Option<ImageRecord>, StoreError> {
-        self.objects.json(&keys::image(manifest)).await
+        self.objects.take_json(&keys::image(manifest)).await
     }
 
     /// Writes down what became of an image. The tree and all it names must be durable.

@@ -7,7 +7,7 @@
 //! its own under a deadline, since a damaged database may panic or hang there; and at most one to two million chunks,
 //! some 100 GB of distinct plaintext. Cost: 10 to 20 µs a lookup.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -93,6 +93,27 @@ impl Index {
             }
             Err(error) => self.fail(&error),
         }
+    }
+
+    /// Forgets a pack: its chunks are unknown from now on. Blocks.
+    pub(crate) fn remove(&self, pack: PackId) {
+        let number = self.names.read().numbers.get(&pack).copied();
+        let Some(number) = number else { return };
+        {
+            let mut names = self.names.write();
+            names.ids.remove(&number);
+            names.numbers.remove(&pack);
+        }
+        // its chunks' entries have a number without a name, and are overwritten when they come again
+        if let Err(error) = self.packs.remove(number.to_be_bytes()) {
+            self.fail(&error);
+        }
+    }
+
+    /// Forgets every pack but these. Blocks.
+    pub(crate) fn retain(&self, packs: &HashSet<PackId>) {
+        let known: Vec<PackId> = self.names.read().numbers.keys().copied().collect();
+        known.into_iter().filter(|pack| !packs.contains(pack)).for_each(|pack| self.remove(pack));
     }
 
     /// Where each chunk lies, in the order of `ids`. Blocks.

@@ -6,9 +6,10 @@ use crate::record::LayerRecord;
 use crate::{Store, StoreError, keys};
 
 impl Store {
-    /// How to rebuild the layer of this digest, compressed or plain.
+    /// How to rebuild the layer of this digest, compressed or plain. No collection removes what is needed for that from
+    /// now on.
     pub async fn layer(&self, digest: Digest) -> Result<Option<LayerRecord>, StoreError> {
-        self.objects.json(&keys::layer(digest)).await
+        self.objects.take_json(&keys::layer(digest)).await
     }
 
     /// Remembers how to rebuild a layer, under its plain tar's digest and under that of its compressed form, where

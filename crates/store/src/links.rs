@@ -20,9 +20,9 @@ impl Store {
     ) -> Result<(), StoreError> {
         let links: Vec<_> = digests.into_iter().map(|digest| keys::link(digest, repo)).collect();
         let write = |link| async move {
-            match self.objects.exists(&link).await? {
-                true => Ok(()),
-                false => self.objects.put(&link, "{}".into()).await,
+            match self.objects.take(&link).await? {
+                Some(_) => Ok(()),
+                None => self.objects.put(&link, "{}".into()).await,
             }
         };
         stream::iter(links.into_iter().map(write)).buffer_unordered(WRITES).try_collect().await
@@ -41,6 +41,14 @@ impl Store {
         let link = keys::link(digest, repo);
         let (linked, blob) = tokio::try_join!(self.objects.exists(&link), self.blob(digest))?;
         Ok(blob.filter(|_| linked))
+    }
+
+    /// The same for whoever tells others that the blob is there, or builds on it: no collection removes it from now on,
+    /// for as long as a push may take.
+    pub async fn take_blob_in(&self, repo: &Repo, digest: Digest) -> Result<Option<Blob>, StoreError> {
+        let link = keys::link(digest, repo);
+        let (linked, blob) = tokio::try_join!(self.objects.take(&link), self.take_blob(digest))?;
+        Ok(blob.filter(|_| linked.is_some()))
     }
 
     /// The repositories that a blob belongs to, at most `limit` of them.

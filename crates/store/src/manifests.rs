@@ -40,18 +40,19 @@ pub struct ManifestPut {
 impl Store {
     /// A repository's manifest: its media type and its bytes.
     pub async fn manifest(&self, repo: &Repo, digest: Digest) -> Result<Option<(String, Bytes)>, StoreError> {
-        let Some(link) = self.manifest_link(repo, digest).await? else { return Ok(None) };
+        let link: Option<ManifestLink> = self.objects.json(&keys::manifest(repo, digest)).await?;
+        let Some(link) = link else { return Ok(None) };
         let bytes = self.small_blob(digest, MANIFEST_BYTES_MAX as u64).await?;
         Ok(Some((link.media_type, bytes)))
     }
 
-    /// Whether a manifest belongs to a repository, without reading it.
+    /// Whether a manifest belongs to a repository, without reading it. No collection takes it out from now on.
     pub async fn manifest_link(
         &self,
         repo: &Repo,
         digest: Digest,
     ) -> Result<Option<ManifestLink>, StoreError> {
-        self.objects.json(&keys::manifest(repo, digest)).await
+        self.objects.take_json(&keys::manifest(repo, digest)).await
     }
 
     /// Puts a manifest into a repository. Everything that it names must be durable.

@@ -4,40 +4,103 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
+use futures_util::future::BoxFuture;
 use futures_util::stream::{self, BoxStream, StreamExt, TryStreamExt};
 use object_store::path::Path;
 use object_store::{
     Error, GetOptions, GetRange, GetResult, GetResultPayload, ObjectMeta, ObjectStore, ObjectStoreExt,
-    PutMode, PutPayload,
+    PutMode, PutPayload, WriteMultipart,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::StoreError;
 use crate::frames::file_frames;
+use crate::lease::Lease;
 
 /// Bodies come in frames of 1 MiB, the last one shorter: an HTTP server is twice as fast with them as with 64 KiB.
 pub const FRAME_BYTES: u64 = 1 << 20;
 /// Records are small; one over 8 MiB is damage.
 const RECORD_BYTES_MAX: u64 = 8 << 20;
 
+/// Parts in which an object that is too long for one request is copied, and how many are on their way: 10,000 parts of
+/// 64 MiB are 625 GiB.
+const COPY_PART_BYTES: usize = 64 << 20;
+const COPY_PARTS: usize = 2;
+
 /// A body. After an error nothing follows.
 pub type ByteStream = BoxStream<'static, Result<Bytes, StoreError>>;
 
 #[derive(Clone, Debug)]
-pub(crate) struct Objects(Arc<dyn ObjectStore>);
+pub(crate) struct Objects {
+    raw: Arc<dyn ObjectStore>,
+    /// Objects of at most this length are copied in one request.
+    copy_bytes_max: u64,
+    /// Holds what is written and taken; `None` for whoever only collects and checks.
+    lease: Option<Arc<Lease>>,
+}
 
 impl Objects {
     pub(crate) fn new(objects: Arc<dyn ObjectStore>) -> Self {
-        Self(objects)
+        Self { raw: objects, copy_bytes_max: u64::MAX, lease: None }
+    }
+
+    pub(crate) fn with_copies_up_to(self, copy_bytes_max: u64) -> Self {
+        Self { copy_bytes_max, ..self }
+    }
+
+    pub(crate) fn with_lease(self, lease: Arc<Lease>) -> Self {
+        Self { lease: Some(lease), ..self }
+    }
+
+    /// The same objects, of which nothing is held.
+    pub(crate) fn without_lease(&self) -> Self {
+        Self { lease: None, ..self.clone() }
+    }
+
+    /// Sees to it that no collection removes the object from now on, for as long as a push may take. Whoever tells
+    /// others that it is there, or builds on it, looks for it after this. Waits where it is just being removed.
+    pub(crate) fn hold<'a>(&'a self, key: &'a Path) -> BoxFuture<'a, Result<(), StoreError>> {
+        // boxed, since waiting may write, and writing holds
+        Box::pin(async move {
+            match &self.lease {
+                Some(lease) => lease.hold(&self.without_lease(), key).await,
+                None => Ok(()),
+            }
+        })
+    }
+
+    /// The same without waiting: false where it is just being removed.
+    pub(crate) fn hold_now(&self, key: &Path) -> bool {
+        self.lease.as_ref().is_none_or(|lease| lease.hold_now(key))
+    }
+
+    /// Gives the lease back: nothing is held any more.
+    pub(crate) async fn end_lease(&self) -> Result<(), StoreError> {
+        match &self.lease {
+            Some(lease) => lease.end(&self.without_lease()).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Looks for an object that is held from now on.
+    pub(crate) async fn take(&self, key: &Path) -> Result<Option<ObjectMeta>, StoreError> {
+        self.hold(key).await?;
+        self.head(key).await
+    }
+
+    /// Reads a record that is held from now on.
+    pub(crate) async fn take_json<T: DeserializeOwned>(&self, key: &Path) -> Result<Option<T>, StoreError> {
+        self.hold(key).await?;
+        self.json(key).await
     }
 
     pub(crate) fn raw(&self) -> &Arc<dyn ObjectStore> {
-        &self.0
+        &self.raw
     }
 
     pub(crate) async fn head(&self, key: &Path) -> Result<Option<ObjectMeta>, StoreError> {
-        Ok(present(self.0.head(key).await)?)
+        Ok(present(self.raw.head(key).await)?)
     }
 
     pub(crate) async fn exists(&self, key: &Path) -> Result<bool, StoreError> {
@@ -46,7 +109,7 @@ impl Objects {
 
     /// The whole object, which must not be longer than `limit` bytes.
     pub(crate) async fn read(&self, key: &Path, limit: u64) -> Result<Option<Bytes>, StoreError> {
-        let Some(result) = present(self.0.get(key).await)? else { return Ok(None) };
+        let Some(result) = present(self.raw.get(key).await)? else { return Ok(None) };
         if result.meta.size > limit {
             return Err(StoreError::TooLarge { what: "an object", len: result.meta.size, limit });
         }
@@ -59,7 +122,7 @@ impl Objects {
         key: &Path,
         ranges: &[Range<u64>],
     ) -> Result<Option<Vec<Bytes>>, StoreError> {
-        Ok(present(self.0.get_ranges(key, ranges).await)?)
+        Ok(present(self.raw.get_ranges(key, ranges).await)?)
     }
 
     /// A range of an object as a stream. The caller knows that it lies inside.
@@ -72,7 +135,7 @@ impl Objects {
             return Ok(self.exists(key).await?.then(|| stream::empty().boxed()));
         }
         let options = GetOptions { range: Some(GetRange::Bounded(range)), ..GetOptions::default() };
-        Ok(present(self.0.get_opts(key, options).await)?.map(frames))
+        Ok(present(self.raw.get_opts(key, options).await)?.map(frames))
     }
 
     pub(crate) async fn json<T: DeserializeOwned>(&self, key: &Path) -> Result<Option<T>, StoreError> {
@@ -82,7 +145,8 @@ impl Objects {
     }
 
     pub(crate) async fn put(&self, key: &Path, payload: PutPayload) -> Result<(), StoreError> {
-        self.0.put(key, payload).await?;
+        self.hold(key).await?;
+        self.raw.put(key, payload).await?;
         Ok(())
     }
 
@@ -92,7 +156,8 @@ impl Objects {
 
     /// Writes the object if there is none. False where there is one already.
     pub(crate) async fn create_json<T: Serialize>(&self, key: &Path, value: &T) -> Result<bool, StoreError> {
-        match self.0.put_opts(key, json_bytes(value), PutMode::Create.into()).await {
+        self.hold(key).await?;
+        match self.raw.put_opts(key, json_bytes(value), PutMode::Create.into()).await {
             Ok(_) => Ok(true),
             Err(Error::AlreadyExists { .. }) => Ok(false),
             Err(error) => Err(error.into()),
@@ -101,20 +166,41 @@ impl Objects {
 
     /// Removes the object, if it is there.
     pub(crate) async fn delete(&self, key: &Path) -> Result<(), StoreError> {
-        present(self.0.delete(key).await)?;
+        present(self.raw.delete(key).await)?;
         Ok(())
     }
 
     /// The prefixes one level below a prefix, sorted.
     pub(crate) async fn prefixes(&self, prefix: &Path) -> Result<Vec<Path>, StoreError> {
-        let mut prefixes = self.0.list_with_delimiter(Some(prefix)).await?.common_prefixes;
+        let mut prefixes = self.raw.list_with_delimiter(Some(prefix)).await?.common_prefixes;
         prefixes.sort_unstable();
         Ok(prefixes)
     }
 
+    /// Gives the object of `len` bytes another name. What has that name already is replaced at once.
+    ///
+    /// Cost: in a directory nothing, in a bucket a copy: one request, or where the object is too long for that, all its
+    /// bytes through here, part by part.
+    pub(crate) async fn rename(&self, from: &Path, to: &Path, len: u64) -> Result<(), StoreError> {
+        self.hold(to).await?;
+        if len <= self.copy_bytes_max {
+            self.raw.rename(from, to).await?;
+            return Ok(());
+        }
+        let mut body = self.stream(from, 0..len).await?.ok_or(StoreError::Vanished(from.to_string()))?;
+        let mut writer =
+            WriteMultipart::new_with_chunk_size(self.raw.put_multipart(to).await?, COPY_PART_BYTES);
+        while let Some(frame) = body.try_next().await? {
+            writer.wait_for_capacity(COPY_PARTS).await?;
+            writer.put(frame);
+        }
+        writer.finish().await?;
+        self.delete(from).await
+    }
+
     /// Every object below a prefix.
     pub(crate) fn list(&self, prefix: &Path) -> BoxStream<'static, Result<ObjectMeta, StoreError>> {
-        self.0.list(Some(prefix)).map_err(StoreError::from).boxed()
+        self.raw.list(Some(prefix)).map_err(StoreError::from).boxed()
     }
 }
 

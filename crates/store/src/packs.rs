@@ -1,5 +1,6 @@
 //! Packs: blobs of which every frame has been opened, and whose chunks are therefore offered as known.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -12,6 +13,7 @@ use lamina_image::{ChunkSink, Digest, SinkError};
 use tokio::runtime::Handle;
 
 use crate::arrivals::ARRIVALS_MAX;
+use crate::objects::Objects;
 use crate::{Store, StoreError, keys};
 
 /// Packs whose indexes are read at the same time when the store opens.
@@ -36,9 +38,19 @@ impl Store {
     }
 
     async fn look_up(&self, ids: &[ChunkId]) -> Vec<Option<ChunkPlace>> {
-        let (index, ids) = (Arc::clone(&self.index), ids.to_vec());
-        let found = tokio::task::spawn_blocking(move || index.find(&ids)).await;
-        found.expect("a lookup does not panic")
+        let (index, objects, ids) = (Arc::clone(&self.index), self.objects.clone(), ids.to_vec());
+        let found = tokio::task::spawn_blocking(move || {
+            let mut found = index.find(&ids);
+            let packs: HashSet<PackId> = found.iter().flatten().map(|place| place.place.pack).collect();
+            // held, and then still in the index: it stays
+            let stays = |pack: &PackId| objects.hold_now(&keys::blob((*pack).into())) && index.has(*pack);
+            let stays: HashSet<PackId> = packs.into_iter().filter(stays).collect();
+            found
+                .iter_mut()
+                .for_each(|place| *place = place.take_if(|place| stays.contains(&place.place.pack)));
+            found
+        });
+        found.await.expect("a lookup does not panic")
     }
 
     /// Takes note of a blob that ends like a pack, if its index is good. Its frames are opened later.
@@ -121,18 +133,7 @@ impl Store {
 
     /// The index of a pack, read from its end.
     pub async fn pack_records(&self, pack: PackId) -> Result<Vec<PackRecord>, StoreError> {
-        let key = keys::blob(pack.into());
-        let missing = || StoreError::Missing(pack.into());
-        let wrong = |error| StoreError::Pack { pack, error };
-        let len = self.objects.head(&key).await?.ok_or_else(missing)?.size;
-        let footer_at = len.checked_sub(FOOTER_BYTES as u64).filter(|_| len <= PACK_BYTES_MAX as u64);
-        let footer_at = footer_at.ok_or(wrong(PackError::Footer))?;
-        let read = |range| async { self.objects.ranges(&key, &[range]).await?.ok_or_else(missing) };
-        let footer = read(footer_at..len).await?;
-        let footer = PackFooter::read(&footer[0], len).map_err(wrong)?;
-        let range = footer.index_range();
-        let index = if range.is_empty() { vec![Bytes::new()] } else { read(range).await? };
-        footer.records(&index[0]).map_err(wrong)
+        pack_records(&self.objects, pack).await
     }
 
     /// Stores a pack that this process has made, and makes its chunks known.
@@ -168,10 +169,12 @@ impl Store {
     pub(crate) async fn index_packs(&self) -> Result<(), StoreError> {
         let listing = self.objects.list(&keys::packs());
         let packs = listing.try_filter_map(|object| async move {
-            let pack = keys::parse_digest(&object.location).and_then(|digest| PackId::try_from(digest).ok());
-            Ok(pack.filter(|pack| !self.index.has(*pack)))
+            Ok(keys::parse_digest(&object.location).and_then(|digest| PackId::try_from(digest).ok()))
         });
-        let packs: Vec<PackId> = packs.try_collect().await?;
+        let packs: HashSet<PackId> = packs.try_collect().await?;
+        // those that are gone were collected while this process was not there
+        self.index.retain(&packs);
+        let packs: Vec<PackId> = packs.into_iter().filter(|pack| !self.index.has(*pack)).collect();
         if packs.is_empty() {
             return Ok(());
         }
@@ -222,4 +225,20 @@ impl Store {
             Err(_) => Ok(false),
         }
     }
+}
+
+/// The index of a pack, read from its end.
+pub(crate) async fn pack_records(objects: &Objects, pack: PackId) -> Result<Vec<PackRecord>, StoreError> {
+    let key = keys::blob(pack.into());
+    let missing = || StoreError::Missing(pack.into());
+    let wrong = |error| StoreError::Pack { pack, error };
+    let len = objects.head(&key).await?.ok_or_else(missing)?.size;
+    let footer_at = len.checked_sub(FOOTER_BYTES as u64).filter(|_| len <= PACK_BYTES_MAX as u64);
+    let footer_at = footer_at.ok_or(wrong(PackError::Footer))?;
+    let read = |range| async { objects.ranges(&key, &[range]).await?.ok_or_else(missing) };
+    let footer = read(footer_at..len).await?;
+    let footer = PackFooter::read(&footer[0], len).map_err(wrong)?;
+    let range = footer.index_range();
+    let index = if range.is_empty() { vec![Bytes::new()] } else { read(range).await? };
+    footer.records(&index[0]).map_err(wrong)
 }

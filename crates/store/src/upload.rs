@@ -1,6 +1,6 @@
 //! Uploads: bytes on their way in, hashed as they come, and nowhere to be seen before they are proved.
 //!
-//! Memory: one part of 8 MiB being filled and one being written, for each upload. A blob of less than one part is
+//! Memory: one part of 8 MiB being filled and one being written, for each upload; of 64 MiB after the first 8 GiB. A blob of less than one part is
 //! written in one piece straight under its name; a longer one goes to a staging key, part by part, and is renamed.
 //! Uploads belong to this process: after a restart they are unknown, and clients begin again.
 
@@ -22,8 +22,12 @@ use uuid::Uuid;
 use crate::objects::Objects;
 use crate::{Repo, Store, StoreConfig, StoreError, keys};
 
-/// Bytes in one part: S3 wants at least 5 MiB, and 10,000 parts of 8 MiB are 80 GiB.
+/// Bytes in one part: S3 wants at least 5 MiB.
 pub const UPLOAD_PART_BYTES: usize = 8 << 20;
+/// Parts of that length; each that follows is so many times longer than it. S3 takes 10,000 parts, so 1,000 of 8 MiB
+/// and 9,000 of 64 MiB are 570 GiB.
+const PARTS_SHORT: usize = 1000;
+const PART_GROWS: usize = 8;
 
 /// The open uploads. Clones are the same.
 #[derive(Clone, Debug)]
@@ -216,6 +220,7 @@ struct Upload {
     pending: Vec<Bytes>,
     pending_bytes: usize,
     parts: Option<Box<dyn MultipartUpload>>,
+    parts_written: usize,
     hasher: Option<Hasher>,
     writing: Option<JoinHandle<Result<Hasher, StoreError>>>,
     touched: Instant,
@@ -231,6 +236,7 @@ impl Upload {
             pending: Vec::new(),
             pending_bytes: 0,
             parts: None,
+            parts_written: 0,
             hasher: Some(Hasher::new(algorithm)),
             writing: None,
             touched: Instant::now(),
@@ -244,7 +250,12 @@ impl Upload {
         self.tail.extend_from_slice(last);
         self.tail.drain(..self.tail.len().saturating_sub(FOOTER_BYTES));
         self.pending.push(bytes);
-        if self.pending_bytes >= UPLOAD_PART_BYTES { self.flush(objects).await } else { Ok(()) }
+        if self.pending_bytes >= self.part_bytes() { self.flush(objects).await } else { Ok(()) }
+    }
+
+    /// How long the next part is, in bytes.
+    fn part_bytes(&self) -> usize {
+        if self.parts_written < PARTS_SHORT { UPLOAD_PART_BYTES } else { UPLOAD_PART_BYTES * PART_GROWS }
     }
 
     /// Hashes and writes what is pending, in the background, after what is being written now.
@@ -256,6 +267,7 @@ impl Upload {
         let parts = self.parts.as_mut().expect("just made");
         let pieces = std::mem::take(&mut self.pending);
         self.pending_bytes = 0;
+        self.parts_written += 1;
         let part = parts.put_part(pieces.iter().cloned().collect());
         let hasher = self.hasher.take().ok_or(StoreError::UploadUnknown(self.id))?;
         self.writing = Some(tokio::spawn(async move {
@@ -312,7 +324,7 @@ impl Upload {
             if !hashed {
                 check(rehash(objects, &staging, self.received, expected.algorithm()).await?)?;
             }
-            Ok(objects.raw().rename(&staging, &keys::blob(expected)).await?)
+            objects.rename(&staging, &keys::blob(expected), self.received).await
         };
         let named: Result<(), StoreError> = named.await;
         if named.is_err() {

@@ -150,6 +150,6 @@ async fn two_processes_never_share_a_directory() {
     let first = open(directory.path()).await;
     let config = StoreConfig::new(directory.path().join("index"));
     let second = Store::open_directory(directory.path(), config).await;
-    assert!(matches!(second, Err(StoreError::Index { .. })));
+    assert!(matches!(second, Err(StoreError::InUse(_))));
     let _ = Arc::new(first);
 }

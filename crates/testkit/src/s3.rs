@@ -3,7 +3,7 @@
 //!
 //! Why this one: Garage cannot do conditional writes, since its replicas never agree on an order. `s3s-fs` honours
 //! `If-None-Match` and `If-Match`, but looks and writes in two steps, and copies in place; Amazon does each at once. So
-//! [`Atomic`] puts a lock around conditional writes and makes a copy a new object, and lists by directory, since
+//! `Atomic` puts a lock around conditional writes and makes a copy a new object, and lists by directory, since
 //! `s3s-fs` walks through the whole bucket for each list. It can also be slow, and refuse with 503 as Amazon does.
 
 mod atomic;

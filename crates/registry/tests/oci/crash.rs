@@ -1,5 +1,5 @@
-//! A push, with the object store failing from every write on, one after the other: afterwards nothing is named that is
-//! not there, and the same push again ends well.
+//! A push and a collection, with the object store failing from every write on, one after the other: afterwards nothing is
+//! named that is not there, and the same again ends well.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,7 +13,9 @@ use bytes::Bytes;
 use futures_util::stream::{BoxStream, StreamExt, TryStreamExt};
 use lamina_image::{Digest, Manifest, Recipe, media_type};
 use lamina_registry::{RegistryConfig, serve};
-use lamina_store::{ImageRecord, ImageState, LayerRecord, Store, StoreConfig};
+use lamina_store::{
+    FsckReport, GcConfig, GcReport, ImageRecord, ImageState, LayerRecord, Store, StoreConfig,
+};
 use lamina_testkit::noise;
 use object_store::memory::InMemory;
 use object_store::path::Path;
@@ -135,15 +137,28 @@ impl ObjectStore for Failing {
 
 /// Pushes the image to a registry over `objects`. Waits until it has its tree, or `crashed` says that it never will.
 async fn push(objects: Arc<dyn ObjectStore>, image: &Image, crashed: impl Fn() -> bool) -> bool {
+    push_as(objects, image, "v1", crashed).await
+}
+
+async fn push_as(
+    objects: Arc<dyn ObjectStore>,
+    image: &Image,
+    tag: &str,
+    crashed: impl Fn() -> bool,
+) -> bool {
     let index = tempfile::tempdir().unwrap();
-    let store = Store::open(objects, StoreConfig::new(index.path().join("index"))).await.unwrap();
+    // opening it takes a lease
+    let Ok(store) = Store::open(objects, StoreConfig::new(index.path().join("index"))).await else {
+        assert!(crashed(), "a store that does not crash was not opened");
+        return false;
+    };
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let (stop, stopped) = oneshot::channel::<()>();
     let served = store.clone();
     let serving =
         tokio::spawn(serve(listener, served, RegistryConfig::default(), async { drop(stopped.await) }));
-    let pushed = send(address, image).await;
+    let pushed = send(address, image, tag).await;
     let digest = Digest::of(&image.manifest);
     let begun = Instant::now();
     let mut done = false;
@@ -159,7 +174,7 @@ async fn push(objects: Arc<dyn ObjectStore>, image: &Image, crashed: impl Fn() -
 }
 
 /// False where any request was refused.
-async fn send(address: std::net::SocketAddr, image: &Image) -> bool {
+async fn send(address: std::net::SocketAddr, image: &Image, tag: &str) -> bool {
     for blob in image.blobs() {
         let path = format!("/v2/app/blobs/uploads/?digest={}", Digest::of(blob));
         if !support::send(address, http::Method::POST, &path, &[], blob.clone()).await.status.is_success() {
@@ -167,8 +182,8 @@ async fn send(address: std::net::SocketAddr, image: &Image) -> bool {
         }
     }
     let headers = [("content-type", media_type::OCI_MANIFEST)];
-    let path = "/v2/app/manifests/v1";
-    support::send(address, http::Method::PUT, path, &headers, image.manifest.clone())
+    let path = format!("/v2/app/manifests/{tag}");
+    support::send(address, http::Method::PUT, &path, &headers, image.manifest.clone())
         .await
         .status
         .is_success()
@@ -209,7 +224,7 @@ impl Contents {
             assert!(key.ends_with(&Digest::of(bytes).hex()), "{key} holds other bytes");
         }
         for (tag, value) in self.of::<lamina_store::RefValue>("refs/") {
-            let manifest = value.manifest.unwrap();
+            let Some(manifest) = value.manifest else { continue };
             let link = format!("repos/app/manifests/{}", manifest.hex());
             assert!(
                 self.objects.contains_key(&link),
@@ -270,7 +285,78 @@ async fn a_crash_after_any_write_of_a_push_leaves_no_dangling_name() {
         let (objects, writes) = failing(&inner, writes_max);
         push(objects, &image, || writes.load(Ordering::SeqCst) > writes_max).await;
         Contents::read(&inner).await.check();
+        fsck(&inner).await;
         assert!(push(Arc::clone(&inner) as _, &image, || false).await, "after {writes_max} writes");
         Contents::read(&inner).await.check();
+    }
+}
+
+/// The same without the processes' own words to collectors, which differ from run to run.
+fn kept(contents: &Contents) -> BTreeMap<String, Bytes> {
+    let ours = contents.objects.iter().filter(|(key, _)| !key.starts_with("collecting/"));
+    ours.map(|(key, bytes)| (key.clone(), bytes.clone())).collect()
+}
+
+fn collects() -> GcConfig {
+    let (none, lost_after) = (Duration::ZERO, Duration::from_millis(100));
+    GcConfig { grace: none, quarantine: none, lost_after, ..GcConfig::default() }
+}
+
+/// Collects once over `objects`. None where that crashed.
+async fn gc(objects: Arc<dyn ObjectStore>) -> Option<GcReport> {
+    let index = tempfile::tempdir().unwrap();
+    let config =
+        StoreConfig { poll_every: support::POLL_EVERY, ..StoreConfig::new(index.path().join("index")) };
+    let store = Store::open(objects, config).await.ok()?;
+    let now = std::time::SystemTime::now().duration_since(std::time::SystemTime::UNIX_EPOCH).unwrap();
+    let report = store.keeper().gc(&collects(), now.as_secs() + 2).await.ok()?;
+    store.close().await.ok()?;
+    Some(report)
+}
+
+/// Nothing is damaged; what nobody needs does no harm.
+async fn fsck(inner: &Arc<InMemory>) -> FsckReport {
+    let index = tempfile::tempdir().unwrap();
+    let config = StoreConfig::new(index.path().join("index"));
+    let store = Store::open(Arc::clone(inner) as _, config).await.unwrap();
+    let report = store.keeper().fsck(&|_| {}).await.unwrap();
+    assert!(report.damaged.is_empty(), "{report:#?}");
+    store.close().await.unwrap();
+    report
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_crash_after_any_write_of_a_collection_loses_nothing_and_the_next_one_ends_the_same() {
+    let (shared, own) = (noise(300_000, 1), noise(200_000, 2));
+    let stays = Image::new(&[&[("lib/shared", &shared)], &[("etc/motd", b"hi")]]);
+    let goes = Image::new(&[&[("lib/shared", &shared)], &[("own", &own)]]);
+    let full = Arc::new(InMemory::new());
+    assert!(push_as(Arc::clone(&full) as _, &goes, "v0", || false).await);
+    assert!(push_as(Arc::clone(&full) as _, &stays, "v1", || false).await);
+    let index = tempfile::tempdir().unwrap();
+    let store =
+        Store::open(Arc::clone(&full) as _, StoreConfig::new(index.path().join("index"))).await.unwrap();
+    store.set_tag(&"app".parse().unwrap(), &"v0".parse().unwrap(), None).await.unwrap();
+    store.close().await.unwrap();
+    drop(store);
+    let failing = |writes_max| {
+        let (inner, writes) = (Arc::new(full.fork()), Arc::new(AtomicUsize::new(0)));
+        let failing = Failing { inner: Arc::clone(&inner), writes: Arc::clone(&writes), writes_max };
+        (inner, Arc::new(failing), writes)
+    };
+    let (inner, objects, writes) = failing(usize::MAX);
+    let freed = gc(objects).await.unwrap().freed;
+    assert!(freed.bytes > 200_000, "{freed:?}");
+    let (whole, expected) = (writes.load(Ordering::SeqCst), kept(&Contents::read(&inner).await));
+    assert!(whole > 20, "a collection of only {whole} writes");
+    for writes_max in 0..whole {
+        let (inner, objects, _) = failing(writes_max);
+        let _ = gc(objects).await;
+        Contents::read(&inner).await.check();
+        fsck(&inner).await;
+        assert!(gc(Arc::clone(&inner) as _).await.is_some(), "after {writes_max} writes");
+        assert_eq!(fsck(&inner).await.garbage_blobs, 0, "after {writes_max} writes");
+        let left = kept(&Contents::read(&inner).await);
+        assert!(left == expected, "after {writes_max} writes: {:?}", left.keys().collect::<Vec<_>>());
     }
 }

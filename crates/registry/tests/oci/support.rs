@@ -20,6 +20,9 @@ use tokio::time::{Instant, timeout};
 /// No step of a test takes longer on any machine.
 const DEADLINE: Duration = Duration::from_secs(60);
 
+/// How often registries in tests look for collectors.
+pub(crate) const POLL_EVERY: Duration = Duration::from_millis(20);
+
 pub(crate) struct Registry {
     pub(crate) address: SocketAddr,
     pub(crate) store: Store,
@@ -44,7 +47,7 @@ impl Registry {
     }
 
     async fn open(directory: &Path, config: RegistryConfig) -> Self {
-        let store = StoreConfig::new(directory.join("index"));
+        let store = StoreConfig { poll_every: POLL_EVERY, ..StoreConfig::new(directory.join("index")) };
         let store = Store::open_directory(directory, store).await.unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -59,15 +62,22 @@ impl Registry {
     }
 
     /// Stops it and starts another one on the same directory.
-    pub(crate) async fn restart(mut self) -> Self {
+    pub(crate) async fn restart(self) -> Self {
+        self.stop().await.1.start().await
+    }
+
+    /// Stops it. Gives its directory, and what starts another one there.
+    pub(crate) async fn stop(mut self) -> (PathBuf, Stopped) {
         let temporary = self._temporary.take();
         self.stop.take();
         timeout(DEADLINE, self.serving.take().unwrap()).await.unwrap().unwrap();
         let (directory, config) = (self.directory.clone(), self.config.clone());
-        drop(self);
-        let mut again = Self::open(&directory, config).await;
-        again._temporary = temporary;
-        again
+        (directory.clone(), Stopped { directory, config, temporary })
+    }
+
+    /// Where it keeps everything.
+    pub(crate) fn directory(&self) -> &Path {
+        &self.directory
     }
 
     /// Makes the record of a manifest unreadable. Gives what only the inside knows of it.
@@ -134,6 +144,21 @@ impl Registry {
             tokio::task::yield_now().await;
         }
         panic!("{image} is still converting after {DEADLINE:?}");
+    }
+}
+
+/// A registry that was stopped.
+pub(crate) struct Stopped {
+    directory: PathBuf,
+    config: RegistryConfig,
+    temporary: Option<tempfile::TempDir>,
+}
+
+impl Stopped {
+    pub(crate) async fn start(self) -> Registry {
+        let mut again = Registry::open(&self.directory, self.config).await;
+        again._temporary = self.temporary;
+        again
     }
 }
 

@@ -1,0 +1,277 @@
+//! Online garbage collection: mark, quarantine, and deletion of what nobody is taking in.
+//!
+//! 1. *Mark* from the tags. What is not reached and was written longer than the grace period ago is garbage.
+//! 2. *Quarantine*: garbage is written down, with the time at which it was first seen; it stays where it is, and what is
+//!    reached again leaves the list. What was in it for long enough is due.
+//! 3. *Condemn* what is due, ask every process that takes things in which of it is held there ([`crate::lease`]), mark
+//!    again, and delete the rest. First the names (manifests, records, deleted tags), then the blobs that no name that
+//!    is left leads to, whether or not a tag leads to the name.
+//!
+//! So whoever finds a name finds what it leads to, at any moment and after a crash at any moment; a crash leaves
+//! garbage, and the next collection goes on. Cost: a listing of everything, and one read of each manifest, record and
+//! recipe. Memory: some 200 bytes an object.
+
+mod condemn;
+mod quarantine;
+mod report;
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use futures_util::TryStreamExt;
+use lamina_image::Digest;
+
+use crate::StoreError;
+use crate::collector::Collector;
+use crate::inventory::{Inventory, Listed};
+use crate::keys::{self, Named};
+use crate::lease::LOST_AFTER;
+use crate::mark::{Marked, Marker, Roots};
+use crate::objects::Objects;
+
+use self::quarantine::Quarantine;
+pub use self::report::{GcAmount, GcReport};
+
+/// How a collection is done.
+#[derive(Clone, Debug)]
+pub struct GcConfig {
+    /// What was written later than this before now is never collected.
+    pub grace: Duration,
+    /// How long garbage stays in quarantine.
+    pub quarantine: Duration,
+    /// Keep manifests that no tag leads to: only what was deleted is collected then.
+    pub keep_untagged: bool,
+    /// Only look.
+    pub dry_run: bool,
+    /// After how long a process that does not answer is taken for dead. Shorter than the usual minute only where it is
+    /// known to be.
+    pub lost_after: Duration,
+}
+
+impl Default for GcConfig {
+    fn default() -> Self {
+        let day = Duration::from_secs(24 * 3600);
+        Self { grace: day, quarantine: day, keep_untagged: false, dry_run: false, lost_after: LOST_AFTER }
+    }
+}
+
+/// Collects and checks a store, beside the processes that serve it or without them.
+#[derive(Clone, Debug)]
+pub struct Keeper {
+    pub(crate) objects: Objects,
+}
+
+/// One collection.
+struct Gc<'a> {
+    objects: &'a Objects,
+    config: &'a GcConfig,
+    collector: Collector,
+    marker: Marker,
+    /// In seconds since 1970.
+    now: i64,
+    lists: u64,
+    report: GcReport,
+}
+
+impl Keeper {
+    pub(crate) fn new(objects: Objects) -> Self {
+        Self { objects }
+    }
+
+    /// A keeper of what is in `storage`.
+    pub async fn open(storage: &crate::Storage) -> Result<Self, StoreError> {
+        Ok(Self::new(storage.objects().await?))
+    }
+
+    /// Whether any process has a lease: it serves the store, or died not long ago.
+    pub async fn is_served(&self) -> Result<bool, StoreError> {
+        Ok(self.objects.list(&keys::leases()).try_next().await?.is_some())
+    }
+
+    /// Collects garbage; `now` is in seconds since 1970, by a clock that is not far from the object store's.
+    ///
+    /// # Errors
+    /// [`StoreError::Collected`] where somebody else collects; [`StoreError::Unmarkable`] and [`StoreError::Record`]
+    /// where what is reachable cannot be known. Nothing is deleted then.
+    pub async fn gc(&self, config: &GcConfig, now: u64) -> Result<GcReport, StoreError> {
+        let now = i64::try_from(now).unwrap_or(i64::MAX);
+        if config.dry_run {
+            return dry_run(&self.objects, config, now).await;
+        }
+        let collector = Collector::begin(&self.objects, config.lost_after).await?;
+        let marker = Marker::new(self.objects.clone());
+        let report = GcReport::default();
+        let mut gc = Gc { objects: &self.objects, config, collector, marker, now, lists: 0, report };
+        let ended = gc.run().await;
+        gc.collector.release(&self.objects).await?;
+        ended.map(|()| gc.report)
+    }
+}
+
+impl GcConfig {
+    fn young_after(&self, now: i64) -> i64 {
+        now.saturating_sub(i64::try_from(self.grace.as_secs()).unwrap_or(i64::MAX))
+    }
+
+    fn roots(&self, now: i64) -> Roots {
+        if self.keep_untagged {
+            Roots::Untagged
+        } else {
+            Roots::Tagged { young_after: self.young_after(now) }
+        }
+    }
+}
+
+async fn dry_run(objects: &Objects, config: &GcConfig, now: i64) -> Result<GcReport, StoreError> {
+    let mut marker = Marker::new(objects.clone());
+    let inventory = Inventory::read(objects).await?;
+    let marked = marker.mark(&inventory, config.roots(now)).await?;
+    let mut report = GcReport { dry_run: true, ..GcReport::default() };
+    let garbage = garbage(&marker, &inventory, &marked, config, now).await?;
+    let mut quarantine = Quarantine::read(objects).await?;
+    quarantine.update(garbage.iter().map(|(named, _)| named), now);
+    report.count(&inventory, &garbage);
+    for (named, listed) in &garbage {
+        if quarantine.is_due(named, config.quarantine, now) {
+            report.freed.add(named, listed.bytes);
+        } else {
+            report.quarantined.add(named, listed.bytes);
+        }
+    }
+    Ok(report)
+}
+
+/// What is not reached and old enough.
+async fn garbage(
+    marker: &Marker,
+    inventory: &Inventory,
+    marked: &Marked,
+    config: &GcConfig,
+    now: i64,
+) -> Result<Vec<(Named, Listed)>, StoreError> {
+    let young_after = config.young_after(now);
+    let gone: BTreeSet<_> = marker
+        .tags(inventory)
+        .await?
+        .into_iter()
+        .filter(|(_, _, _, manifest)| manifest.is_none())
+        .map(|(tag, _, _, _)| tag)
+        .collect();
+    let is_garbage = |named: &Named| match named {
+        Named::Blob(_) | Named::Pack(_) | Named::Arrival(_) | Named::Link(..) => {
+            !named.bytes().is_some_and(|digest| marked.blobs.contains(&digest))
+        }
+        Named::Layer(_) | Named::Image(_) | Named::Manifest(..) | Named::Referrer(..) => {
+            !marked.names.contains(named)
+        }
+        // older values of a tag are taken away by its changes; a deleted one goes with all of them
+        Named::TagValue(repo, tag, _) => gone.contains(&(repo.clone(), tag.clone())),
+        Named::Job(..) => false,
+    };
+    let old = inventory.0.iter().filter(|(_, listed)| listed.written < young_after);
+    Ok(old.filter(|(named, _)| is_garbage(named)).map(|(named, listed)| (named.clone(), *listed)).collect())
+}
+
+impl Gc<'_> {
+    async fn run(&mut self) -> Result<(), StoreError> {
+        let inventory = Inventory::read(self.objects).await?;
+        let marked = self.marker.mark(&inventory, self.config.roots(self.now)).await?;
+        let garbage = garbage(&self.marker, &inventory, &marked, self.config, self.now).await?;
+        self.report.count(&inventory, &garbage);
+        let mut quarantine = Quarantine::read(self.objects).await?;
+        quarantine.update(garbage.iter().map(|(named, _)| named), self.now);
+        quarantine.write(self.objects).await?;
+        let due = |named: &Named| quarantine.is_due(named, self.config.quarantine, self.now);
+        let (names, bytes): (Vec<_>, Vec<_>) =
+            garbage.iter().filter(|(named, _)| due(named)).cloned().partition(|(named, _)| !is_bytes(named));
+        let deleted = self.delete_names(names).await?;
+        let deleted = deleted.into_iter().chain(self.delete_bytes(bytes).await?);
+        let deleted: BTreeSet<Named> = deleted.collect();
+        for (named, listed) in &garbage {
+            let amount =
+                if deleted.contains(named) { &mut self.report.freed } else { &mut self.report.quarantined };
+            amount.add(named, listed.bytes);
+        }
+        quarantine.forget(&deleted);
+        quarantine.write(self.objects).await
+    }
+
+    /// Deletes names that are due and that still nothing reaches.
+    async fn delete_names(&mut self, due: Vec<(Named, Listed)>) -> Result<Vec<Named>, StoreError> {
+        if due.is_empty() {
+            return Ok(Vec::new());
+        }
+        let list = self.condemn(due.iter().map(|(named, _)| named.key())).await?;
+        let inventory = Inventory::read_names(self.objects).await?;
+        let marked = self.marker.mark(&inventory, self.config.roots(self.now)).await?;
+        let due_now: BTreeSet<Named> = garbage(&self.marker, &inventory, &marked, self.config, self.now)
+            .await?
+            .into_iter()
+            .map(|(named, _)| named)
+            .collect();
+        let mut doomed: Vec<Named> = due.into_iter().map(|(named, _)| named).collect();
+        doomed.retain(|named| due_now.contains(named) && !list.holds(named));
+        keep_history(&mut doomed, &list);
+        // what hangs goes before what it hangs on is gone; a deleted tag's last value goes last
+        doomed.sort_by_key(|named| (order(named), named.clone()));
+        let deleted = self.delete(&doomed).await?;
+        self.forgive(list).await?;
+        Ok(deleted)
+    }
+
+    /// Deletes blobs that are due, with their marks as packs, where no name that is left leads to them.
+    async fn delete_bytes(&mut self, due: Vec<(Named, Listed)>) -> Result<Vec<Named>, StoreError> {
+        if due.is_empty() {
+            return Ok(Vec::new());
+        }
+        let list = self.condemn(due.iter().map(|(named, _)| named.key())).await?;
+        let inventory = Inventory::read(self.objects).await?;
+        let marked = self.marker.mark(&inventory, Roots::All).await?;
+        let young_after = self.config.young_after(self.now);
+        let held: BTreeSet<Digest> = list.held().filter_map(Named::bytes).collect();
+        let stays = |digest: &Digest| marked.blobs.contains(digest) || held.contains(digest);
+        let mut doomed: Vec<Named> = due.into_iter().map(|(named, _)| named).collect();
+        // what came once more meanwhile is young
+        doomed.retain(|named| inventory.0.get(named).is_some_and(|listed| listed.written < young_after));
+        doomed.retain(|named| named.bytes().is_some_and(|digest| !stays(&digest)));
+        doomed.sort_by_key(|named| (order(named), named.clone()));
+        let deleted = self.delete(&doomed).await?;
+        self.forgive(list).await?;
+        Ok(deleted)
+    }
+}
+
+/// Whether it is bytes, or a mark that goes with them.
+fn is_bytes(named: &Named) -> bool {
+    matches!(named, Named::Blob(_) | Named::Pack(_) | Named::Arrival(_))
+}
+
+/// In which order things go: never what is named before what names it.
+fn order(named: &Named) -> u8 {
+    match named {
+        Named::TagValue(..) | Named::Job(..) => 0,
+        Named::Referrer(..) => 1,
+        Named::Manifest(..) => 2,
+        Named::Image(_) => 3,
+        // a layer's record is what a plain tar is rebuilt from, so what leads to that tar goes before
+        Named::Link(..) => 4,
+        Named::Layer(_) => 5,
+        Named::Pack(_) | Named::Arrival(_) => 6,
+        Named::Blob(_) => 7,
+    }
+}
+
+/// Of a deleted tag all values go, or none: the newest must not go before an older one.
+fn keep_history(doomed: &mut Vec<Named>, list: &condemn::Condemned) {
+    let kept: BTreeSet<_> = list
+        .held()
+        .filter_map(|named| match named {
+            Named::TagValue(repo, tag, _) => Some((repo.clone(), tag.clone())),
+            _ => None,
+        })
+        .collect();
+    doomed.retain(|named| match named {
+        Named::TagValue(repo, tag, _) => !kept.contains(&(repo.clone(), tag.clone())),
+        _ => true,
+    });
+}

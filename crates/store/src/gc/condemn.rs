@@ -1,0 +1,120 @@
+//! Deleting what nobody holds.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use futures_util::stream::{self, StreamExt, TryStreamExt};
+use object_store::path::Path;
+use tokio::time::{Instant, timeout};
+
+use super::Gc;
+use crate::StoreError;
+use crate::keys::{self, Named};
+use crate::lease::{CondemnedRecord, LeaseRecord};
+
+/// Objects that are deleted in one request, where the store can.
+const BATCH: usize = 500;
+/// How long a batch may take: with what its collector checks before, all is over before anybody takes over.
+const BATCH_MAX: Duration = Duration::from_secs(20);
+/// How often answers are looked for.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+/// A list that every process has read.
+#[derive(Debug)]
+pub(super) struct Condemned {
+    number: u64,
+    held: BTreeSet<Named>,
+}
+
+impl Condemned {
+    /// Whether any process holds it.
+    pub(super) fn holds(&self, named: &Named) -> bool {
+        self.held.contains(named)
+    }
+
+    /// What is held.
+    pub(super) fn held(&self) -> impl Iterator<Item = &Named> {
+        self.held.iter()
+    }
+}
+
+impl Gc<'_> {
+    /// Says what is about to be deleted, and waits until every process has answered, or is dead.
+    pub(super) async fn condemn(
+        &mut self,
+        condemned: impl Iterator<Item = Path>,
+    ) -> Result<Condemned, StoreError> {
+        self.collector.check().await?;
+        // each list has its own number, and later ones higher ones
+        self.lists += 1;
+        let number = self.collector.number().await * 1000 + self.lists;
+        let record = CondemnedRecord { keys: condemned.map(|key| key.to_string()).collect() };
+        self.objects.put_json(&keys::condemned(number), &record).await?;
+        let begun = Instant::now();
+        let mut silent = BTreeMap::<Path, ()>::new();
+        let mut held = BTreeSet::new();
+        let leases: Vec<_> = self.objects.list(&keys::leases()).try_collect().await?;
+        silent.extend(leases.into_iter().map(|lease| (lease.location, ())));
+        while !silent.is_empty() {
+            for key in silent.keys().cloned().collect::<Vec<_>>() {
+                let lease = self.objects.json::<LeaseRecord>(&key).await?;
+                match lease {
+                    Some(lease) if lease.seen < number => continue,
+                    Some(lease) => {
+                        let keys = lease.held.iter().map(|key| Path::from(key.as_str()));
+                        held.extend(keys.filter_map(|key| Named::parse(&key)));
+                    }
+                    // it has ended in good order
+                    None => {}
+                }
+                silent.remove(&key);
+            }
+            if !silent.is_empty() && begun.elapsed() > self.config.lost_after {
+                for key in silent.keys() {
+                    tracing::warn!(lease = %key, "a process did not answer and is taken for dead");
+                    self.objects.delete(key).await?;
+                }
+                silent.clear();
+            }
+            if !silent.is_empty() {
+                tokio::time::sleep(LOOK_EVERY).await;
+            }
+        }
+        self.report.held += held.len() as u64;
+        Ok(Condemned { number, held })
+    }
+
+    /// Deletes these, in this order. Gives those that are gone.
+    pub(super) async fn delete(&mut self, doomed: &[Named]) -> Result<Vec<Named>, StoreError> {
+        let mut gone = Vec::with_capacity(doomed.len());
+        let mut rest = doomed;
+        while let Some(first) = rest.first() {
+            // kinds are never mixed: a batch is deleted in any order
+            let same = rest.iter().take(BATCH).take_while(|named| super::order(named) == super::order(first));
+            // and of a tag's values the newest goes last
+            let count = if super::order(first) == 0 { 1 } else { same.count() };
+            let (batch, later) = rest.split_at(count);
+            rest = later;
+            self.collector.check().await?;
+            let keys: Vec<_> = batch.iter().map(|named| Ok(named.key())).collect();
+            let deleting = self.objects.raw().delete_stream(stream::iter(keys).boxed()).collect::<Vec<_>>();
+            let deleted = timeout(BATCH_MAX, deleting).await.map_err(|_| StoreError::Collected)?;
+            for deleted in deleted {
+                match deleted {
+                    Ok(key) => gone.extend(Named::parse(&key)),
+                    Err(object_store::Error::NotFound { path, .. }) => {
+                        gone.extend(Named::parse(&path.into()))
+                    }
+                    // it stays in quarantine, and the next collection tries again
+                    Err(error) => tracing::warn!(%error, "garbage was not deleted"),
+                }
+            }
+        }
+        Ok(gone)
+    }
+
+    /// Takes the list away: whoever waited goes on.
+    pub(super) async fn forgive(&mut self, list: Condemned) -> Result<(), StoreError> {
+        self.objects.delete(&keys::condemned(list.number)).await
+    }
+}

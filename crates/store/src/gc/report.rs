@@ -1,0 +1,60 @@
+//! What a collection did, or would do.
+
+use serde::Serialize;
+
+use crate::inventory::{Inventory, Listed};
+use crate::keys::Named;
+
+/// How much of something.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct GcAmount {
+    /// Manifests, in repositories.
+    pub manifests: u64,
+    /// Blobs, packs among them.
+    pub blobs: u64,
+    /// Records of images, layers, tags and packs, and what lists referrers.
+    pub records: u64,
+    /// Bytes of all of them.
+    pub bytes: u64,
+}
+
+impl GcAmount {
+    pub(super) fn add(&mut self, named: &Named, bytes: u64) {
+        match named {
+            Named::Blob(_) => self.blobs += 1,
+            Named::Manifest(..) => self.manifests += 1,
+            _ => self.records += 1,
+        }
+        self.bytes += bytes;
+    }
+}
+
+/// What a collection did, or would do.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct GcReport {
+    /// Nothing was changed.
+    pub dry_run: bool,
+    /// What is reachable, or too young to be collected.
+    pub kept: GcAmount,
+    /// Garbage that stays in quarantine, or that somebody holds.
+    pub quarantined: GcAmount,
+    /// What was deleted, or would be.
+    pub freed: GcAmount,
+    /// Objects that were due, and that some process was just taking in.
+    pub held: u64,
+    /// Files that a crash had left half written.
+    pub leftovers: u64,
+}
+
+impl GcReport {
+    /// Counts what stays for now.
+    pub(super) fn count(&mut self, inventory: &Inventory, garbage: &[(Named, Listed)]) {
+        let mut rest = inventory.0.clone();
+        for (named, _) in garbage {
+            rest.remove(named);
+        }
+        for (named, listed) in rest {
+            self.kept.add(&named, listed.bytes);
+        }
+    }
+}

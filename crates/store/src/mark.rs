@@ -1,0 +1,324 @@
+//! What is reachable: from tags through indexes, manifests and what hangs on them to configs, layers, recipes, trees and
+//! packs.
+//!
+//! Nothing is guessed: where a manifest or a recipe on the way does not parse, what it names is unknown, and marking
+//! fails. Cost: each manifest, image record, layer record and recipe on the way is read once, also over several marks.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use futures_util::stream::{self, StreamExt, TryStreamExt};
+use lamina_image::{
+    BOOT_ANNOTATION, Descriptor, Digest, MANIFEST_BYTES_MAX, PROFILE_ANNOTATION, RECIPE_ANNOTATION, Recipe,
+    TREE_ANNOTATION, media_type,
+};
+use serde::Deserialize;
+
+use crate::inventory::Inventory;
+use crate::keys::Named;
+use crate::objects::Objects;
+use crate::record::{ImageRecord, LayerRecord, RefValue};
+use crate::{Repo, StoreError, Tag, keys};
+
+/// Objects that are read at the same time.
+const READS: usize = 16;
+/// Recipes over 512 MiB are refused when they come.
+const RECIPE_BYTES_MAX: u64 = 512 << 20;
+
+/// What a mark begins with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Roots {
+    /// Tags, jobs, and manifests that were written after this moment, in seconds since 1970.
+    Tagged {
+        /// See above.
+        young_after: i64,
+    },
+    /// Every manifest that is in a repository.
+    Untagged,
+    /// Every manifest and every record that is there, whether or not anything names it.
+    All,
+}
+
+/// What was reached.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Marked {
+    /// Manifests, images, layers, and what else names things.
+    pub(crate) names: BTreeSet<Named>,
+    pub(crate) blobs: BTreeSet<Digest>,
+}
+
+/// A manifest or an index, as far as it names others.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub(crate) struct Document {
+    pub(crate) config: Option<Descriptor>,
+    pub(crate) layers: Option<Vec<Descriptor>>,
+    pub(crate) manifests: Option<Vec<Descriptor>>,
+    pub(crate) annotations: Option<BTreeMap<String, String>>,
+}
+
+impl Document {
+    /// Blobs that it names.
+    pub(crate) fn blobs(&self) -> impl Iterator<Item = Digest> {
+        let noted = [TREE_ANNOTATION, PROFILE_ANNOTATION, BOOT_ANNOTATION];
+        let noted = noted.into_iter().filter_map(|name| digest_in(self.annotations.as_ref()?.get(name)));
+        let layers = self.layers.iter().flatten().map(|layer| layer.digest);
+        layers.chain(self.config.as_ref().map(|config| config.digest)).chain(noted).chain(self.recipes())
+    }
+
+    /// Those of them that are recipes.
+    pub(crate) fn recipes(&self) -> impl Iterator<Item = Digest> {
+        let recipe = |layer: &Descriptor| match layer.media_type == media_type::RECIPE {
+            true => Some(layer.digest),
+            false => digest_in(layer.annotations.get(RECIPE_ANNOTATION)),
+        };
+        self.layers.iter().flatten().filter_map(recipe)
+    }
+}
+
+fn digest_in(text: Option<&String>) -> Option<Digest> {
+    text?.parse().ok()
+}
+
+/// Reads what names others, each once.
+#[derive(Debug)]
+pub(crate) struct Marker {
+    objects: Objects,
+    documents: HashMap<Digest, Document>,
+    images: HashMap<Digest, ImageRecord>,
+    layers: HashMap<Digest, LayerRecord>,
+    /// The packs of each recipe.
+    recipes: HashMap<Digest, BTreeSet<Digest>>,
+}
+
+impl Marker {
+    pub(crate) fn new(objects: Objects) -> Self {
+        let (documents, images, layers) = (HashMap::new(), HashMap::new(), HashMap::new());
+        Self { objects, documents, images, layers, recipes: HashMap::new() }
+    }
+
+    /// Marks what the names in `inventory` reach.
+    ///
+    /// # Errors
+    /// [`StoreError::Unmarkable`] and [`StoreError::Record`] where something on the way is damaged.
+    pub(crate) async fn mark(&mut self, inventory: &Inventory, roots: Roots) -> Result<Marked, StoreError> {
+        let mut marked = Marked::default();
+        let manifests = self.roots(inventory, roots, &mut marked).await?;
+        self.manifests(inventory, manifests, &mut marked).await?;
+        self.records(inventory, roots, &mut marked).await?;
+        self.packs(&mut marked).await?;
+        Ok(marked)
+    }
+
+    async fn roots(
+        &self,
+        inventory: &Inventory,
+        roots: Roots,
+        marked: &mut Marked,
+    ) -> Result<Vec<(Repo, Digest)>, StoreError> {
+        let mut found = Vec::new();
+        for (named, listed) in &inventory.0 {
+            match (named, roots) {
+                (Named::Manifest(repo, digest), Roots::All | Roots::Untagged) => {
+                    found.push((repo.clone(), *digest))
+                }
+                (Named::Manifest(repo, digest), Roots::Tagged { young_after })
+                    if listed.written >= young_after =>
+                {
+                    found.push((repo.clone(), *digest));
+                }
+                (Named::Link(digest, _), Roots::All) => drop(marked.blobs.insert(*digest)),
+                (Named::Job(digest, repo), _) => found.push((repo.clone(), *digest)),
+                _ => {}
+            }
+        }
+        for (repo, _, number, manifest) in self.tags(inventory).await? {
+            let (repo, tag) = repo;
+            marked.names.insert(Named::TagValue(repo.clone(), tag, number));
+            found.extend(manifest.map(|manifest| (repo, manifest)));
+        }
+        Ok(found)
+    }
+
+    /// The current value of each tag: its name, how many values it has, the number and what it names.
+    pub(crate) async fn tags(&self, inventory: &Inventory) -> Result<Vec<CurrentTag>, StoreError> {
+        let mut tags = BTreeMap::<(Repo, Tag), (usize, u64)>::new();
+        for named in inventory.keys() {
+            if let Named::TagValue(repo, tag, number) = named {
+                let (values, highest) = tags.entry((repo.clone(), tag.clone())).or_default();
+                *values += 1;
+                *highest = number.max(highest).to_owned();
+            }
+        }
+        let read = |((repo, tag), (values, number)): ((Repo, Tag), (usize, u64))| async move {
+            let value = self.objects.json::<RefValue>(&keys::tag_value(&repo, &tag, number)).await?;
+            // gone: so many were written since the listing that it is an old one. Whoever wrote them holds their manifests
+            Ok::<_, StoreError>(((repo, tag), values, number, value.and_then(|value| value.manifest)))
+        };
+        stream::iter(tags.into_iter().map(read)).buffered(READS).try_collect().await
+    }
+
+    /// Follows manifests, what they list, and what hangs on them.
+    async fn manifests(
+        &mut self,
+        inventory: &Inventory,
+        mut open: Vec<(Repo, Digest)>,
+        marked: &mut Marked,
+    ) -> Result<(), StoreError> {
+        let mut hanging = BTreeMap::<(&Repo, Digest), Vec<Digest>>::new();
+        for named in inventory.keys() {
+            if let Named::Referrer(repo, subject, digest) = named {
+                hanging.entry((repo, *subject)).or_default().push(*digest);
+            }
+        }
+        while !open.is_empty() {
+            let mut wave = Vec::new();
+            for (repo, digest) in std::mem::take(&mut open) {
+                let link = Named::Manifest(repo.clone(), digest);
+                if inventory.has(&link) && marked.names.insert(link) {
+                    marked.blobs.insert(digest);
+                    wave.push((repo, digest));
+                }
+            }
+            self.read_documents(wave.iter().map(|(_, digest)| *digest)).await?;
+            for (repo, digest) in wave {
+                marked.names.insert(Named::Image(digest));
+                let document = &self.documents[&digest];
+                marked.blobs.extend(document.blobs());
+                let children = document.manifests.iter().flatten().map(|child| child.digest);
+                open.extend(children.map(|child| (repo.clone(), child)));
+                for referrer in hanging.get(&(&repo, digest)).into_iter().flatten() {
+                    marked.names.insert(Named::Referrer(repo.clone(), digest, *referrer));
+                    open.push((repo.clone(), *referrer));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn read_documents(&mut self, digests: impl Iterator<Item = Digest>) -> Result<(), StoreError> {
+        let unread: BTreeSet<Digest> =
+            digests.filter(|digest| !self.documents.contains_key(digest)).collect();
+        let objects = &self.objects;
+        let read = |digest: Digest| async move {
+            let bytes = objects.read(&keys::blob(digest), MANIFEST_BYTES_MAX as u64).await?;
+            let wrong = |reason| StoreError::Unmarkable { what: "manifest", digest, reason };
+            let bytes = bytes.ok_or_else(|| wrong("it is missing".to_owned()))?;
+            if !digest.names(&bytes) {
+                return Err(wrong("it hashes to something else".to_owned()));
+            }
+            let document = serde_json::from_slice(&bytes).map_err(|error| wrong(error.to_string()))?;
+            Ok((digest, document))
+        };
+        let found = stream::iter(unread.into_iter().map(read)).buffer_unordered(READS);
+        let found: Vec<(Digest, Document)> = found.try_collect().await?;
+        self.documents.extend(found);
+        Ok(())
+    }
+
+    /// Follows the records of the images and layers that were reached, or of all.
+    async fn records(
+        &mut self,
+        inventory: &Inventory,
+        roots: Roots,
+        marked: &mut Marked,
+    ) -> Result<(), StoreError> {
+        let all = roots == Roots::All;
+        let images = inventory.keys().filter_map(|named| match named {
+            Named::Image(digest) if all || marked.names.contains(named) => Some(*digest),
+            _ => None,
+        });
+        for (digest, image) in
+            read_records(&self.objects, images.collect(), &self.images, keys::image).await?
+        {
+            self.images.insert(digest, image);
+            marked.names.insert(Named::Image(digest));
+        }
+        for named in marked.names.clone() {
+            let Named::Image(digest) = named else { continue };
+            let Some(image) = self.images.get(&digest) else { continue };
+            let parts = [&image.tree, &image.artifact];
+            marked.blobs.extend(parts.into_iter().flatten().map(|part| part.digest));
+        }
+        let mut open: Vec<Digest> = inventory
+            .keys()
+            .filter_map(|named| match named {
+                Named::Layer(digest) if all || marked.blobs.contains(digest) => Some(*digest),
+                _ => None,
+            })
+            .collect();
+        while !open.is_empty() {
+            let wave = std::mem::take(&mut open);
+            let read = read_records(&self.objects, wave.clone(), &self.layers, keys::layer).await?;
+            self.layers.extend(read);
+            for digest in wave {
+                let Some(layer) = self.layers.get(&digest) else { continue };
+                marked.names.insert(Named::Layer(digest));
+                marked.blobs.extend([layer.recipe, layer.diff_id]);
+                self.recipes.entry(layer.recipe).or_default();
+                let plain = Named::Layer(layer.diff_id);
+                if inventory.has(&plain) && !marked.names.contains(&plain) {
+                    open.push(layer.diff_id);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Follows recipes to packs.
+    async fn packs(&mut self, marked: &mut Marked) -> Result<(), StoreError> {
+        let named = self.documents.iter().filter(|(digest, _)| marked.blobs.contains(digest));
+        let mut recipes: BTreeSet<Digest> = named.flat_map(|(_, document)| document.recipes()).collect();
+        recipes.extend(self.recipes.keys().filter(|digest| marked.blobs.contains(digest)));
+        let objects = &self.objects;
+        let read = |(digest, ours): (Digest, bool)| async move {
+            Ok::<_, StoreError>((digest, recipe_packs(objects, digest, ours).await?))
+        };
+        let unread = recipes.iter().filter_map(|digest| match self.recipes.get(digest) {
+            Some(packs) if packs.is_empty() => Some((*digest, true)),
+            Some(_) => None,
+            None => Some((*digest, false)),
+        });
+        let unread: Vec<(Digest, bool)> = unread.collect();
+        let found: Vec<_> =
+            stream::iter(unread.into_iter().map(read)).buffer_unordered(2).try_collect().await?;
+        self.recipes.extend(found);
+        for recipe in recipes {
+            marked.blobs.extend(self.recipes.get(&recipe).into_iter().flatten());
+        }
+        Ok(())
+    }
+}
+
+/// A tag, how many values it has, the newest one's number, and what that names.
+pub(crate) type CurrentTag = ((Repo, Tag), usize, u64, Option<Digest>);
+
+/// The packs that a recipe names. Whatever others call a recipe and is none names nothing; one of `ours` must be good.
+async fn recipe_packs(objects: &Objects, digest: Digest, ours: bool) -> Result<BTreeSet<Digest>, StoreError> {
+    // not there: a push that was given up, or what a third party's annotation says
+    let Some(bytes) = objects.read(&keys::blob(digest), RECIPE_BYTES_MAX).await? else {
+        return Ok(BTreeSet::new());
+    };
+    let parsed = tokio::task::spawn_blocking(move || match Recipe::parse(bytes.clone()) {
+        Ok(recipe) => Ok(recipe.frames().iter().map(|(_, place)| Digest::from(place.pack)).collect()),
+        Err(_) if !ours && digest.names(&bytes) => Ok(BTreeSet::new()),
+        Err(error) => Err(error.to_string()),
+    });
+    let parsed = parsed.await.expect("parsing does not panic");
+    parsed.map_err(|reason| StoreError::Unmarkable { what: "recipe", digest, reason })
+}
+
+/// Those of these records that were not read yet and are there.
+async fn read_records<T: serde::de::DeserializeOwned>(
+    objects: &Objects,
+    digests: Vec<Digest>,
+    known: &HashMap<Digest, T>,
+    key: fn(Digest) -> object_store::path::Path,
+) -> Result<Vec<(Digest, T)>, StoreError> {
+    let unread = digests.into_iter().filter(|digest| !known.contains_key(digest));
+    let read = |digest| async move {
+        let record: Option<T> = objects.json(&key(digest)).await?;
+        Ok::<_, StoreError>(record.map(|record| (digest, record)))
+    };
+    let found = stream::iter(unread.map(read)).buffer_unordered(READS);
+    found.try_filter_map(|found| async move { Ok(found) }).try_collect().await
+}
