@@ -12,3 +12,5 @@ mod profile;
 mod pushing;
 #[path = "cli/rig.rs"]
 mod rig;
+#[path = "cli/seeing.rs"]
+mod seeing;

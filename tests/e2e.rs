@@ -4,8 +4,12 @@
 
 #[path = "e2e/commit.rs"]
 mod commit;
+#[path = "e2e/disk.rs"]
+mod disk;
 #[path = "e2e/faulty.rs"]
 mod faulty;
+#[path = "e2e/filling.rs"]
+mod filling;
 #[path = "e2e/layouts.rs"]
 mod layouts;
 #[path = "e2e/outages.rs"]

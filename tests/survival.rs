@@ -2,6 +2,8 @@
 //!
 //! Needs root and `/dev/fuse`. Without them every test here fails; none is skipped.
 
+#[path = "survival/filling.rs"]
+mod filling;
 #[path = "survival/kill.rs"]
 mod kill;
 #[path = "survival/node.rs"]

@@ -94,6 +94,10 @@ pub(crate) enum Command {
     Node(NodeArguments),
     /// Show an image's layers, its tree, and how far its conversion is
     Inspect(InspectArguments),
+    /// Bring an image into the cache without mounting it
+    Prefetch(PrefetchArguments),
+    /// Keep an image's frames in the cache, whatever else is read; without an image, show what is pinned
+    Pin(PinArguments),
     /// Show what mounts have read, from where, and how long it took
     Stats(StatsArguments),
     /// Look at this machine: what works, what does not, and what to do
@@ -172,6 +176,9 @@ pub(crate) struct NodeSettings {
     /// The kernel's readahead while a start runs, in KiB [default: what measured best]
     #[arg(long, env = "LAMINA_READ_AHEAD_KB", value_name = "KIB", value_parser = clap::value_parser!(u32).range(4..=1024))]
     pub(crate) read_ahead_kb: Option<u32>,
+    /// Serve counters to Prometheus under /metrics at this address [default: nowhere]
+    #[arg(long, env = "LAMINA_METRICS", value_name = "ADDRESS:PORT")]
+    pub(crate) metrics: Option<SocketAddr>,
     /// Where else a registry's contents are, asked before it and in the order given; can be repeated. MIRROR is
     /// [http://]host[:port]
     #[arg(long = "mirror", env = "LAMINA_MIRROR", value_name = "REGISTRY=MIRROR", value_delimiter = ',',
@@ -213,6 +220,21 @@ pub(crate) struct MountArguments {
     #[arg(long, env = "LAMINA_NO_TRACE", value_parser = clap::builder::BoolishValueParser::new(),
         action = clap::ArgAction::SetTrue)]
     pub(crate) no_trace: bool,
+    /// What to fetch though nobody reads it, once the start is over and while nobody reads: none, touched (the rest of the
+    /// files that were opened) or all
+    #[arg(long, env = "LAMINA_FILL", default_value = "none", value_name = "POLICY", value_parser = ["none", "touched", "all"])]
+    pub(crate) fill: String,
+    /// The most that filling takes of the link, in MiB a second [default: what readers leave]
+    #[arg(long, env = "LAMINA_FILL_RATE", value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
+    pub(crate) fill_rate: Option<u64>,
+    /// Fetch the whole image in bulk, and return only when it is here
+    #[arg(long, env = "LAMINA_EAGER", value_parser = clap::builder::BoolishValueParser::new(),
+        action = clap::ArgAction::SetTrue, conflicts_with_all = ["require_lazy", "fill"])]
+    pub(crate) eager: bool,
+    /// Fetch nothing in bulk, not even what is left of an image of which a start has read half
+    #[arg(long, env = "LAMINA_REQUIRE_LAZY", value_parser = clap::builder::BoolishValueParser::new(),
+        action = clap::ArgAction::SetTrue)]
+    pub(crate) require_lazy: bool,
     #[command(flatten)]
     pub(crate) cache: CacheArguments,
     #[command(flatten)]
@@ -289,6 +311,50 @@ pub(crate) struct StatsArguments {
     #[arg(long, default_value_t = 1, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub(crate) interval: u64,
     /// Print them as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+#[command(group = clap::ArgGroup::new("what").required(true).multiple(false))]
+pub(crate) struct PrefetchArguments {
+    /// The image: [host[:port]/]repository[:tag|@digest]
+    #[arg(group = "what")]
+    pub(crate) reference: Option<Reference>,
+    /// Pause all filling of the cache, that of mounts included
+    #[arg(long, group = "what")]
+    pub(crate) pause: bool,
+    /// Go on with it
+    #[arg(long, group = "what")]
+    pub(crate) resume: bool,
+    /// Fetch only while nobody reads
+    #[arg(long, env = "LAMINA_IDLE", value_parser = clap::builder::BoolishValueParser::new(),
+        action = clap::ArgAction::SetTrue)]
+    pub(crate) idle: bool,
+    /// The most that it takes of the link, in MiB a second
+    #[arg(long, env = "LAMINA_FILL_RATE", value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
+    pub(crate) fill_rate: Option<u64>,
+    #[command(flatten)]
+    pub(crate) cache: CacheArguments,
+    #[command(flatten)]
+    pub(crate) settings: NodeSettings,
+    /// Print what came as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct PinArguments {
+    /// The image: [host[:port]/]repository[:tag|@digest]
+    pub(crate) reference: Option<Reference>,
+    /// Take the pin away: its frames may be evicted again
+    #[arg(long, requires = "reference")]
+    pub(crate) remove: bool,
+    #[command(flatten)]
+    pub(crate) cache: CacheArguments,
+    #[command(flatten)]
+    pub(crate) settings: NodeSettings,
+    /// Print what is pinned as JSON
     #[arg(long)]
     pub(crate) json: bool,
 }

@@ -7,6 +7,8 @@ pub(crate) mod gc;
 pub(crate) mod inspect;
 pub(crate) mod mount;
 pub(crate) mod node;
+pub(crate) mod pin;
+pub(crate) mod prefetch;
 pub(crate) mod profile;
 pub(crate) mod push;
 pub(crate) mod registry;

@@ -62,6 +62,8 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Node(it) => commands::node::run(it, common).await,
         Command::Inspect(it) => commands::inspect::run(it, common).await,
         Command::Stats(it) => commands::stats::run(it).await,
+        Command::Prefetch(it) => commands::prefetch::run(it, common).await,
+        Command::Pin(it) => commands::pin::run(it, common).await,
         Command::Doctor(it) => commands::doctor::run(it, common).await,
         Command::Profile(it) => commands::profile::run(it, common).await,
         Command::Gc(it) => commands::gc::run(it, common).await,

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use lamina_chunk::{Chunk, FrameId};
 use tokio::runtime::Handle;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::{sleep, timeout};
 
 use crate::disk::Disk;
@@ -40,7 +40,9 @@ pub(crate) struct Shared {
     pub(crate) writer: Arc<WriteBehind>,
     pub(crate) counters: Arc<Counters>,
     disk: Arc<Disk>,
-    slots: [Arc<Semaphore>; 3],
+    slots: [Arc<Semaphore>; 4],
+    /// Requests under way of the classes above filling, those that queue included.
+    pub(crate) busy: watch::Sender<usize>,
 }
 
 impl Cache {
@@ -66,11 +68,11 @@ impl Cache {
             |cause| CacheError::Directory { directory: config.directory.clone(), cause: Arc::new(cause) },
         )?;
         let in_flight = config.in_flight;
-        let slots = [in_flight.background, in_flight.boot, in_flight.demand]
+        let slots = [in_flight.fill, in_flight.background, in_flight.boot, in_flight.demand]
             .map(|slots| Arc::new(Semaphore::new(slots.max(1))));
         let memory = Memory::new(config.memory_bytes);
-        let shared =
-            Shared { config, handle, memory, flights: Flights::default(), writer, counters, disk, slots };
+        let (flights, (busy, _)) = (Flights::default(), watch::channel(0));
+        let shared = Shared { config, handle, memory, flights, writer, counters, disk, slots, busy };
         Ok(Self { shared: Arc::new(shared) })
     }
 
@@ -133,6 +135,34 @@ impl Cache {
         let near = |id| self.shared.memory.contains(id) || self.shared.on_disk(id);
         let far: Vec<Want> = wants.iter().filter(|want| !near(want.id)).copied().collect();
         drop(self.shared.board(source, &far, &[], class));
+    }
+
+    /// Brings `wants` to disk, and returns once those that are not there yet have come and verified: how many bytes of frames
+    /// came. Slower than readers, whom it leaves the link. *Errors*: the first; the others are fetched all the same. A disk
+    /// that does not take them is no error here: see [`Cache::is_on_disk`].
+    pub async fn fill(&self, source: &Arc<dyn Source>, wants: &[Want]) -> Result<u64, CacheError> {
+        let far: Vec<Want> = wants.iter().filter(|want| !self.shared.on_disk(want.id)).copied().collect();
+        let seats = self.shared.board(source, &far, &[], Class::Fill);
+        let (mut come, mut first) = (0, Ok(()));
+        for (seat, want) in seats.into_iter().zip(&far) {
+            let Seat::Waiting(mut waiter) = seat else { continue };
+            match waiter.landed().await {
+                Ok(_) => come += u64::from(want.place.frame.sealed_len),
+                Err(error) => first = first.and(Err(error)),
+            }
+        }
+        first.map(|()| come)
+    }
+
+    /// Returns when nobody reads from a source, nor reads ahead.
+    pub async fn idle(&self) {
+        // the sender lives as long as this does
+        let _ = self.shared.busy.subscribe().wait_for(|busy| *busy == 0).await;
+    }
+
+    /// Whether the frame is on disk, where it is there after a crash of this process as well.
+    pub fn is_on_disk(&self, id: FrameId) -> bool {
+        self.shared.disk.contains(id)
     }
 
     /// Keeps these frames on disk, whether they are here or still to come, until they are unpinned as often. They are not
@@ -232,9 +262,10 @@ impl Shared {
     /// The slots of a class.
     pub(crate) fn slots(&self, class: Class) -> &Arc<Semaphore> {
         match class {
-            Class::Background => &self.slots[0],
-            Class::Boot => &self.slots[1],
-            Class::Demand => &self.slots[2],
+            Class::Fill => &self.slots[0],
+            Class::Background => &self.slots[1],
+            Class::Boot => &self.slots[2],
+            Class::Demand => &self.slots[3],
         }
     }
 
@@ -268,7 +299,11 @@ impl Shared {
         let (mut seats, mut fresh, mut urged) = (Vec::with_capacity(wants.len()), Vec::new(), Vec::new());
         let demand = class == Class::Demand;
         for &want in wants {
-            let take = || self.memory.take_out(want.id, &self.counters);
+            // what is in memory may not be on disk
+            let take = || match class {
+                Class::Fill => None,
+                _ => self.memory.take_out(want.id, &self.counters),
+            };
             let waiter = match self.flights.board(want.id, source, take) {
                 Boarding::Here(chunk) => {
                     seats.push(Seat::Here(chunk));

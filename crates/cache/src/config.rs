@@ -6,6 +6,8 @@ use std::time::Duration;
 /// Why something is fetched. Demand never queues behind the others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Class {
+    /// Nobody has asked for it: it is wanted on disk.
+    Fill,
     /// Nobody waits yet: readahead.
     Background,
     /// A start will need it soon.
@@ -18,6 +20,8 @@ pub enum Class {
 /// not hold up another.
 #[derive(Clone, Copy, Debug)]
 pub struct InFlight {
+    /// Requests that only fill the disk: as many as fill a link.
+    pub fill: usize,
     /// A reader waits for each of these; more than this many readers at once share the link badly anyway.
     pub demand: usize,
     /// Requests of a start.
@@ -61,7 +65,7 @@ impl CacheConfig {
             memory_bytes: 40 << 20,
             write_behind_bytes: 16 << 20,
             deadline: Duration::from_secs(30),
-            in_flight: InFlight { demand: 32, boot: 8, background: 3 },
+            in_flight: InFlight { fill: 4, demand: 32, boot: 8, background: 3 },
             gap_bytes_max: 48 << 10,
             range_bytes_max: 1 << 20,
         }

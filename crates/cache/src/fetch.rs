@@ -116,8 +116,25 @@ fn from_source(shared: &Arc<Shared>, mut legs: Vec<Leg>, class: Class) {
     }
 }
 
+/// Counts a request that filling makes way for.
+struct Busy(Arc<Shared>);
+
+impl Busy {
+    fn begin(shared: &Arc<Shared>) -> Self {
+        shared.busy.send_modify(|busy| *busy += 1);
+        Self(shared.clone())
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.busy.send_modify(|busy| *busy -= 1);
+    }
+}
+
 /// Waits for a slot, fetches, opens, delivers.
 async fn fly(shared: Arc<Shared>, job: Job, class: Class) {
+    let _busy = (class != Class::Fill).then(|| Busy::begin(&shared));
     // the semaphores live as long as the cache and are never closed
     let Ok(slot) = shared.slots(class).clone().acquire_owned().await else { return };
     let legs: Vec<Leg> = job.legs.into_iter().filter(|leg| leg.flight.claim()).collect();
@@ -259,7 +276,7 @@ async fn deliver(claimed: &mut Claimed, ready: Vec<Leg>, body: &[u8], start: u64
     for (id, sealed) in keep {
         match class {
             Class::Demand => shared.writer.push(id, sealed),
-            Class::Boot | Class::Background => shared.writer.push_when_room(id, sealed).await,
+            _ => shared.writer.push_when_room(id, sealed, class == Class::Fill).await,
         }
     }
     opened.damaged
@@ -378,7 +395,9 @@ impl Shared {
     fn arrived(&self, leg: &Leg, chunk: Chunk, sealed: &Sealed, class: Class) {
         let ahead = !leg.flight.is_urgent();
         self.count_fetched(sealed, ahead);
-        self.memory.insert(chunk.clone(), ahead.then_some(sealed.bytes().len()));
+        if class != Class::Fill || !ahead {
+            self.memory.insert(chunk.clone(), ahead.then_some(sealed.bytes().len()));
+        }
         if class == Class::Demand {
             // before the reader goes on, so that what was read once is kept however soon the process ends
             self.writer.push(leg.want.id, sealed.clone());

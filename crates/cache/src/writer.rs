@@ -80,12 +80,13 @@ impl WriteBehind {
         }
     }
 
-    /// Queues a frame, waiting a while for room.
-    pub(crate) async fn push_when_room(&self, id: FrameId, sealed: Sealed) {
+    /// Queues a frame, waiting a while for room: longer where it was fetched only to be `kept`.
+    pub(crate) async fn push_when_room(&self, id: FrameId, sealed: Sealed, kept: bool) {
         if self.queue.lock().stuck {
             return self.push(id, sealed);
         }
-        let pushed = tokio::time::timeout(ROOM_DEADLINE, async {
+        let deadline = if kept { DRAIN_DEADLINE } else { ROOM_DEADLINE };
+        let pushed = tokio::time::timeout(deadline, async {
             loop {
                 let room = self.room.notified();
                 if self.try_push(id, &sealed) {

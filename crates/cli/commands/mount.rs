@@ -14,7 +14,8 @@ use lamina_node::{ControlError, Controller, Held};
 use lamina_wire::proto::{MountRequest, MountResponse, UnmountRequest};
 
 use super::interrupted;
-use super::node::open;
+use super::node::{metrics, open};
+use super::prefetch::filled;
 use crate::args::{CacheArguments, Common, MountArguments, NodeSettings, UnmountArguments};
 
 /// How long a daemon may take to come up: it may have a large cache to look through, or wait for one that is ending.
@@ -37,12 +38,22 @@ pub(crate) async fn run(arguments: MountArguments, common: Common) -> Result<()>
         no_boot: arguments.no_boot,
         no_trace: arguments.no_trace,
         record: false,
+        fill: if arguments.eager { "bulk".to_owned() } else { arguments.fill.clone() },
+        fill_bytes_per_s: arguments.fill_rate.unwrap_or(0) << 20,
+        require_lazy: arguments.require_lazy,
     };
     let controller = Controller::new(&arguments.cache.directory);
     if arguments.foreground && controller.stats().await.is_err_and(|error| is_absent(&error)) {
         return alone(&arguments, &common, request, &directory).await;
     }
     let mounted = mount(&request, &arguments.cache, &arguments.settings, &common).await?;
+    if arguments.eager {
+        let whole = filled(&controller, None, |fill| fill.directory == request.directory).await;
+        if let Err(error) = whole {
+            controller.unmount(&UnmountRequest { directory: request.directory, lazy: false }).await?;
+            return Err(error);
+        }
+    }
     report(&arguments, &mounted);
     if arguments.foreground {
         interrupted().await;
@@ -72,11 +83,21 @@ pub(crate) async fn mount(
     settings: &NodeSettings,
     common: &Common,
 ) -> Result<MountResponse> {
+    asked(cache, settings, common, async |controller| controller.mount(request).await).await
+}
+
+/// Asks the daemon of the cache directory, which must exist, for something; starts one where there is none.
+pub(crate) async fn asked<T>(
+    cache: &CacheArguments,
+    settings: &NodeSettings,
+    common: &Common,
+    ask: impl AsyncFn(&Controller) -> Result<T, ControlError>,
+) -> Result<T> {
     let controller = Controller::new(&cache.directory);
     let begun = Instant::now();
     loop {
-        match controller.mount(request).await {
-            Ok(mounted) => return Ok(mounted),
+        match ask(&controller).await {
+            Ok(answer) => return Ok(answer),
             Err(error) if is_absent(&error) && begun.elapsed() < START => {
                 start_daemon(cache, settings, common).await?
             }
@@ -98,6 +119,7 @@ async fn alone(
     directory: &Path,
 ) -> Result<()> {
     let node = open(&arguments.cache, &arguments.settings, common, Held::by_nobody(), false).await?;
+    metrics(&node, &arguments.settings)?;
     let socket = Controller::socket(&arguments.cache.directory);
     let mounted = node.mount(request).await?;
     report(arguments, &mounted);
@@ -171,17 +193,21 @@ async fn start_daemon(cache: &CacheArguments, settings: &NodeSettings, common: &
     if let Some(kib) = settings.read_ahead_kb {
         command.args(["--read-ahead-kb", &kib.to_string()]);
     }
+    if let Some(address) = settings.metrics {
+        command.args(["--metrics", &address.to_string()]);
+    }
     for (registry, mirror) in &settings.mirrors {
         command.args(["--mirror", &format!("{registry}={mirror}")]);
     }
     let mut child = command.spawn().context("the node cannot be started")?;
-    let mut stdout = BufReader::new(child.stdout.take().expect("it is piped"));
+    let stdout = BufReader::new(child.stdout.take().expect("it is piped"));
     let line = tokio::task::spawn_blocking(move || {
-        let mut line = String::new();
-        stdout.read_line(&mut line).map(|_| line)
+        // it may say other things before
+        let mut lines = stdout.lines();
+        lines.find(|line| line.as_ref().map_or(true, |line| line == "ready")).transpose()
     });
     let line = tokio::time::timeout(START, line).await.context("the node does not come up")???;
-    if line.trim() == "ready" {
+    if line.is_some() {
         return Ok(());
     }
     let complaint = complaint(log, before)?;

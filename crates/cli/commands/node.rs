@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use lamina_cache::CacheConfig;
 use lamina_node::{Controller, Held, HolderConfig, Mirrors, Node, NodeConfig, hold};
 use tokio::runtime::Handle;
@@ -45,6 +45,11 @@ pub(crate) async fn run(arguments: NodeArguments, common: Common) -> Result<()> 
     let socket = Controller::socket(&arguments.cache.directory);
     let permanent = !arguments.exit_when_idle;
     let node = open(&arguments.cache, &arguments.settings, &common, held, permanent).await?;
+    if let Some(url) = metrics(&node, &arguments.settings)?
+        && !again
+    {
+        println!("metrics on {url}");
+    }
     lamina_node::serve(node, &socket, arguments.exit_when_idle, ready, interrupted()).await?;
     Ok(())
 }
@@ -69,4 +74,12 @@ pub(crate) async fn open(
     let handle = Handle::current();
     let node = tokio::task::spawn_blocking(move || Node::open(config, held, handle)).await??;
     Ok(Arc::new(node))
+}
+
+/// Serves counters where that is wanted, and gives the URL.
+pub(crate) fn metrics(node: &Arc<Node>, settings: &NodeSettings) -> Result<Option<String>> {
+    let Some(address) = settings.metrics else { return Ok(None) };
+    let served = lamina_node::serve_metrics(node, address);
+    let address = served.with_context(|| format!("metrics cannot be served on {address}"))?;
+    Ok(Some(format!("http://{address}/metrics")))
 }

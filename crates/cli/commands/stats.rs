@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use lamina_node::Controller;
+use lamina_wire::proto::StatsResponse;
 
 use super::mib;
 use crate::args::StatsArguments;
@@ -23,28 +24,7 @@ pub(crate) async fn run(arguments: StatsArguments) -> Result<()> {
         ensure!(!stats.mounts.is_empty(), "{wanted}: nothing of this cache's node is mounted there");
     }
     if arguments.json {
-        let mounts = stats.mounts.iter().map(|mount| {
-            serde_json::json!({
-                "directory": mount.directory,
-                "reference": mount.reference,
-                "manifest": mount.manifest,
-                "counters": mount.counters,
-                "restored": Some(&mount.restored).filter(|how| !how.is_empty()),
-            })
-        });
-        let mounts: Vec<_> = mounts.collect();
-        let sources = stats.sources.iter().map(|source| {
-            serde_json::json!({
-                "url": source.url,
-                "state": source.state,
-                "reason": source.reason,
-                "away_ms": source.away_ms,
-                "counters": source.counters,
-            })
-        });
-        let sources: Vec<_> = sources.collect();
-        let all = serde_json::json!({ "pid": stats.pid, "cache": stats.cache, "sources": sources, "mounts": mounts });
-        println!("{all}");
+        println!("{}", json(&stats));
         return Ok(());
     }
     println!("node {}", stats.pid);
@@ -57,6 +37,14 @@ pub(crate) async fn run(arguments: StatsArguments) -> Result<()> {
         println!("\n{} {}{away}", source.url, source.state);
         print_counters(&source.counters);
     }
+    for fill in stats.fills.iter().filter(|fill| fill.state != "done") {
+        let (done, total, paused) = (mib(fill.done_bytes), mib(fill.total_bytes), stats.fills_paused);
+        let state = if paused { "paused" } else { &fill.state };
+        println!(
+            "\nfilling {} {state}: {done} of {total} {} {}",
+            fill.reference, fill.directory, fill.reason
+        );
+    }
     for mount in &stats.mounts {
         let restored =
             if mount.restored.is_empty() { String::new() } else { format!(", {}", mount.restored) };
@@ -64,6 +52,46 @@ pub(crate) async fn run(arguments: StatsArguments) -> Result<()> {
         print_counters(&mount.counters);
     }
     Ok(())
+}
+
+fn json(stats: &StatsResponse) -> serde_json::Value {
+    let mounts = stats.mounts.iter().map(|mount| {
+        serde_json::json!({
+            "directory": mount.directory,
+            "reference": mount.reference,
+            "manifest": mount.manifest,
+            "counters": mount.counters,
+            "restored": Some(&mount.restored).filter(|how| !how.is_empty()),
+        })
+    });
+    let sources = stats.sources.iter().map(|source| {
+        serde_json::json!({
+            "url": source.url,
+            "state": source.state,
+            "reason": source.reason,
+            "away_ms": source.away_ms,
+            "counters": source.counters,
+        })
+    });
+    let fills = stats.fills.iter().map(|fill| {
+        serde_json::json!({
+            "job": fill.job,
+            "reference": fill.reference,
+            "directory": Some(&fill.directory).filter(|directory| !directory.is_empty()),
+            "total_bytes": fill.total_bytes,
+            "done_bytes": fill.done_bytes,
+            "state": fill.state,
+            "reason": fill.reason,
+        })
+    });
+    serde_json::json!({
+        "pid": stats.pid,
+        "cache": stats.cache,
+        "sources": sources.collect::<Vec<_>>(),
+        "fills": fills.collect::<Vec<_>>(),
+        "fills_paused": stats.fills_paused,
+        "mounts": mounts.collect::<Vec<_>>(),
+    })
 }
 
 fn print_counters(counters: &std::collections::HashMap<String, u64>) {

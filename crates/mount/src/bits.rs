@@ -25,6 +25,18 @@ impl Bits {
     }
 }
 
+impl Bits {
+    /// Those that are set, ascending.
+    pub(crate) fn all(&self) -> Vec<u32> {
+        let words = self.0.iter().zip(0u32..);
+        let bits = words.flat_map(|(word, at)| {
+            let word = word.load(Ordering::Relaxed);
+            (0..64).filter(move |bit| word & (1 << bit) != 0).map(move |bit| at * 64 + bit)
+        });
+        bits.collect()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -37,5 +49,6 @@ mod tests {
             assert!(bits.is_set(number) && !bits.set(number), "{number}");
         }
         assert!(!bits.set(128) && !bits.is_set(128));
+        assert_eq!(bits.all(), [0, 63, 64]);
     }
 }

@@ -9,6 +9,7 @@ use lamina_chunk::Chunk;
 use lamina_image::{Ino, TreeError};
 
 use crate::ahead::Ahead;
+use crate::bits::Bits;
 use crate::boot::{Boot, Booted, Dropped, Waiting};
 use crate::metrics::{add, one, us_since};
 use crate::order::{Touch, want};
@@ -39,6 +40,8 @@ pub(crate) struct Files {
     pub(crate) pages: Arc<Pages>,
     pub(crate) boot: Arc<Boot>,
     pub(crate) recorder: Arc<Recorder>,
+    /// Inodes that were opened.
+    pub(crate) opened: Arc<Bits>,
 }
 
 /// A file of so many bytes is recorded, and handed out, whole.

@@ -243,7 +243,8 @@ impl Filesystem for Fuse {
         }
     }
 
-    fn open(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+    fn open(&self, _req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        self.files.opened.set(u32::try_from(ino.0).unwrap_or(u32::MAX));
         one(&self.files.ahead.counters.opens);
         reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE);
     }

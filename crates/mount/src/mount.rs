@@ -17,6 +17,7 @@ use tokio::sync::watch;
 use tracing::{error, info};
 
 use crate::ahead::Ahead;
+use crate::bits::Bits;
 use crate::boot::{Boot, BootFailure, BootStream, Booting};
 use crate::config::Record;
 use crate::fs::Files;
@@ -43,6 +44,7 @@ pub struct Mount {
     boot: Arc<Boot>,
     booting: Notifier,
     recorder: Arc<Recorder>,
+    opened: Arc<Bits>,
     config: MountConfig,
     ended: watch::Receiver<bool>,
     threads: Mutex<Option<JoinHandle<()>>>,
@@ -162,6 +164,24 @@ impl Mount {
         done
     }
 
+    /// The frames of all files that were opened so far, each once, in no order.
+    pub fn opened_frames(&self) -> Vec<u32> {
+        let tree = &self.ahead.tree;
+        let extents = self.opened.all().into_iter().filter_map(|ino| {
+            let extents = tree.extents(Ino(ino.into()), 0, u64::MAX).ok()?;
+            Some(extents.filter_map(|extent| extent.ok()?.frame))
+        });
+        let mut frames: Vec<u32> = extents.flatten().collect();
+        frames.sort_unstable();
+        frames.dedup();
+        frames
+    }
+
+    /// The image's files.
+    pub fn tree(&self) -> &Arc<Tree> {
+        &self.ahead.tree
+    }
+
     /// For how long the start has read nothing new; `None` before it has begun.
     pub fn quiet(&self) -> Option<Duration> {
         self.recorder.quiet(Instant::now())
@@ -208,6 +228,7 @@ struct Parts {
     ahead: Arc<Ahead>,
     boot: Arc<Boot>,
     recorder: Arc<Recorder>,
+    opened: Arc<Bits>,
     runs: Receiver<Run>,
     agreed: Arc<OnceLock<Agreed>>,
     config: MountConfig,
@@ -226,10 +247,12 @@ impl Parts {
         let recorder = Arc::new(Recorder::new(config.record, ahead.tree.inodes()));
         let boot = Arc::new(Boot::default());
         let pages = Arc::new(pages);
-        let files = Files { ahead: ahead.clone(), pages, boot: boot.clone(), recorder: recorder.clone() };
+        let opened = Arc::new(Bits::new(ahead.tree.inodes().saturating_add(1)));
+        let (seen, booted, opens) = (recorder.clone(), boot.clone(), opened.clone());
+        let files = Files { ahead: ahead.clone(), pages, boot: booted, recorder: seen, opened: opens };
         let agreed = Arc::new(OnceLock::new());
         let fuse = Fuse { files, handle, agreed: agreed.clone() };
-        (Self { ahead, boot, recorder, runs, agreed, config }, fuse)
+        (Self { ahead, boot, recorder, opened, runs, agreed, config }, fuse)
     }
 
     fn loops(&self) -> Config {
@@ -265,8 +288,8 @@ impl Parts {
             })
             .map_err(failed)?;
         let agreed = *self.agreed.get().expect("a session begins with the first request");
-        let Self { ahead, boot, recorder, config, .. } = self;
-        Ok(Serving { ahead, boot, recorder, config, booting, agreed, connection, ended, threads })
+        let Self { ahead, boot, recorder, opened, config, .. } = self;
+        Ok(Serving { ahead, boot, recorder, opened, config, booting, agreed, connection, ended, threads })
     }
 }
 
@@ -275,6 +298,7 @@ struct Serving {
     ahead: Arc<Ahead>,
     boot: Arc<Boot>,
     recorder: Arc<Recorder>,
+    opened: Arc<Bits>,
     config: MountConfig,
     booting: Notifier,
     agreed: Agreed,
@@ -304,6 +328,7 @@ impl Serving {
             boot: self.boot,
             booting: self.booting,
             recorder: self.recorder,
+            opened: self.opened,
             config,
             ended: self.ended,
             threads: Mutex::new(Some(self.threads)),

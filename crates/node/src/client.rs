@@ -12,8 +12,9 @@ use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use lamina_wire::proto::node_client::NodeClient;
 use lamina_wire::proto::{
-    MountRequest, MountResponse, StatsRequest, StatsResponse, UnmountRequest, UnmountResponse,
-    UpgradeRequest, UpgradeResponse,
+    FillRequest, FillResponse, MountRequest, MountResponse, PinRequest, PinResponse, PrefetchRequest,
+    PrefetchResponse, StatsRequest, StatsResponse, UnmountRequest, UnmountResponse, UpgradeRequest,
+    UpgradeResponse,
 };
 use tokio::net::UnixStream;
 use tokio::time::timeout;
@@ -83,6 +84,24 @@ impl Controller {
     /// Puts another program in the daemon's place.
     pub async fn upgrade(&self, program: String) -> Result<UpgradeResponse, ControlError> {
         self.call(async move |mut node| node.upgrade(UpgradeRequest { program }).await).await
+    }
+
+    /// Begins to bring an image to disk.
+    pub async fn prefetch(&self, request: &PrefetchRequest) -> Result<PrefetchResponse, ControlError> {
+        let request = request.clone();
+        self.call(async move |mut node| node.prefetch(request).await).await
+    }
+
+    /// Pauses, resumes or cancels filling.
+    pub async fn fill(&self, request: &FillRequest) -> Result<FillResponse, ControlError> {
+        let request = request.clone();
+        self.call(async move |mut node| node.fill(request).await).await
+    }
+
+    /// Pins an image, takes a pin away, or lists pins.
+    pub async fn pin(&self, request: &PinRequest) -> Result<PinResponse, ControlError> {
+        let request = request.clone();
+        self.call(async move |mut node| node.pin(request).await).await
     }
 
     async fn call<A>(

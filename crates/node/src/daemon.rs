@@ -11,9 +11,7 @@ use futures_util::TryStreamExt;
 use lamina_cache::{Cache, CacheConfig, Source};
 use lamina_image::{Digest, Platform, Tree};
 use lamina_mount::{BootStream, Mount, MountConfig, MountError, Record, Terms};
-use lamina_wire::proto::{
-    MountRecord, MountRequest, MountResponse, MountStats, SourceStats, StatsResponse, UnmountResponse,
-};
+use lamina_wire::proto::{MountRecord, MountRequest, MountResponse, UnmountResponse};
 use lamina_wire::{Client, ClientConfig, Reference};
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
@@ -23,12 +21,14 @@ use tokio_util::io::{StreamReader, SyncIoBridge};
 use tracing::warn;
 
 use crate::boot_files::{BootFiles, KeptBoot, KeptSource};
+use crate::fill::{Fills, PAUSED, Policy};
 use crate::held::Held;
 use crate::known::Known;
 use crate::line::MOUNT;
+use crate::pins::Pins;
 use crate::records::{Records, image_record};
 use crate::resolve::{Resolved, resolve};
-use crate::sources::{Hosts, Mirrors, Sources, State};
+use crate::sources::{Hosts, Mirrors, Sources};
 use crate::start::{Report, Starting};
 use crate::trees::Trees;
 use crate::{Found, KeptTraces, NodeError};
@@ -64,13 +64,15 @@ pub struct NodeConfig {
 
 /// The daemon.
 pub struct Node {
-    config: NodeConfig,
-    cache: Arc<Cache>,
-    hosts: Hosts,
-    known: Known,
-    trees: Trees,
+    pub(crate) config: NodeConfig,
+    pub(crate) cache: Arc<Cache>,
+    pub(crate) hosts: Hosts,
+    pub(crate) known: Known,
+    pub(crate) fills: Fills,
+    pub(crate) pins: Pins,
+    pub(crate) trees: Trees,
     boot_files: BootFiles,
-    mounts: Mutex<BTreeMap<PathBuf, Mounted>>,
+    pub(crate) mounts: Mutex<BTreeMap<PathBuf, Mounted>>,
     /// Directories that are being mounted on.
     reserved: Mutex<BTreeSet<PathBuf>>,
     pub(crate) records: Records,
@@ -154,12 +156,17 @@ impl Node {
         let known = Known::open(part("images")).map_err(failed(part("images")))?;
         let records = Records::open(&config.cache.directory)?;
         let hosts = Hosts::new(config.client.clone(), config.mirrors.clone());
+        let pins = Pins::open(part("pins")).map_err(failed(part("pins")))?;
+        pins.restore(&cache, &trees);
         let (count, _) = watch::channel(0);
+        let fills = Fills::new(held.find(PAUSED).is_some());
         Ok(Self {
             config,
             cache,
             hosts,
             known,
+            fills,
+            pins,
             trees,
             boot_files,
             mounts: Mutex::default(),
@@ -198,6 +205,7 @@ impl Node {
         if self.mounts.lock().len() >= MOUNTS_MAX {
             return Err(NodeError::TooManyMounts(MOUNTS_MAX));
         }
+        Policy::of(&request.fill)?;
         let _reserved = self.reserve(Path::new(&request.directory))?;
         let mut asked = self.ask(&request)?;
         let Asked { sources, reference, .. } = &asked;
@@ -336,9 +344,11 @@ impl Node {
         mounted.report = report.is_some().then_some(watched);
         let (mount, number) = (Arc::clone(&mounted.mount), mounted.number);
         let path = mount.mountpoint().to_owned();
+        let request = mounted.record.request.clone().unwrap_or_default();
         if !mounted.record.detached {
             self.mounts.lock().insert(path.clone(), mounted);
         }
+        self.fill_mount(&mount, &request);
         let busy = self.busy();
         let node = Arc::clone(self);
         tokio::spawn(async move {
@@ -448,40 +458,6 @@ impl Node {
                 let _ = self.unmount(&directory, true).await;
             }
         }
-    }
-
-    /// All counters.
-    pub fn stats(&self) -> StatsResponse {
-        let named = |counters: Vec<(&'static str, u64)>| {
-            counters.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
-        };
-        let mounts = self.mounts.lock();
-        let mounts = mounts.iter().map(|(directory, mounted)| MountStats {
-            directory: directory.display().to_string(),
-            reference: mounted.record.image.clone().unwrap_or_default().reference,
-            manifest: mounted.record.image.clone().unwrap_or_default().manifest,
-            restored: mounted.restored.to_owned(),
-            counters: named(mounted.mount.snapshot().named()),
-        });
-        let mounts = mounts.collect();
-        let sources = self.hosts.all().into_iter().map(|(url, host)| {
-            let (state, reason, away_ms) = match host.state() {
-                State::Here => ("here", String::new(), 0),
-                State::Doubted => ("doubted", String::new(), 0),
-                State::Away(since, reason) => ("away", reason, since.elapsed().as_millis()),
-            };
-            let away_ms = u64::try_from(away_ms).unwrap_or(u64::MAX);
-            SourceStats {
-                url,
-                state: state.to_owned(),
-                reason,
-                away_ms,
-                counters: named(host.counters.named()),
-            }
-        });
-        let cache = named(self.cache.snapshot().named());
-        let version = env!("CARGO_PKG_VERSION").to_owned();
-        StatsResponse { pid: std::process::id(), cache, mounts, sources: sources.collect(), version }
     }
 }
 

@@ -71,6 +71,23 @@ pub enum NodeError {
     /// The mount did not come about, or did not go away.
     #[error(transparent)]
     Mount(#[from] MountError),
+    /// The image is larger than what it may take of the cache.
+    #[error(
+        "{reference} has {} MiB of frames, and may take {} MiB of the cache; give it more with --cache-mib",
+        .bytes >> 20,
+        .bytes_max >> 20
+    )]
+    TooLarge {
+        /// The image.
+        reference: String,
+        /// What it has, with what is pinned already where it is to be pinned.
+        bytes: u64,
+        /// What it may take.
+        bytes_max: u64,
+    },
+    /// The request asks for what there is not.
+    #[error("{0}")]
+    Request(String),
     /// Nothing of this daemon is mounted there.
     #[error("{0}: nothing of this cache's daemon is mounted there; was it mounted with another --cache?")]
     NotMounted(PathBuf),

@@ -177,4 +177,26 @@ impl proto::node_server::Node for Control {
         let version = self.0.upgrade(&program).await.map_err(refused)?;
         Ok(Response::new(proto::UpgradeResponse { version }))
     }
+
+    async fn prefetch(
+        &self,
+        request: Request<proto::PrefetchRequest>,
+    ) -> Result<Response<proto::PrefetchResponse>, Status> {
+        let _busy = self.0.busy();
+        self.0.prefetch(request.into_inner()).await.map(Response::new).map_err(refused)
+    }
+
+    async fn fill(
+        &self,
+        request: Request<proto::FillRequest>,
+    ) -> Result<Response<proto::FillResponse>, Status> {
+        let _busy = self.0.busy();
+        self.0.control_fills(&request.into_inner()).map_err(refused)?;
+        Ok(Response::new(proto::FillResponse {}))
+    }
+
+    async fn pin(&self, request: Request<proto::PinRequest>) -> Result<Response<proto::PinResponse>, Status> {
+        let _busy = self.0.busy();
+        self.0.pin(request.into_inner()).await.map(Response::new).map_err(refused)
+    }
 }

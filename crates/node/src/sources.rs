@@ -25,6 +25,7 @@ use tokio::time::timeout;
 pub(crate) use self::host::{Host, State};
 use self::race::Race;
 use crate::NodeError;
+use crate::metrics::{FetchSeconds, fetch_seconds};
 
 /// A reader asks again after this long, then twice as long each time,
 const PAUSE_MIN: Duration = Duration::from_millis(50);
@@ -43,6 +44,7 @@ pub type Mirrors = HashMap<String, Vec<String>>;
 /// All hosts that this node has to do with.
 #[derive(Debug)]
 pub(crate) struct Hosts {
+    fetch_seconds: FetchSeconds,
     config: ClientConfig,
     mirrors: Mirrors,
     hosts: Mutex<HashMap<(String, bool), Arc<Host>>>,
@@ -50,7 +52,7 @@ pub(crate) struct Hosts {
 
 impl Hosts {
     pub(crate) fn new(config: ClientConfig, mirrors: Mirrors) -> Self {
-        Self { config, mirrors, hosts: Mutex::default() }
+        Self { fetch_seconds: fetch_seconds(), config, mirrors, hosts: Mutex::default() }
     }
 
     /// Who has the image `reference`.
@@ -77,9 +79,15 @@ impl Hosts {
             hosts.retain(|_, host| Arc::strong_count(host) > 1);
         }
         let scheme = if plain_http { Scheme::PlainHttp } else { self.config.scheme };
-        let host = Arc::new(Host::new(name.to_owned(), ClientConfig { scheme, ..self.config.clone() })?);
+        let config = ClientConfig { scheme, ..self.config.clone() };
+        let host = Arc::new(Host::new(name.to_owned(), config, self.fetch_seconds.clone())?);
         hosts.insert((name.to_owned(), plain_http), Arc::clone(&host));
         Ok(host)
+    }
+
+    /// How long fetches took.
+    pub(crate) fn fetch_seconds(&self) -> &FetchSeconds {
+        &self.fetch_seconds
     }
 
     /// All of them, by URL.

@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant};
 
@@ -24,7 +25,8 @@ const PROBE: Duration = Duration::from_millis(500);
 pub struct Process {
     name: String,
     child: Child,
-    lines: Receiver<String>,
+    /// In a mutex so that tests may share what has a child between threads; nobody ever waits for it.
+    lines: Mutex<Receiver<String>>,
 }
 
 impl Process {
@@ -43,7 +45,7 @@ impl Process {
                 let _ = sender.try_send(line);
             }
         });
-        Ok(Self { name: name.to_owned(), child, lines })
+        Ok(Self { name: name.to_owned(), child, lines: Mutex::new(lines) })
     }
 
     /// The first line of its output that begins with `prefix`, the lines before it being lost.
@@ -53,7 +55,8 @@ impl Process {
     pub fn wait_line(&mut self, prefix: &str, deadline: Duration) -> Result<String> {
         let until = Instant::now() + deadline;
         loop {
-            match self.lines.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            let lines = self.lines.get_mut().expect("no thread panics with it");
+            match lines.recv_timeout(until.saturating_duration_since(Instant::now())) {
                 Ok(line) if line.starts_with(prefix) => return Ok(line),
                 Ok(_) => {}
                 Err(RecvTimeoutError::Timeout) => bail!("{}: no line `{prefix}…` in {deadline:?}", self.name),

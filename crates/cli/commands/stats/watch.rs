@@ -205,6 +205,7 @@ mod tests {
                 manifest: String::new(),
                 counters: counters(&[("reads", reads)]),
             }],
+            ..StatsResponse::default()
         };
         let text = picture(&stats(100), &stats(120), Duration::from_secs(2));
         for part in

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use lamina_cache::Class;
 use lamina_wire::{Client, ClientConfig, WireError};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::watch;
@@ -15,6 +16,7 @@ use tracing::{info, warn};
 
 use super::jitter;
 use super::pace::{Budget, Latency};
+use crate::metrics::{FetchSeconds, fetch_labels};
 
 /// How long a look may take. Two in three are short, so that a host that is back is found within two seconds; the third gives
 /// a slow one its chance.
@@ -74,6 +76,7 @@ pub(crate) struct Host {
     client: RwLock<Client>,
     state: watch::Sender<State>,
     pace: Mutex<(Latency, Budget)>,
+    fetch_seconds: FetchSeconds,
     pub(crate) counters: HostCounters,
 }
 
@@ -85,10 +88,15 @@ impl std::fmt::Debug for Host {
 
 impl Host {
     /// A host that nobody has asked yet.
-    pub(crate) fn new(name: String, config: ClientConfig) -> Result<Self, WireError> {
+    pub(crate) fn new(
+        name: String,
+        config: ClientConfig,
+        fetch_seconds: FetchSeconds,
+    ) -> Result<Self, WireError> {
         let client = RwLock::new(Client::new(&name, config.clone())?);
         let (state, _) = watch::channel(State::Here);
-        Ok(Self { name, config, client, state, pace: Mutex::default(), counters: HostCounters::default() })
+        let (pace, counters) = (Mutex::default(), HostCounters::default());
+        Ok(Self { name, config, client, state, pace, fetch_seconds, counters })
     }
 
     /// How to speak to it now.
@@ -131,8 +139,10 @@ impl Host {
     }
 
     /// Takes note of an answer's head.
-    pub(crate) fn answered(&self, took: Duration) {
+    pub(crate) fn answered(&self, class: Class, took: Duration) {
         self.pace.lock().0.note(took);
+        let labels = fetch_labels(class, &self.name);
+        self.fetch_seconds.get_or_create(&labels).observe(took.as_secs_f64());
     }
 
     /// Something went wrong that may be the host's silence: looks whether it is there, unless somebody does already. Inside a

@@ -119,7 +119,7 @@ impl<'a> Race<'a> {
         let Ended { position, host, began, hedge, answer } = ended;
         match answer {
             Ok(stream) => {
-                host.answered(began.elapsed());
+                host.answered(self.class, began.elapsed());
                 if hedge {
                     host.counters.hedges_won.fetch_add(1, Ordering::Relaxed);
                 }
