@@ -126,6 +126,13 @@ pub(crate) struct RegistryArguments {
     pub(crate) gc: GcSettings,
     #[command(flatten)]
     pub(crate) limits: RegistryLimits,
+    /// Serve by TLS, with the certificate in this PEM file and those that lead from it to its authority; read again when it
+    /// changes
+    #[arg(long, env = "LAMINA_TLS_CERT", value_name = "FILE", requires = "tls_key")]
+    pub(crate) tls_cert: Option<PathBuf>,
+    /// The private key of the certificate, in a PEM file
+    #[arg(long, env = "LAMINA_TLS_KEY", value_name = "FILE", requires = "tls_cert")]
+    pub(crate) tls_key: Option<PathBuf>,
 }
 
 #[derive(Args, Debug)]

@@ -12,6 +12,22 @@ use crate::args::Arguments;
 /// Read where no other file is named, if it exists.
 const DEFAULT_FILE: &str = "/etc/lamina/config.toml";
 
+/// The table that only a registry reads.
+const ACCESS: &str = "access";
+
+/// The table `[access]` of the configuration file, and that file, where there is one.
+pub(crate) fn access_table(named: Option<&Path>) -> Result<Option<(PathBuf, toml::Table)>> {
+    let default = Some(Path::new(DEFAULT_FILE)).filter(|path| path.exists());
+    let Some(path) = named.or(default) else { return Ok(None) };
+    let name = || path.display().to_string();
+    let mut table: toml::Table =
+        std::fs::read_to_string(path).with_context(name)?.parse().with_context(name)?;
+    Ok(match table.remove(ACCESS) {
+        Some(toml::Value::Table(access)) => Some((path.to_owned(), access)),
+        _ => None,
+    })
+}
+
 /// Parses the command line. Help, version and usage errors are printed here and end the process.
 pub(crate) fn parse() -> Result<Arguments> {
     let words: Vec<OsString> = std::env::args_os().collect();
@@ -53,6 +69,10 @@ fn with_file(command: clap::Command, path: &Path, named: bool) -> Result<clap::C
     let mut unknown: BTreeSet<String> = table.keys().cloned().collect();
     let mut values = Vec::new();
     for (key, value) in &table {
+        if key == ACCESS && value.is_table() {
+            unknown.remove(key);
+            continue;
+        }
         let value = match value {
             toml::Value::String(text) => text.clone(),
             toml::Value::Integer(number) => number.to_string(),

@@ -1,6 +1,6 @@
 //! One request to one answer.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, header};
@@ -10,6 +10,7 @@ use lamina_store::Store;
 use tokio::sync::Semaphore;
 use tracing::Instrument;
 
+use crate::access::{Access, Caller};
 use crate::body::{Body, Upstream, full};
 use crate::convert::Converter;
 use crate::learn::Learner;
@@ -42,6 +43,7 @@ pub(crate) struct Api {
     pub(crate) intake: Semaphore,
     pub(crate) checks: Semaphore,
     pub(crate) metrics: Metrics,
+    pub(crate) access: Option<Arc<Access>>,
     config: RegistryConfig,
 }
 
@@ -51,6 +53,8 @@ pub(crate) struct Head {
     pub(crate) method: Method,
     pub(crate) headers: HeaderMap,
     pub(crate) query: Query,
+    /// Who asks; nobody in particular where nobody is asked.
+    pub(crate) caller: Caller,
 }
 
 impl Head {
@@ -90,8 +94,8 @@ impl Api {
     ) -> Self {
         let [admissions, manifests, intake, checks] =
             [ADMISSIONS_MAX, MANIFESTS_MAX, INTAKE_MAX, CHECKS_MAX].map(Semaphore::new);
-        let store = converter.store.clone();
-        Self { store, converter, learner, admissions, manifests, intake, checks, metrics, config }
+        let (store, access) = (converter.store.clone(), config.access.clone());
+        Self { access, store, converter, learner, admissions, manifests, intake, checks, metrics, config }
     }
 
     pub(crate) fn config(&self) -> &RegistryConfig {
@@ -102,8 +106,8 @@ impl Api {
     pub(crate) async fn answer(&self, request: Request<Incoming>, peer: SocketAddr) -> Response<Body> {
         let seen = Seen::new(&request, peer);
         let _running = Open::new(&self.metrics.running);
-        let span = tracing::info_span!("request", id = %seen.id);
-        let (route, answer) = self.route(request).instrument(span.clone()).await;
+        let span = tracing::info_span!("request", id = %seen.id, user = tracing::field::Empty);
+        let (route, answer) = self.route(request, peer.ip()).instrument(span.clone()).await;
         let _entered = span.entered();
         let mut response = match &answer {
             Ok(_) => None,
@@ -123,18 +127,19 @@ impl Api {
     }
 
     /// Finds who answers. Gives what was asked for, by its name in counters.
-    async fn route(&self, request: Request<Incoming>) -> (&'static str, Answer) {
+    async fn route(&self, request: Request<Incoming>, peer: IpAddr) -> (&'static str, Answer) {
         match Route::parse(request.uri().path()) {
-            Ok(route) => (route.name(), self.serve(route, request).await),
+            Ok(route) => (route.name(), self.serve(route, request, peer).await),
             Err(error) => ("none", Err(error)),
         }
     }
 
-    async fn serve(&self, route: Route, request: Request<Incoming>) -> Answer {
+    async fn serve(&self, route: Route, request: Request<Incoming>, peer: IpAddr) -> Answer {
         let head = Head {
             method: request.method().clone(),
             headers: request.headers().clone(),
             query: Query::parse(request.uri().query()),
+            caller: self.let_in(&route, &request, peer).await?,
         };
         let body = Upstream::new(request, self.config.stall_max, self.metrics.received.clone());
         let reads = [Method::GET, Method::HEAD].contains(&head.method);
@@ -143,6 +148,7 @@ impl Api {
             (Route::Ready, _) if reads => self.ready().await,
             (Route::Metrics, "GET") if self.config.metrics => Ok(self.count()),
             (Route::Metrics, _) => Err(ApiError::NotFound),
+            (Route::Token, "GET") => self.issue_token(&head),
             (Route::Base, _) if reads => Ok(json(StatusCode::OK, "{}")),
             (Route::Catalog, "GET") => self.list_repositories(&head).await,
             (Route::Blob(repo, digest), _) if reads => self.read_blob(&head, &repo, digest).await,
@@ -157,14 +163,48 @@ impl Api {
             (Route::Manifest(repo, target), "DELETE") => self.delete_manifest(&repo, target).await,
             (Route::Tags(repo), "GET") => self.list_tags(&head, &repo).await,
             (Route::Referrers(repo, subject), "GET") => self.list_referrers(&head, &repo, subject).await,
-            (Route::Chunks(_), "POST") => self.find_chunks(body).await,
-            (Route::Layers(_), "POST") => self.find_layers(body).await,
+            (Route::Chunks(repo), "POST") => self.find_chunks(&head, &repo, body).await,
+            (Route::Layers(repo), "POST") => self.find_layers(&head, &repo, body).await,
             (Route::Image(repo, digest), "GET") => self.image_status(&repo, digest).await,
             (Route::Traces(repo, digest), "POST") => self.take_trace(repo, digest, body).await,
             (Route::Profile(repo, digest), "PUT") => self.put_profile(repo, digest, body).await,
             (Route::Profile(repo, digest), "DELETE") => self.drop_profile(repo, digest).await,
             _ => Err(ApiError::Unsupported("this method is not served here")),
         }
+    }
+}
+
+impl Api {
+    /// Who asks, if it may.
+    async fn let_in(
+        &self,
+        route: &Route,
+        request: &Request<Incoming>,
+        peer: IpAddr,
+    ) -> Result<Caller, ApiError> {
+        let Some(access) = &self.access else { return Ok(Caller::default()) };
+        let headers = request.headers();
+        let needed = route.needs(request.method());
+        let caller = access.identify(headers, peer, needed).await?;
+        if let Some(user) = &caller.user {
+            tracing::Span::current().record("user", user.as_str());
+        }
+        match (route, needed) {
+            (Route::Token | Route::Health | Route::Ready | Route::Metrics, _) => {}
+            (_, Some((repo, action))) => access.check(&caller, headers, repo, action)?,
+            (_, None) => access.check_base(&caller, headers)?,
+        }
+        Ok(caller)
+    }
+
+    /// `GET /token`: the token server's answer.
+    fn issue_token(&self, head: &Head) -> Answer {
+        let access = self.access.as_ref().ok_or(ApiError::NotFound)?;
+        let scopes: Vec<&str> = head.query.values("scope").collect();
+        let issued = access.issue(&head.caller, &head.headers, &scopes, self.config.now())?;
+        let mut response = json(StatusCode::OK, issued);
+        response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        Ok(response)
     }
 }
 

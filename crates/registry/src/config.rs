@@ -1,9 +1,12 @@
 //! What can be set.
 
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use lamina_image::IngestOptions;
 use lamina_store::GcConfig;
+
+use crate::{Access, Tls};
 
 /// How a registry behaves.
 #[derive(Clone, Debug)]
@@ -24,6 +27,10 @@ pub struct RegistryConfig {
     pub ingest: IngestOptions,
     /// How often garbage is collected, and how; `None` for never.
     pub gc: Option<(Duration, GcConfig)>,
+    /// Who may do what; everybody everything where there is none.
+    pub access: Option<Arc<Access>>,
+    /// TLS; plain HTTP where there is none.
+    pub tls: Option<Arc<Tls>>,
     /// What time it is.
     pub clock: fn() -> SystemTime,
 }
@@ -39,6 +46,8 @@ impl Default for RegistryConfig {
             trace_every: Duration::from_secs(3),
             ingest: IngestOptions::default(),
             gc: None,
+            access: None,
+            tls: None,
             clock: SystemTime::now,
         }
     }

@@ -98,7 +98,11 @@ impl Converter {
             _ => return Ok(()),
         }
         match self.store.image(digest).await? {
-            Some(image) if image.state == ImageState::Done => return self.attach(repo, digest, &image).await,
+            Some(image) if image.state == ImageState::Done => {
+                if self.is_image_near(repo, &image).await? {
+                    return self.attach(repo, digest, &image).await;
+                }
+            }
             Some(image) if image.state == ImageState::Converting => {}
             // what has failed gets another chance
             _ => self.store.put_image(digest, &ImageRecord::queued(self.config.now())).await?,
@@ -134,18 +138,24 @@ impl Converter {
             return self.store.delete_job(digest, repo).await;
         };
         match self.store.image(digest).await? {
-            Some(image) if image.state == ImageState::Done => self.attach(repo, digest, &image).await?,
+            Some(image) if image.state == ImageState::Done && self.is_image_near(repo, &image).await? => {
+                self.attach(repo, digest, &image).await?;
+            }
             known => {
+                // what was made for a repository that is too far away stays on record, and this one gets its own
+                let elsewhere = known.as_ref().is_some_and(|image| image.state == ImageState::Done);
                 let queued = known.unwrap_or_else(|| ImageRecord::queued(self.config.now()));
                 let converted = match Document::parse(&media_type, &bytes) {
-                    Ok(Document::Manifest(manifest)) => self.convert(digest, &manifest, &bytes).await,
+                    Ok(Document::Manifest(manifest)) => self.convert(repo, digest, &manifest, &bytes).await,
                     Ok(Document::Index(_)) => Err(ConvertError::Image("it is an index".to_owned())),
                     Err(error) => Err(ConvertError::Image(error.to_string())),
                 };
                 let Some(image) = self.conclude(digest, queued, converted) else { return Ok(()) };
                 // whoever hears that it is done finds the tree
                 self.attach(repo, digest, &image).await?;
-                self.store.put_image(digest, &image).await?;
+                if !elsewhere {
+                    self.store.put_image(digest, &image).await?;
+                }
             }
         }
         self.learner.inherit(repo, digest);
@@ -180,6 +190,7 @@ impl Converter {
     /// Converts an image, again where the store failed.
     async fn convert(
         &self,
+        repo: &Repo,
         digest: Digest,
         manifest: &Manifest,
         bytes: &[u8],
@@ -190,7 +201,7 @@ impl Converter {
             *self.current.lock() = Some((digest, Arc::clone(&progress)));
             // where the stop came before there was anything to stop
             progress.stop.store(self.stopped.load(Ordering::Acquire), Ordering::Relaxed);
-            let converted = self.convert_once(digest, manifest, bytes, &progress).await;
+            let converted = self.convert_once(repo, (digest, manifest, bytes), &progress).await;
             *self.current.lock() = None;
             match converted {
                 Err(ConvertError::Store(_)) if self.stopped.load(Ordering::Acquire) => {

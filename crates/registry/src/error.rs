@@ -89,6 +89,20 @@ pub enum ApiError {
     /// Too much of this kind is on its way already. Retrying later will help.
     #[error("too many requests of this kind are being worked on; try again later")]
     Busy,
+    /// Nobody in particular asks, or somebody who is not who it says, or with a token for something else.
+    #[error("{reason}")]
+    Unauthorized {
+        /// The challenge.
+        challenge: String,
+        /// What is missing.
+        reason: &'static str,
+    },
+    /// The user may not.
+    #[error("{0}")]
+    Denied(String),
+    /// Too many wrong passwords came from there.
+    #[error("too many wrong passwords; try again in {0} s")]
+    TooManyAttempts(u64),
     /// The store said no.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -121,6 +135,9 @@ impl ApiError {
             Self::TooLarge(_) => (StatusCode::PAYLOAD_TOO_LARGE, "SIZE_INVALID"),
             Self::NoTree(_) => (StatusCode::CONFLICT, "UNSUPPORTED"),
             Self::Busy => (StatusCode::TOO_MANY_REQUESTS, "TOOMANYREQUESTS"),
+            Self::Unauthorized { .. } => (StatusCode::UNAUTHORIZED, "UNAUTHORIZED"),
+            Self::Denied(_) => (StatusCode::FORBIDDEN, "DENIED"),
+            Self::TooManyAttempts(_) => (StatusCode::TOO_MANY_REQUESTS, "TOOMANYREQUESTS"),
             Self::Store(error) => store_parts(error),
         }
     }
@@ -163,6 +180,13 @@ impl ApiError {
             Self::OutOfOrder { received, location } => {
                 headers.insert(header::LOCATION, location.parse().expect(ours));
                 headers.insert(header::RANGE, crate::uploads::range_of(*received).parse().expect(ours));
+            }
+            Self::Unauthorized { challenge, .. } => {
+                let challenge = challenge.parse().expect("a checked host, validated names and our own words");
+                headers.insert(header::WWW_AUTHENTICATE, challenge);
+            }
+            Self::TooManyAttempts(seconds) => {
+                headers.insert(header::RETRY_AFTER, (*seconds).into());
             }
             Self::Range(size) => {
                 headers.insert(header::CONTENT_RANGE, format!("bytes */{size}").parse().expect(ours));

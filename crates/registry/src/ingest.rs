@@ -13,8 +13,10 @@ use lamina_image::{
 use lamina_store::{Blob, BlobReader, ImageRecord, LayerCounts, LayerRecord, Repo, StoreError, StoreSink};
 use tokio::runtime::Handle;
 
+use crate::DedupScope;
 use crate::artifact::{Artifact, hang};
 use crate::convert::{ConvertError, Converter};
+use crate::reach::{NearSink, is_near};
 
 const CONFIG_BYTES_MAX: u64 = 4 << 20;
 
@@ -60,9 +62,8 @@ impl Converter {
     /// Cuts the layers that are not known yet, derives the tree, and writes the manifest that hangs it on the image.
     pub(crate) async fn convert_once(
         &self,
-        digest: Digest,
-        manifest: &Manifest,
-        bytes: &[u8],
+        repo: &Repo,
+        (digest, manifest, bytes): (Digest, &Manifest, &[u8]),
         progress: &Arc<Progress>,
     ) -> Result<Converted, ConvertError> {
         let wrong = |error: &dyn std::fmt::Display| ConvertError::Image(error.to_string());
@@ -73,9 +74,9 @@ impl Converter {
                 "its config names plain layers by another digest than sha256, and recipes prove sha256";
             return Err(ConvertError::Image(text.to_owned()));
         }
-        let mut known = self.known_layers(manifest, &config).await?;
+        let mut known = self.known_layers(repo, manifest, &config).await?;
         let layers_known = known.len() as u64;
-        let cut = self.cut_layers(manifest, &config, &known, progress).await?;
+        let cut = self.cut_layers(repo, (manifest, &config), &known, progress).await?;
         let layers_cut = cut.len() as u64;
         known.extend(cut);
         let layers: Vec<&Layer> = manifest.layers.iter().map(|layer| &known[&layer.digest]).collect();
@@ -95,6 +96,7 @@ impl Converter {
     /// The layers of which a recipe is known under their own digest.
     async fn known_layers(
         &self,
+        repo: &Repo,
         manifest: &Manifest,
         config: &ImageConfig,
     ) -> Result<BTreeMap<Digest, Layer>, ConvertError> {
@@ -109,16 +111,48 @@ impl Converter {
                 return Err(ConvertError::Image(text));
             }
             let recipe = Arc::new(self.store.recipe(record.recipe).await?);
+            if !self.is_near(repo, &recipe).await? {
+                continue;
+            }
             known.insert(layer.digest, Layer { recipe_digest: record.recipe, recipe });
         }
         Ok(known)
     }
 
+    /// How far deduplication reaches: everywhere where nobody is kept out.
+    fn scope(&self) -> DedupScope {
+        self.config.access.as_ref().map_or(DedupScope::All, |access| access.dedup)
+    }
+
+    /// Whether a repository may use the tree, and with it the packs, that an image has got.
+    pub(crate) async fn is_image_near(&self, repo: &Repo, image: &ImageRecord) -> Result<bool, StoreError> {
+        match &image.tree {
+            Some(tree) if self.scope() != DedupScope::All => {
+                is_near(&self.store, self.scope(), repo, tree.digest).await
+            }
+            _ => Ok(true),
+        }
+    }
+
+    /// Whether all packs that a recipe leans on may be used in a repository: whoever reads a pack reads all of it.
+    async fn is_near(&self, repo: &Repo, recipe: &Recipe) -> Result<bool, StoreError> {
+        if self.scope() == DedupScope::All {
+            return Ok(true);
+        }
+        let packs: BTreeSet<Digest> = recipe.frames().iter().map(|(_, place)| place.pack.into()).collect();
+        for pack in packs {
+            if !is_near(&self.store, self.scope(), repo, pack).await? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Takes in the other layers, each once however often the image has it, and remembers them.
     async fn cut_layers(
         &self,
-        manifest: &Manifest,
-        config: &ImageConfig,
+        repo: &Repo,
+        (manifest, config): (&Manifest, &ImageConfig),
         known: &BTreeMap<Digest, Layer>,
         progress: &Arc<Progress>,
     ) -> Result<BTreeMap<Digest, Layer>, ConvertError> {
@@ -133,13 +167,15 @@ impl Converter {
         }
         let (store, options, progress) = (self.store.clone(), self.config.ingest, Arc::clone(progress));
         let (runtime, layers) = (Handle::current(), unknown.clone());
+        let (scope, repo) = (self.scope(), repo.clone());
         let recipes = tokio::task::spawn_blocking(move || {
             let inputs = layers.into_iter().map(|(digest, diff_id)| LayerInput {
                 name: format!("layer {digest}"),
                 bytes: Box::new(BlobReader::new(store.clone(), digest, runtime.clone())),
                 diff_id: Some(diff_id),
             });
-            let sink = StoreSink::new(store.clone(), runtime.clone());
+            let inner = StoreSink::new(store.clone(), runtime.clone());
+            let sink = NearSink { inner, store: store.clone(), scope, repo, runtime: runtime.clone() };
             ingest(inputs.collect(), &sink, options, &progress)
         });
         let recipes =

@@ -6,6 +6,7 @@
 //! boot pack, which hang on the image as well. The registry keeps no state of its own: jobs are in the store, and a
 //! restart goes on with them. Only uploads that were open are lost by it, and what waited to be learnt.
 
+mod access;
 mod admit;
 mod api;
 mod artifact;
@@ -26,11 +27,15 @@ mod put;
 mod query;
 mod queue;
 mod range;
+mod reach;
 mod route;
 mod server;
 mod stall;
+mod tls;
 mod uploads;
 
+pub use access::{Access, AccessConfig, Action, DedupScope, Rule, RuleError, Users, UsersError, Who};
 pub use config::RegistryConfig;
 pub use error::{Absent, ApiError};
 pub use server::serve;
+pub use tls::{Tls, TlsError};

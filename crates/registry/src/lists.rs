@@ -5,11 +5,11 @@ use lamina_image::{Digest, Index, media_type};
 use lamina_store::Repo;
 use serde_json::json;
 
-use crate::ApiError;
 use crate::api::{Answer, Api, Head, json};
 use crate::body::Body;
 use crate::query::encode;
 use crate::route::parse_digest;
+use crate::{Action, ApiError};
 
 /// Tags or repositories in one answer, whatever was asked for.
 const NAMES_MAX: usize = 10_000;
@@ -18,7 +18,10 @@ impl Api {
     /// `GET _catalog`, in pages: the repositories that have manifests.
     pub(crate) async fn list_repositories(&self, head: &Head) -> Answer {
         let (n, last) = page(head)?;
-        let (repositories, more) = self.store.repositories(last, n).await?;
+        let shown = |repo: &Repo| {
+            self.access.as_ref().is_none_or(|access| access.may(&head.caller, repo, Action::Pull))
+        };
+        let (repositories, more) = self.store.repositories(last, n, shown).await?;
         let names: Vec<&str> = repositories.iter().map(Repo::as_str).collect();
         let mut response = json(StatusCode::OK, json!({ "repositories": &names }).to_string());
         if let (true, Some(last)) = (more, names.last()) {

@@ -8,7 +8,7 @@ use lamina_store::{ImageState, Repo};
 use lamina_wire::{proto, write_places};
 use prost::Message;
 
-use crate::api::{Answer, Api, json};
+use crate::api::{Answer, Api, Head, json};
 use crate::body::{Body, Upstream, full};
 use crate::route::parse_digest;
 use crate::{ApiError, learn};
@@ -20,7 +20,7 @@ const READS: usize = 16;
 
 impl Api {
     /// `POST /lamina/v1/<repository>/chunks`.
-    pub(crate) async fn find_chunks(&self, body: Upstream) -> Answer {
+    pub(crate) async fn find_chunks(&self, head: &Head, repo: &Repo, body: Upstream) -> Answer {
         let bytes = body.whole(proto::IDS_PER_REQUEST * 32 + 16).await?;
         let request = proto::ChunksRequest::decode(bytes).map_err(not_protobuf)?;
         if request.ids.len() % 32 != 0 || request.ids.len() > proto::IDS_PER_REQUEST * 32 {
@@ -30,11 +30,12 @@ impl Api {
         }
         let ids = request.ids.chunks_exact(32);
         let ids: Vec<_> = ids.map(|id| ChunkId::from_bytes(id.try_into().expect("32 bytes"))).collect();
-        Ok(protobuf(&write_places(&self.store.find_chunks(&ids).await)))
+        let places = self.store.find_chunks(&ids).await;
+        Ok(protobuf(&write_places(&self.visible(&head.caller, repo, places).await?)))
     }
 
     /// `POST /lamina/v1/<repository>/layers`.
-    pub(crate) async fn find_layers(&self, body: Upstream) -> Answer {
+    pub(crate) async fn find_layers(&self, head: &Head, repo: &Repo, body: Upstream) -> Answer {
         let bytes = body.whole(proto::LAYERS_PER_REQUEST * DIGEST_TEXT_BYTES).await?;
         let request = proto::LayersRequest::decode(bytes).map_err(not_protobuf)?;
         if request.digests.len() > proto::LAYERS_PER_REQUEST {
@@ -45,7 +46,12 @@ impl Api {
         let digests: Vec<Digest> =
             request.digests.iter().map(|digest| parse_digest(digest)).collect::<Result<_, _>>()?;
         let known = stream::iter(digests.into_iter().map(|digest| async move {
-            let layer = self.store.layer(digest).await?;
+            let mut layer = self.store.layer(digest).await?;
+            if let (Some(found), true) = (&layer, self.access.is_some())
+                && self.holder(&head.caller, repo, found.recipe).await?.is_none()
+            {
+                layer = None;
+            }
             Ok::<_, ApiError>(layer.map(|layer| proto::Layer {
                 digest: digest.to_string(),
                 recipe: layer.recipe.to_string(),

@@ -89,6 +89,7 @@ impl Api {
         // the layers of an image with its tree are here once its recipes are found good
         let image = match &incoming.document {
             Document::Manifest(manifest) if manifest.is_image() => {
+                self.check_reach(head, repo, manifest).await?;
                 self.admit(repo, incoming.digest, manifest).await?
             }
             _ => None,

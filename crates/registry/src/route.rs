@@ -1,10 +1,11 @@
 //! Paths, taken apart once.
 
+use http::Method;
 use lamina_image::Digest;
 use lamina_store::{Repo, Tag};
 use uuid::Uuid;
 
-use crate::ApiError;
+use crate::{Action, ApiError};
 
 /// How a manifest is asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,6 +30,7 @@ pub(crate) enum Route {
     Ready,
     Metrics,
     Base,
+    Token,
     Catalog,
     Blob(Repo, Digest),
     Uploads(Repo),
@@ -44,12 +46,31 @@ pub(crate) enum Route {
 }
 
 impl Route {
+    /// What must be allowed, and where; `None` of what belongs to no repository.
+    pub(crate) fn needs(&self, method: &Method) -> Option<(&Repo, Action)> {
+        let reads = [Method::GET, Method::HEAD].contains(method);
+        let or_else = |other| if reads { Action::Pull } else { other };
+        let deletes = if method == Method::DELETE { Action::Delete } else { Action::Push };
+        match self {
+            Self::Base | Self::Token | Self::Catalog | Self::Health | Self::Ready | Self::Metrics => None,
+            Self::Blob(repo, _) | Self::Manifest(repo, _) => Some((repo, or_else(deletes))),
+            Self::Uploads(repo) | Self::Upload(repo, _) | Self::Chunks(repo) | Self::Layers(repo) => {
+                Some((repo, Action::Push))
+            }
+            Self::Tags(repo) | Self::Referrers(repo, _) | Self::Image(repo, _) => Some((repo, Action::Pull)),
+            // whoever starts an image may say what it touched: that moves pages, and brings none
+            Self::Traces(repo, _) => Some((repo, Action::Pull)),
+            Self::Profile(repo, _) => Some((repo, Action::Push)),
+        }
+    }
+
     /// What it is called where requests are counted.
     pub(crate) fn name(&self) -> &'static str {
         match self {
             Self::Health | Self::Ready => "health",
             Self::Metrics => "metrics",
             Self::Base => "base",
+            Self::Token => "token",
             Self::Catalog => "catalog",
             Self::Blob(..) => "blob",
             Self::Uploads(_) | Self::Upload(..) => "upload",
@@ -68,6 +89,7 @@ impl Route {
     pub(crate) fn parse(path: &str) -> Result<Self, ApiError> {
         match path {
             "/v2/" | "/v2" => return Ok(Self::Base),
+            "/token" => return Ok(Self::Token),
             "/v2/_catalog" => return Ok(Self::Catalog),
             "/healthz" => return Ok(Self::Health),
             "/readyz" => return Ok(Self::Ready),

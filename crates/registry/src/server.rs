@@ -14,6 +14,8 @@ use lamina_store::{Store, StoreError};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
+use tokio_rustls::server::TlsStream;
+use tokio_util::either::Either;
 
 use crate::RegistryConfig;
 use crate::api::Api;
@@ -24,6 +26,8 @@ use crate::stall::Stalling;
 
 /// A head of a request is at most this long, and frames of bodies too, in bytes.
 const BUFFER_BYTES: usize = 512 << 10;
+/// How long a TLS handshake may take: it is two round trips.
+const HANDSHAKE: Duration = Duration::from_secs(10);
 /// How often idle uploads are looked for.
 const EXPIRE_EVERY: Duration = Duration::from_secs(60);
 
@@ -46,6 +50,7 @@ pub async fn serve(
     let learning = tokio::spawn(Arc::clone(&learner).run());
     let converting = tokio::spawn(Arc::clone(&converter).run());
     let collecting = tokio::spawn(collect(store.clone(), config.clone()));
+    let watching = config.tls.clone().map(|tls| tokio::spawn(tls.watch()));
     let housekeeping = tokio::spawn(keep_house(store, config));
     let graceful = GracefulShutdown::new();
     let accepted = {
@@ -65,6 +70,9 @@ pub async fn serve(
     housekeeping.abort();
     // a collection may end anywhere: what it has not deleted is garbage, and the next one goes on
     collecting.abort();
+    if let Some(watching) = watching {
+        watching.abort();
+    }
     // it ends with the layer that it reads, or at once where it waits
     converting.await.map_err(io::Error::other)?;
     learning.await.map_err(io::Error::other)?;
@@ -84,24 +92,40 @@ async fn accept(listener: &TcpListener, api: &Arc<Api>, graceful: &GracefulShutd
                 continue;
             }
         };
-        let connection = graceful.watch(connection(stream, peer, api));
+        let (api, watcher) = (Arc::clone(api), graceful.watcher());
         let open = Open::new(&api.metrics.connections);
         tokio::spawn(async move {
-            if let Err(error) = connection.await {
-                tracing::debug!(%error, "a connection ended early");
+            match secured(stream, &api).await {
+                Ok(stream) => {
+                    if let Err(error) = watcher.watch(connection(stream, peer, &api)).await {
+                        tracing::debug!(%error, "a connection ended early");
+                    }
+                }
+                Err(error) => tracing::debug!(%peer, %error, "no TLS came about"),
             }
             drop((place, open));
         });
     }
 }
 
+/// The connection as requests come on it.
+async fn secured(stream: TcpStream, api: &Api) -> io::Result<Either<TcpStream, TlsStream<TcpStream>>> {
+    // a socket that refuses this option is still a good one
+    let _ = stream.set_nodelay(true);
+    match &api.config().tls {
+        None => Ok(Either::Left(stream)),
+        Some(tls) => {
+            let accepted = timeout(HANDSHAKE, tls.accept(stream)).await;
+            accepted.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())).map(Either::Right)
+        }
+    }
+}
+
 fn connection(
-    stream: TcpStream,
+    stream: Either<TcpStream, TlsStream<TcpStream>>,
     peer: SocketAddr,
     api: &Arc<Api>,
 ) -> impl hyper_util::server::graceful::GracefulConnection<Error = hyper::Error> + Send + use<> {
-    // a socket that refuses this option is still a good one
-    let _ = stream.set_nodelay(true);
     let (api, config) = (Arc::clone(api), api.config());
     let service = service_fn(move |request| {
         let api = Arc::clone(&api);

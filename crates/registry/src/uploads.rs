@@ -5,11 +5,11 @@ use lamina_image::{Algorithm, Digest};
 use lamina_store::{Repo, Session};
 use uuid::Uuid;
 
-use crate::ApiError;
 use crate::api::{Answer, Api, Head, empty};
 use crate::body::Upstream;
 use crate::range::part;
 use crate::route::parse_digest;
+use crate::{Action, ApiError};
 
 /// How the specification writes that `received` bytes are here. It has no way to say none.
 pub(crate) fn range_of(received: u64) -> String {
@@ -41,7 +41,7 @@ impl Api {
             let digest = parse_digest(mount)?;
             let from = head.query.value("from").filter(|from| !from.is_empty());
             let from = from.map(str::parse::<Repo>).transpose()?;
-            if self.mount(repo, digest, from).await? {
+            if self.mount(head, repo, digest, from).await? {
                 return created(repo, digest);
             }
         }
@@ -64,10 +64,17 @@ impl Api {
 
     /// Makes a blob of another repository belong to this one too; of any repository, where none is named. False where it
     /// is not there.
-    async fn mount(&self, repo: &Repo, digest: Digest, from: Option<Repo>) -> Result<bool, ApiError> {
+    async fn mount(
+        &self,
+        head: &Head,
+        repo: &Repo,
+        digest: Digest,
+        from: Option<Repo>,
+    ) -> Result<bool, ApiError> {
         let from = match from {
-            Some(from) => Some(from),
-            None => self.store.repositories_of(digest, 1).await?.pop(),
+            // to whoever may not read it, it is not there
+            Some(from) => Some(from).filter(|from| self.may_mount(head, from)),
+            None => self.holder(&head.caller, repo, digest).await?,
         };
         let Some(from) = from else { return Ok(false) };
         let found = self.store.take_blob_in(&from, digest).await?.is_some();
@@ -75,6 +82,10 @@ impl Api {
             self.store.link_blobs(repo, [digest]).await?;
         }
         Ok(found)
+    }
+
+    fn may_mount(&self, head: &Head, from: &Repo) -> bool {
+        self.access.as_ref().is_none_or(|access| access.may(&head.caller, from, Action::Pull))
     }
 
     /// `PATCH`: the next part.

@@ -98,10 +98,15 @@ impl Store {
     /// The repositories that have manifests, sorted by name, after `last`; at most `limit`, and whether there are more.
     ///
     /// Cost: a listing of all names, and one of one manifest for each that is looked at.
-    pub async fn repositories(&self, last: &str, limit: usize) -> Result<(Vec<Repo>, bool), StoreError> {
+    pub async fn repositories(
+        &self,
+        last: &str,
+        limit: usize,
+        shown: impl Fn(&Repo) -> bool,
+    ) -> Result<(Vec<Repo>, bool), StoreError> {
         let prefixes = self.objects.prefixes(&keys::repositories()).await?;
         let mut names: Vec<Repo> = prefixes.iter().filter_map(keys::parse_repository).collect();
-        names.retain(|repo| repo.as_str() > last);
+        names.retain(|repo| repo.as_str() > last && shown(repo));
         names.sort_unstable();
         let has = |repo: Repo| async move {
             let has = self.has_repository(&repo).await?;
