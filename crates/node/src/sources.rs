@@ -150,7 +150,8 @@ impl Sources {
         demoted.retain(|_, since| since.elapsed() < DEMOTED);
         let hosts = self.hosts.iter().cloned().enumerate();
         let mut hosts: Vec<_> = hosts.filter(|(_, host)| all || !host.is_away()).collect();
-        hosts.sort_by_key(|(position, _)| demoted.contains_key(position));
+        // where all have failed, whoever failed last is asked last
+        hosts.sort_by_key(|(position, _)| demoted.get(position).copied());
         hosts
     }
 
@@ -261,4 +262,24 @@ fn jitter(pause: Duration) -> Duration {
     // keyed by the system's randomness, anew each time
     let chance = RandomState::new().hash_one(0);
     pause + pause.mul_f64((chance % 1000) as f64 / 2000.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn where_all_have_failed_whoever_failed_last_is_asked_last() {
+        let mirrors = HashMap::from([("127.0.0.1:1".to_owned(), vec!["http://127.0.0.1:2".to_owned()])]);
+        let hosts = Hosts::new(ClientConfig::default(), mirrors);
+        let sources = hosts.sources(&"127.0.0.1:1/a:t".parse().unwrap(), true).unwrap();
+        let order = || sources.order(true).into_iter().map(|(position, _)| position).collect::<Vec<_>>();
+        assert_eq!(order(), [0, 1]);
+        sources.demote(1, "it lied");
+        assert_eq!(order(), [0, 1]);
+        sources.demote(0, "it lied");
+        assert_eq!(order(), [1, 0]);
+        sources.demote(1, "it lied again");
+        assert_eq!(order(), [0, 1]);
+    }
 }
