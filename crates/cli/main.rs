@@ -18,9 +18,13 @@ use crate::args::{Arguments, Command, LogFormat};
 const INTERRUPTED: u8 = 130;
 /// Ended by SIGPIPE, as shells count it.
 const CLOSED_PIPE: i32 = 141;
+/// Buffers from this size on, in bytes, are mappings of their own: those of a mount's event loops (16 MiB each) are, and those
+/// of frames and requests (up to 1 MiB, many a second) are not.
+const MAPPED_BYTES_MIN: libc::c_int = 4 << 20;
 
 fn main() -> ExitCode {
     end_at_closed_pipes();
+    give_large_buffers_back();
     let arguments = match config::parse() {
         Ok(arguments) => arguments,
         Err(error) => return complain(&error),
@@ -49,6 +53,18 @@ fn main() -> ExitCode {
             Some(ended) => ExitCode::from(ended.0),
             None => complain(&error),
         },
+    }
+}
+
+/// Keeps glibc from raising the size from which buffers are mappings of their own, as it does whenever one is freed
+/// (mallopt(3), `M_MMAP_THRESHOLD`). Beyond it the buffers of a mount come from the heap of whichever thread makes it, and
+/// what is freed there stays: 100 MiB after some hundred mounts.
+fn give_large_buffers_back() {
+    #[cfg(target_env = "gnu")]
+    #[expect(unsafe_code, reason = "a setting of the C library")]
+    // SAFETY: mallopt takes numbers only, and no other thread runs yet
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, MAPPED_BYTES_MIN);
     }
 }
 
