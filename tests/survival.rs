@@ -2,10 +2,14 @@
 //!
 //! Needs root and `/dev/fuse`. Without them every test here fails; none is skipped.
 
+#[path = "survival/bad_input.rs"]
+mod bad_input;
 #[path = "survival/filling.rs"]
 mod filling;
 #[path = "survival/kill.rs"]
 mod kill;
+#[path = "survival/leaks.rs"]
+mod leaks;
 #[path = "survival/node.rs"]
 mod node;
 #[expect(dead_code, reason = "other tests use the rest")]
