@@ -59,6 +59,7 @@ pub(super) fn read(file: &Path, table: toml::Table, has_tls: bool) -> Result<Arc
         rules.push(Rule::new(&everywhere, vec![Who::Anonymous], vec![Action::Pull])?);
     }
     let dedup = table.deduplication.as_deref().map(str::parse::<DedupScope>).transpose();
+    let dedup = dedup.with_context(named)?.unwrap_or_default();
     let seconds = table.token_seconds.unwrap_or(TOKEN_SECONDS);
     ensure!(
         (1..=TOKEN_SECONDS_MAX).contains(&seconds),
@@ -90,7 +91,7 @@ pub(super) fn read(file: &Path, table: toml::Table, has_tls: bool) -> Result<Arc
     Ok(Arc::new(Access::new(AccessConfig {
         users: Users::open(directory.join(&table.users)).with_context(named)?,
         rules,
-        dedup: dedup.with_context(named)?.unwrap_or_default(),
+        dedup,
         token_lifetime: Duration::from_secs(seconds),
         token_key,
         external_url,
