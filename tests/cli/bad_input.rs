@@ -204,3 +204,24 @@ fn find(directory: &Path, least: u64, into: &mut Vec<PathBuf>) -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn without_dev_fuse_a_mount_says_so_and_leaves_nothing() -> Result<()> {
+    let rig = Rig::new()?;
+    let source = rig.layout("layout", &Image::new().layer(|layer| layer.file("a", "a")))?;
+    rig.ok(&["push", &source, &rig.name("a:t")])?;
+    // a container's /dev, as it is where nobody gave it the device
+    let dev = "mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && mknod -m 666 /dev/urandom c 1 9";
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", &format!("{dev} && exec \"$@\""), "sh"]);
+    command.args([env!("CARGO_BIN_EXE_lamina"), "mount", &rig.name("a:t"), &text(&rig.path("mount"))]);
+    let output = command.env("LAMINA_CACHE", rig.path("cache")).output()?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.code() == Some(1), "{said}");
+    ensure!(
+        said.contains("/dev/fuse is missing") && said.contains("give this container the device"),
+        "{said}"
+    );
+    ensure!(mounted_on(&rig.path("mount"))?.is_none(), "something is mounted");
+    rig.node_ended()
+}
