@@ -66,7 +66,8 @@ fn forgotten(rig: &Rig) -> Result<()> {
 fn shown(rig: &Rig, part: &str) -> Result<Value> {
     until(part, DEADLINE, || {
         let shown = rig.json(&["profile", "show", &rig.name("a:t")])?;
-        Ok((!shown[part].is_null()).then_some(shown))
+        // a boot pack is there a moment before its profile
+        Ok((!shown[part].is_null() && !shown["profile"].is_null()).then_some(shown))
     })
 }
 
