@@ -144,10 +144,9 @@ pub enum DedupScope {
 impl DedupScope {
     /// Whether one repository may use what the other has.
     pub(crate) fn joins(self, one: &Repo, other: &Repo) -> bool {
-        let namespace = |repo: &Repo| repo.as_str().split('/').next().map(str::to_owned);
         match self {
             Self::Repository => one == other,
-            Self::Namespace => namespace(one) == namespace(other),
+            Self::Namespace => one.as_str().split('/').next() == other.as_str().split('/').next(),
             Self::All => true,
         }
     }
