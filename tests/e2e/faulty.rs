@@ -95,13 +95,7 @@ fn packs_that_stay_wrong_are_an_error_to_the_reader_and_the_mount_stays() -> Res
 #[test]
 fn a_registry_that_hangs_costs_a_reader_its_deadline_and_no_more() -> Result<()> {
     let rig = pushed()?;
-    let hanging = Arc::new(AtomicBool::new(true));
-    let policy = Arc::clone(&hanging);
-    let proxy =
-        Proxy::start(&rig.address, move |request| match request.ranged && policy.load(Ordering::SeqCst) {
-            true => Fault::Hang,
-            false => Fault::None,
-        })?;
+    let (proxy, hanging) = Proxy::hanging(&rig.address)?;
     let mounted = mount(&rig, &proxy)?;
     is_error(&mounted.join("big"))?;
     ensure!(proxy.faults() > 0);

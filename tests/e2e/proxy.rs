@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use anyhow::{Context, Result};
 use lamina_testkit::process::until;
@@ -64,6 +64,18 @@ impl Proxy {
             }
         });
         Ok(Self { address, faults })
+    }
+
+    /// Serves what `upstream` serves, but for ranges, which are never answered as long as the flag is set. It is set.
+    pub(crate) fn hanging(upstream: &str) -> Result<(Self, Arc<AtomicBool>)> {
+        let hanging = Arc::new(AtomicBool::new(true));
+        let policy = Arc::clone(&hanging);
+        let proxy =
+            Self::start(upstream, move |request| match request.ranged && policy.load(Ordering::SeqCst) {
+                true => Fault::Hang,
+                false => Fault::None,
+            })?;
+        Ok((proxy, hanging))
     }
 
     /// A reference that leads here.

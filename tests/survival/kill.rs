@@ -15,7 +15,7 @@ use lamina_testkit::noise;
 use lamina_testkit::process::{run, until};
 
 use crate::node::{daemon, holder, kill, restored, successor};
-use crate::proxy::{Fault, Proxy};
+use crate::proxy::Proxy;
 use crate::rig::{DEADLINE, Rig, text};
 
 const BIG_BYTES: usize = 4_000_000;
@@ -40,13 +40,7 @@ fn forget_pages(file: &File) -> Result<()> {
 fn reads_that_were_under_way_when_the_node_was_killed_get_their_bytes() -> Result<()> {
     let rig = Rig::new()?;
     image(&rig)?;
-    let hanging = Arc::new(AtomicBool::new(true));
-    let policy = Arc::clone(&hanging);
-    let proxy =
-        Proxy::start(&rig.address, move |request| match request.ranged && policy.load(Ordering::SeqCst) {
-            true => Fault::Hang,
-            false => Fault::None,
-        })?;
+    let (proxy, hanging) = Proxy::hanging(&rig.address)?;
     let mounted = rig.path("mount");
     rig.ok(&["mount", "--no-boot", "--no-trace", &proxy.name("a:t"), &text(&mounted)])?;
     let before = daemon(&rig)?;
