@@ -52,7 +52,7 @@ pub enum CacheError {
         /// How long was waited.
         waited: Duration,
     },
-    /// The source sent other bytes than the frame, twice. Retrying helps only if the source changes.
+    /// The source sent other bytes than the frame, four times. Retrying helps only if the source changes.
     #[error("the source sends wrong bytes for frame {0}")]
     Damaged(FrameId),
     /// The process is stopping.

@@ -5,7 +5,6 @@
 //! still queues and goes ahead with the demand class.
 
 use std::collections::VecDeque;
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -32,6 +31,9 @@ pub struct Want {
 /// Frames of at most this much plaintext are opened where they arrive (one of the largest: 280 µs); more go to
 /// the blocking pool, where they do not hold up other tasks.
 const OPEN_INLINE_BYTES: usize = 256 << 10;
+
+/// A frame is asked for so often when what comes does not verify.
+const WRONG_MAX: usize = 4;
 
 /// One frame of a job.
 #[derive(Clone)]
@@ -158,8 +160,7 @@ async fn fly(shared: Arc<Shared>, job: Job, class: Class) {
         }
     }
     for leg in damaged {
-        again(&shared, &leg, class).await;
-        claimed.landed(&leg);
+        again(&mut claimed, job.pack, leg, class).await;
     }
     drop(slot);
 }
@@ -309,26 +310,24 @@ fn open_all(shared: &Shared, frames: Vec<(Leg, Sealed)>, class: Class) -> Opened
     opened
 }
 
-/// Fetches one damaged frame once more, alone; after that it is an error.
-async fn again(shared: &Arc<Shared>, leg: &Leg, class: Class) {
-    let id = leg.want.id;
-    let range = span(&[leg.frame()]);
-    let outcome = match shared.request(leg, leg.want.place.pack, range.clone(), class).await {
-        Ok(body) => {
-            let sealed = cut_out(&body, range.start, leg.frame());
-            sealed.open(id).map(|chunk| (chunk, sealed)).map_err(|_| {
-                add(&shared.counters.verify_failures, 1);
-                CacheError::Damaged(id)
-            })
+/// Fetches a damaged frame anew, alone; it is an error when what comes is wrong each time.
+async fn again(claimed: &mut Claimed, pack: PackId, mut leg: Leg, class: Class) {
+    let mut error = None;
+    for _ in 1..WRONG_MAX {
+        let mut received = receive(claimed, pack, vec![leg], class, Instant::now()).await;
+        error = received.error;
+        match received.damaged.pop().or(received.left.pop()) {
+            Some(wanting) => leg = wanting,
+            None => return,
         }
-        Err(error) => Err(error.of(id)),
-    };
-    match outcome {
-        Ok((chunk, sealed)) => {
-            shared.arrived(leg, chunk, &sealed, Class::Demand);
+        if error.as_ref().is_some_and(|error| !error.is_passing()) {
+            break;
         }
-        Err(error) => shared.flights.land(&leg.flight, Err(error)),
     }
+    claimed.landed(&leg);
+    let id = leg.want.id;
+    let error = error.map_or(CacheError::Damaged(id), |error| error.of(id));
+    claimed.shared.flights.land(&leg.flight, Err(error));
 }
 
 /// The frame's bytes, copied so that they do not keep the whole answer in memory. An answer that is too short gives an
@@ -361,20 +360,6 @@ impl RequestError {
 }
 
 impl Shared {
-    /// One request for a whole range.
-    async fn request(
-        &self,
-        leg: &Leg,
-        pack: PackId,
-        range: Range<u64>,
-        class: Class,
-    ) -> Result<Bytes, RequestError> {
-        add(&self.counters.source_requests, 1);
-        let body = self.within(Instant::now(), leg.flight.source.fetch(pack, range, class)).await?;
-        add(&self.counters.source_bytes, body.len());
-        Ok(body)
-    }
-
     /// What a source does, as far as it is done before the deadline of a request that began then.
     async fn within<T>(
         &self,

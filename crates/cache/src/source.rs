@@ -5,10 +5,10 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use futures_util::future::BoxFuture;
 use futures_util::stream::{self, BoxStream};
-use futures_util::{FutureExt, StreamExt};
+use futures_util::{FutureExt, StreamExt, TryStreamExt};
 use lamina_chunk::PackId;
 
 use crate::Class;
@@ -16,24 +16,30 @@ use crate::Class;
 /// Serves byte ranges of packs. Retries belong inside; the deadline belongs to the cache, which drops the future when
 /// it has passed. What comes back is not trusted.
 pub trait Source: Send + Sync {
-    /// The bytes `range` of `pack`, all of them.
-    fn fetch(
-        &self,
-        pack: PackId,
-        range: Range<u64>,
-        class: Class,
-    ) -> BoxFuture<'_, Result<Bytes, SourceError>>;
-
-    /// The same bytes as they come, so that the first frame of a long answer need not wait for the last. A source that
-    /// cannot do better gives them in one piece.
+    /// The bytes `range` of `pack`, all of them, as they come, so that the first frame of a long answer need not wait for the last.
     fn stream(
         &self,
         pack: PackId,
         range: Range<u64>,
         class: Class,
-    ) -> BoxFuture<'_, Result<Pieces, SourceError>> {
-        let whole = self.fetch(pack, range, class);
-        async move { Ok(Pieces::new(stream::iter([Ok(whole.await?)]).boxed())) }.boxed()
+    ) -> BoxFuture<'_, Result<Pieces, SourceError>>;
+
+    /// The same bytes in one piece.
+    fn fetch(
+        &self,
+        pack: PackId,
+        range: Range<u64>,
+        class: Class,
+    ) -> BoxFuture<'_, Result<Bytes, SourceError>> {
+        let pieces = self.stream(pack, range, class);
+        async move {
+            let whole = pieces.await?.try_fold(BytesMut::new(), |mut whole, piece| async move {
+                whole.extend_from_slice(&piece);
+                Ok(whole)
+            });
+            Ok(whole.await?.freeze())
+        }
+        .boxed()
     }
 
     /// Says that bytes of `pack` which came from an origin of this source did not verify: others, where there are any, should
@@ -54,6 +60,11 @@ impl Pieces {
     /// The answer of a source that has one place to ask.
     pub fn new(bytes: BoxStream<'static, Result<Bytes, SourceError>>) -> Self {
         Self { bytes, origin: 0 }
+    }
+
+    /// An answer that is here already.
+    pub fn whole(bytes: Bytes) -> Self {
+        Self::new(stream::iter([Ok(bytes)]).boxed())
     }
 
     /// The same answer, from `origin`.

@@ -13,9 +13,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::{Bytes, BytesMut};
+use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, select_all};
-use futures_util::{FutureExt, TryStreamExt};
 use lamina_cache::{Class, Pieces, Source, SourceError};
 use lamina_chunk::PackId;
 use lamina_wire::{Client, ClientConfig, Reference, Scheme, WireError};
@@ -105,8 +104,32 @@ impl Hosts {
 pub(crate) struct Sources {
     hosts: Arc<[Arc<Host>]>,
     repository: Arc<str>,
-    /// Hosts that are asked last, by position, and since when.
-    demoted: Arc<Mutex<HashMap<usize, Instant>>>,
+    /// Hosts that are asked last, by position.
+    demoted: Arc<Mutex<HashMap<usize, Demoted>>>,
+}
+
+/// When a host was last found wanting. Whoever lied comes after whoever was slow, and whoever did it last comes last.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+struct Demoted {
+    lied: Option<Instant>,
+    late: Option<Instant>,
+}
+
+impl Demoted {
+    fn forget_old(&mut self) {
+        for since in [&mut self.lied, &mut self.late] {
+            since.take_if(|since| since.elapsed() >= DEMOTED);
+        }
+    }
+}
+
+/// A host that a range is asked of.
+#[derive(Clone, Debug)]
+pub(crate) struct Asked {
+    pub(crate) position: usize,
+    pub(crate) host: Arc<Host>,
+    /// Its last answers were not found to be wrong.
+    pub(crate) trusted: bool,
 }
 
 impl Sources {
@@ -144,21 +167,24 @@ impl Sources {
         one(last).await
     }
 
-    /// Hosts by position, in the order in which they are asked; with `all` even those that are away.
-    fn order(&self, all: bool) -> Vec<(usize, Arc<Host>)> {
+    /// Hosts in the order in which they are asked; with `all` even those that are away.
+    fn order(&self, all: bool) -> Vec<Asked> {
         let mut demoted = self.demoted.lock();
-        demoted.retain(|_, since| since.elapsed() < DEMOTED);
+        demoted.values_mut().for_each(Demoted::forget_old);
+        let of = |position| demoted.get(&position).copied().unwrap_or_default();
         let hosts = self.hosts.iter().cloned().enumerate();
-        let mut hosts: Vec<_> = hosts.filter(|(_, host)| all || !host.is_away()).collect();
-        // where all have failed, whoever failed last is asked last
-        hosts.sort_by_key(|(position, _)| demoted.get(position).copied());
+        let mut hosts: Vec<_> = hosts
+            .filter(|(_, host)| all || !host.is_away())
+            .map(|(position, host)| Asked { position, host, trusted: of(position).lied.is_none() })
+            .collect();
+        hosts.sort_by_key(|asked| of(asked.position));
         hosts
     }
 
     /// Asks a host last for a while.
-    fn demote(&self, position: usize, reason: &str) {
+    fn demote(&self, position: usize, since: impl Fn(&mut Demoted) -> &mut Option<Instant>, reason: &str) {
         if let Some(host) = self.hosts.get(position).filter(|_| self.hosts.len() > 1)
-            && self.demoted.lock().insert(position, Instant::now()).is_none()
+            && since(self.demoted.lock().entry(position).or_default()).replace(Instant::now()).is_none()
         {
             tracing::warn!(?host, reason, "others are asked first for a while");
         }
@@ -180,7 +206,7 @@ impl Sources {
                 false => match Race::new(&self.repository, pack, range.clone(), class).run(hosts).await {
                     Ok((pieces, beaten)) => {
                         if let Some(position) = beaten {
-                            self.demote(position, "it is slow or fails");
+                            self.demote(position, |demoted| &mut demoted.late, "it is slow or fails");
                         }
                         return Ok(pieces);
                     }
@@ -211,34 +237,6 @@ impl Sources {
 }
 
 impl Source for Sources {
-    fn fetch(
-        &self,
-        pack: PackId,
-        range: Range<u64>,
-        class: Class,
-    ) -> BoxFuture<'_, Result<Bytes, SourceError>> {
-        let len = usize::try_from(range.end - range.start).unwrap_or(usize::MAX);
-        async move {
-            let mut round = 0;
-            loop {
-                let mut bytes = BytesMut::with_capacity(len.min(RESERVED_BYTES));
-                let mut pieces = self.open(pack, range.clone(), class).await?;
-                let error = loop {
-                    match pieces.try_next().await {
-                        Ok(Some(piece)) => bytes.extend_from_slice(&piece),
-                        Ok(None) => return Ok(bytes.freeze()),
-                        Err(error) => break error,
-                    }
-                };
-                round += 1;
-                if round >= ROUNDS_UNURGENT || !matches!(error, SourceError::Unreachable { .. }) {
-                    return Err(error);
-                }
-            }
-        }
-        .boxed()
-    }
-
     fn stream(
         &self,
         pack: PackId,
@@ -249,12 +247,9 @@ impl Source for Sources {
     }
 
     fn distrust(&self, pack: PackId, origin: usize) {
-        self.demote(origin, &format!("it sent wrong bytes of {pack}"));
+        self.demote(origin, |demoted| &mut demoted.lied, &format!("it sent wrong bytes of {pack}"));
     }
 }
-
-/// A buffer is reserved at once up to this, in bytes; beyond it grows with what comes.
-const RESERVED_BYTES: usize = 1 << 20;
 
 /// `pause` and up to half as much again, so that many who were sent away at once do not come back at once.
 fn jitter(pause: Duration) -> Duration {
@@ -273,13 +268,26 @@ mod tests {
         let mirrors = HashMap::from([("127.0.0.1:1".to_owned(), vec!["http://127.0.0.1:2".to_owned()])]);
         let hosts = Hosts::new(ClientConfig::default(), mirrors);
         let sources = hosts.sources(&"127.0.0.1:1/a:t".parse().unwrap(), true).unwrap();
-        let order = || sources.order(true).into_iter().map(|(position, _)| position).collect::<Vec<_>>();
+        let order = || sources.order(true).into_iter().map(|asked| asked.position).collect::<Vec<_>>();
+        let lie = |position| sources.demote(position, |demoted| &mut demoted.lied, "it lied");
         assert_eq!(order(), [0, 1]);
-        sources.demote(1, "it lied");
+        lie(1);
         assert_eq!(order(), [0, 1]);
-        sources.demote(0, "it lied");
+        lie(0);
         assert_eq!(order(), [1, 0]);
-        sources.demote(1, "it lied again");
+        lie(1);
         assert_eq!(order(), [0, 1]);
+    }
+
+    #[tokio::test]
+    async fn who_was_slow_since_is_still_asked_before_who_lied() {
+        let mirrors = HashMap::from([("127.0.0.1:1".to_owned(), vec!["http://127.0.0.1:2".to_owned()])]);
+        let hosts = Hosts::new(ClientConfig::default(), mirrors);
+        let sources = hosts.sources(&"127.0.0.1:1/a:t".parse().unwrap(), true).unwrap();
+        sources.demote(0, |demoted| &mut demoted.lied, "it lied");
+        sources.demote(1, |demoted| &mut demoted.late, "it is slow");
+        let order = sources.order(true);
+        assert_eq!(order.iter().map(|asked| asked.position).collect::<Vec<_>>(), [1, 0]);
+        assert_eq!(order.iter().map(|asked| asked.trusted).collect::<Vec<_>>(), [true, false]);
     }
 }

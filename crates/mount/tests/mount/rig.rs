@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use lamina_cache::{Cache, CacheConfig, Class, Source, SourceError};
+use lamina_cache::{Cache, CacheConfig, Class, Pieces, Source, SourceError};
 use lamina_chunk::{ChunkId, ChunkPlace, FrameId, PackId, PackRecord, Place, Sealed};
 use lamina_image::{
     BootPack, ChunkSink, Digest, IngestOptions, Ino, LayerInput, Profile, Progress, SinkError, Trace,
@@ -68,12 +68,12 @@ impl ChunkSink for Packs {
 }
 
 impl Source for Packs {
-    fn fetch(
+    fn stream(
         &self,
         pack: PackId,
         range: Range<u64>,
         _class: Class,
-    ) -> BoxFuture<'_, Result<Bytes, SourceError>> {
+    ) -> BoxFuture<'_, Result<Pieces, SourceError>> {
         async move {
             self.requests.fetch_add(1, Ordering::SeqCst);
             if let Some(gate) = &self.gate {
@@ -87,9 +87,9 @@ impl Source for Packs {
             let body = self.packs.lock().get(&pack).ok_or(SourceError::Missing(pack))?.slice(start..end);
             self.bytes.fetch_add(body.len() as u64, Ordering::SeqCst);
             if self.lies.load(Ordering::SeqCst) {
-                return Ok(body.iter().map(|byte| byte ^ 0x55).collect());
+                return Ok(Pieces::whole(body.iter().map(|byte| byte ^ 0x55).collect()));
             }
-            Ok(body)
+            Ok(Pieces::whole(body))
         }
         .boxed()
     }

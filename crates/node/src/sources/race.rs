@@ -14,7 +14,7 @@ use lamina_chunk::PackId;
 use lamina_wire::WireError;
 use tokio::time::{Instant, sleep_until, timeout};
 
-use super::Host;
+use super::{Asked, Host};
 
 /// A host that is silent for so long is doubted. The first wait for another is what is usual, then it doubles from here.
 const SILENT: Duration = Duration::from_secs(2);
@@ -55,23 +55,20 @@ impl<'a> Race<'a> {
     /// Asks `hosts`, which are not empty, in this order, until one answers. *Errors*: the most hopeful of theirs.
     ///
     /// With the answer comes the position of a host that is better asked later, if there is one.
-    pub(super) async fn run(
-        mut self,
-        hosts: Vec<(usize, Arc<Host>)>,
-    ) -> Result<(Pieces, Option<usize>), SourceError> {
-        let first = &hosts[0].1;
-        let mut waiting = hosts.iter();
+    pub(super) async fn run(mut self, hosts: Vec<Asked>) -> Result<(Pieces, Option<usize>), SourceError> {
+        let first = &hosts[0].host;
+        let mut waiting = hosts.iter().peekable();
         self.ask(waiting.next().expect("there is a host"), false);
         let began = Instant::now();
         let mut late = began + first.usual();
         loop {
-            let back = select_all(hosts.iter().map(|host| host.1.back().map(move |()| host).boxed()));
+            let back = select_all(hosts.iter().map(|asked| asked.host.back().map(move |()| asked).boxed()));
             tokio::select! {
                 Some(ended) = self.running.next() => {
                     match self.take(ended) {
                         Some(pieces) => {
-                            let overtaken = pieces.origin != hosts[0].0 && self.worst.is_none();
-                            return Ok((pieces, self.beaten.or(overtaken.then_some(hosts[0].0))));
+                            let overtaken = pieces.origin != hosts[0].position && self.worst.is_none();
+                            return Ok((pieces, self.beaten.or(overtaken.then_some(hosts[0].position))));
                         }
                         None => if let Some(next) = waiting.next() {
                             self.ask(next, false);
@@ -88,16 +85,18 @@ impl<'a> Race<'a> {
                     // somebody may have joined what began as readahead
                     let urgent = self.class == Class::Demand || began.elapsed() >= SILENT;
                     if urgent && self.running.len() < ASKED_MAX && first.spend() {
-                        self.ask(waiting.next().unwrap_or(&hosts[0]), true);
+                        // who lied is asked when the others fail, not when they take long
+                        let next = waiting.next_if(|next| next.trusted || !hosts[0].trusted);
+                        self.ask(next.unwrap_or(&hosts[0]), true);
                     }
                 }
                 // what is under way may hang in connections that lead nowhere
-                (host, ..) = back => self.ask(host, false),
+                (asked, ..) = back => self.ask(asked, false),
             }
         }
     }
 
-    fn ask(&self, (position, host): &(usize, Arc<Host>), hedge: bool) {
+    fn ask(&self, Asked { position, host, .. }: &Asked, hedge: bool) {
         let position = *position;
         host.asked();
         if hedge {
