@@ -264,10 +264,18 @@ impl Filesystem for Fuse {
         one(&self.files.ahead.counters.reads);
         match self.files.read(ino, offset, size) {
             Ok((Answer::Now(bytes), touched)) => {
+                let note = || touched.iter().for_each(|touched| self.files.note(ino, offset, size, touched));
+                // what is recorded is so in the order of the reads: the reader's next may come while this one is noted
+                let is_recording = self.files.recorder.is_recording();
+                if is_recording {
+                    note();
+                }
                 Self::send(&self.files, ino, Ok(bytes), reply);
-                if let Some(touched) = touched {
-                    self.files.note(ino, offset, size, &touched);
-                    self.files.store_rest(ino, offset, size, &touched);
+                if !is_recording {
+                    note();
+                }
+                if let Some(touched) = &touched {
+                    self.files.store_rest(ino, offset, size, touched);
                 }
             }
             Ok((Answer::Later(unread), touched)) => {
