@@ -1,9 +1,11 @@
 //! Every kind of source, what a second push costs, and what other clients see.
 
+use std::fs;
 use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use lamina_image::Digest;
 use lamina_testkit::compare::Compare;
 use lamina_testkit::image::Image;
 use lamina_testkit::noise;
@@ -51,6 +53,42 @@ fn a_real_image_mounts_as_its_layers_unpack() -> Result<()> {
     let rootfs = unpacked(&rig, &source)?;
     rig.ok(&["push", &source, &rig.name("real:t")])?;
     rig.must_equal("real:t", &rootfs, &Compare::default())
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    Digest::of(bytes).to_string()
+}
+
+#[test]
+fn a_layer_that_is_not_what_the_config_says_is_refused_and_named() -> Result<()> {
+    let rig = Rig::new()?;
+    let source = rig.layout("layout", &Image::new().layer(|layer| layer.file("a", noise(300_000, 1))))?;
+    let blobs = rig.path("layout/blobs/sha256");
+    let find = |word: &str| {
+        let blobs = fs::read_dir(&blobs)?.map(|entry| Ok(fs::read(entry?.path())?));
+        let found = blobs.filter_map(|bytes: Result<Vec<u8>>| String::from_utf8(bytes.ok()?).ok());
+        found.into_iter().find(|text| text.contains(word)).context("a document")
+    };
+    let config = find("\"diff_ids\"")?;
+    let layer = config.split("\"diff_ids\":[\"").nth(1).context("a layer")?[..71].to_owned();
+    let lie = sha256(b"something else");
+    let lying = config.replace(&layer, &lie);
+    let (was, is) = (sha256(config.as_bytes()), sha256(lying.as_bytes()));
+    let manifest = find("\"layers\"")?;
+    let lying_manifest = manifest
+        .replace(&was, &is)
+        .replace(&format!("\"size\":{}", config.len()), &format!("\"size\":{}", lying.len()));
+    let write = |text: &str| fs::write(blobs.join(&sha256(text.as_bytes())[7..]), text);
+    write(&lying)?;
+    write(&lying_manifest)?;
+    let index = fs::read_to_string(rig.path("layout/index.json"))?;
+    let index = index.replace(&sha256(manifest.as_bytes()), &sha256(lying_manifest.as_bytes()));
+    fs::write(rig.path("layout/index.json"), index)?;
+    let complaint = rig.fails(&["push", &source, &rig.name("app:t")])?;
+    ensure!(complaint.contains(&lie), "{complaint}");
+    let absent = rig.fails(&["inspect", &rig.name("app:t")])?;
+    ensure!(absent.contains("app"), "{absent}");
+    Ok(())
 }
 
 #[test]
@@ -108,7 +146,7 @@ fn kept_layers_keep_the_manifest_and_an_ordinary_push_becomes_mountable() -> Res
     skopeo(&["copy", "--quiet", "--dest-tls-verify=false", &other, &target])?;
     rig.converted("plain:t")?;
     let mounted = rig.mount("plain:t")?;
-    ensure!(std::fs::read(mounted.join("f"))? == noise(100_000, 9));
+    ensure!(fs::read(mounted.join("f"))? == noise(100_000, 9));
     rig.unmount()
 }
 
@@ -120,7 +158,7 @@ fn a_push_that_is_killed_names_nothing_and_the_next_one_sends_only_the_rest() ->
     let packs = |least: usize| {
         until("packs to arrive", DEADLINE, || {
             // nothing is there before the first
-            let arrived = std::fs::read_dir(rig.path("storage/objects/arrived")).map_or(0, Iterator::count);
+            let arrived = fs::read_dir(rig.path("storage/objects/arrived")).map_or(0, Iterator::count);
             Ok((arrived >= least).then_some(()))
         })
     };
@@ -156,7 +194,7 @@ fn an_interrupted_push_ends_with_130() -> Result<()> {
 /// How many files below `directory` are at least `least` bytes long.
 fn walk(directory: &Path, least: u64) -> Result<usize> {
     let mut count = 0;
-    for entry in std::fs::read_dir(directory)? {
+    for entry in fs::read_dir(directory)? {
         let Ok(entry) = entry else { continue };
         // uploads come and go
         let Ok(metadata) = entry.metadata() else { continue };

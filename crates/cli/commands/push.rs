@@ -273,7 +273,9 @@ impl Push {
 
     async fn cut(&self, numbers: Vec<usize>, earlier: Option<Arc<Earlier>>) -> Result<Vec<Recipe>> {
         let source = Arc::clone(&self.source);
-        let (progress, options) = (Arc::clone(&self.progress), self.options);
+        // other registries check nothing
+        let options = IngestOptions { is_checked_after: earlier.is_none(), ..self.options };
+        let progress = Arc::clone(&self.progress);
         let sink = RegistrySink::new(self.client.clone(), self.reference.repository.clone(), earlier);
         let made = tokio::task::spawn_blocking(move || {
             let image = source.image();

@@ -58,7 +58,8 @@ pub struct LayerInput<'a> {
     pub name: String,
     /// Its bytes, compressed or not.
     pub bytes: Box<dyn Read + Send + 'a>,
-    /// The sha256 that its plain tar must have; `None` where nobody has said.
+    /// The sha256 that its plain tar must have, hashed and compared unless that happens later
+    /// ([`IngestOptions::is_checked_after`]); `None` where nobody has said.
     pub diff_id: Option<Digest>,
 }
 
@@ -77,12 +78,15 @@ pub struct IngestOptions {
     pub sealers: usize,
     /// A layer whose plain tar is longer, in bytes, is refused: a bomb.
     pub tar_bytes_max: u64,
+    /// Whether whoever gets the recipes rebuilds and hashes each layer before relying on it, as a Lamina registry does. What a layer is
+    /// said to hash to is believed here then, and costs nothing.
+    pub is_checked_after: bool,
 }
 
 impl Default for IngestOptions {
     fn default() -> Self {
         let cores = thread::available_parallelism().map_or(2, usize::from);
-        Self { level: Level::default(), sealers: cores + 1, tar_bytes_max: 1 << 40 }
+        Self { level: Level::default(), sealers: cores + 1, tar_bytes_max: 1 << 40, is_checked_after: false }
     }
 }
 
