@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt;
@@ -33,7 +33,9 @@ pub struct Want {
 const OPEN_INLINE_BYTES: usize = 256 << 10;
 
 /// A frame is asked for so often when what comes does not verify.
-const WRONG_MAX: usize = 4;
+const WRONG_MAX: u32 = 4;
+/// Before it is asked for the third time, and twice as long before the fourth: what is between here and there may mend.
+const WRONG_PAUSE: Duration = Duration::from_millis(250);
 
 /// One frame of a job.
 #[derive(Clone)]
@@ -313,7 +315,8 @@ fn open_all(shared: &Shared, frames: Vec<(Leg, Sealed)>, class: Class) -> Opened
 /// Fetches a damaged frame anew, alone; it is an error when what comes is wrong each time.
 async fn again(claimed: &mut Claimed, pack: PackId, mut leg: Leg, class: Class) {
     let mut error = None;
-    for _ in 1..WRONG_MAX {
+    for times in 1..WRONG_MAX {
+        tokio::time::sleep(WRONG_PAUSE * (times - 1)).await;
         let mut received = receive(claimed, pack, vec![leg], class, Instant::now()).await;
         error = received.error;
         match received.damaged.pop().or(received.left.pop()) {
@@ -342,7 +345,7 @@ fn cut_out(body: &[u8], start: u64, frame: Frame) -> Sealed {
 /// An error of a request, before it is told to each frame.
 pub(crate) enum RequestError {
     Source(crate::SourceError),
-    Deadline(std::time::Duration),
+    Deadline(Duration),
 }
 
 impl RequestError {

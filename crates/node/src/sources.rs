@@ -167,12 +167,14 @@ impl Sources {
         one(last).await
     }
 
-    /// Hosts in the order in which they are asked; with `all` even those that are away.
+    /// Hosts in the order in which they are asked; with `all` even those that are away, and also where whoever is here lied.
     fn order(&self, all: bool) -> Vec<Asked> {
         let mut demoted = self.demoted.lock();
         demoted.values_mut().for_each(Demoted::forget_old);
         let of = |position| demoted.get(&position).copied().unwrap_or_default();
         let hosts = self.hosts.iter().cloned().enumerate();
+        let mut here = hosts.clone().filter(|(_, host)| !host.is_away()).peekable();
+        let all = all || (here.peek().is_some() && here.all(|(position, _)| of(position).lied.is_some()));
         let mut hosts: Vec<_> = hosts
             .filter(|(_, host)| all || !host.is_away())
             .map(|(position, host)| Asked { position, host, trusted: of(position).lied.is_none() })
@@ -276,6 +278,24 @@ mod tests {
         lie(0);
         assert_eq!(order(), [1, 0]);
         lie(1);
+        assert_eq!(order(), [0, 1]);
+    }
+
+    #[tokio::test]
+    async fn where_only_a_liar_is_left_those_that_are_away_are_asked_before_it() {
+        let mirrors = HashMap::from([("127.0.0.1:1".to_owned(), vec!["http://127.0.0.1:2".to_owned()])]);
+        let hosts = Hosts::new(ClientConfig::default(), mirrors);
+        let sources = hosts.sources(&"127.0.0.1:1/a:t".parse().unwrap(), true).unwrap();
+        let order = || sources.order(false).into_iter().map(|asked| asked.position).collect::<Vec<_>>();
+        sources.hosts[0].doubt("it was cut off");
+        let away = async {
+            while !sources.hosts[0].is_away() {
+                tokio::task::yield_now().await;
+            }
+        };
+        timeout(Duration::from_secs(20), away).await.expect("nothing listens there");
+        assert_eq!(order(), [1]);
+        sources.demote(1, |demoted| &mut demoted.lied, "it lied");
         assert_eq!(order(), [0, 1]);
     }
 
