@@ -265,11 +265,16 @@ fn jitter(pause: Duration) -> Duration {
 mod tests {
     use super::*;
 
-    #[tokio::test]
-    async fn where_all_have_failed_whoever_failed_last_is_asked_last() {
+    /// A mirror and a registry, with nothing behind either.
+    fn two() -> Sources {
         let mirrors = HashMap::from([("127.0.0.1:1".to_owned(), vec!["http://127.0.0.1:2".to_owned()])]);
         let hosts = Hosts::new(ClientConfig::default(), mirrors);
-        let sources = hosts.sources(&"127.0.0.1:1/a:t".parse().unwrap(), true).unwrap();
+        hosts.sources(&"127.0.0.1:1/a:t".parse().unwrap(), true).unwrap()
+    }
+
+    #[tokio::test]
+    async fn where_all_have_failed_whoever_failed_last_is_asked_last() {
+        let sources = two();
         let order = || sources.order(true).into_iter().map(|asked| asked.position).collect::<Vec<_>>();
         let lie = |position| sources.demote(position, |demoted| &mut demoted.lied, "it lied");
         assert_eq!(order(), [0, 1]);
@@ -283,9 +288,7 @@ mod tests {
 
     #[tokio::test]
     async fn where_only_a_liar_is_left_those_that_are_away_are_asked_before_it() {
-        let mirrors = HashMap::from([("127.0.0.1:1".to_owned(), vec!["http://127.0.0.1:2".to_owned()])]);
-        let hosts = Hosts::new(ClientConfig::default(), mirrors);
-        let sources = hosts.sources(&"127.0.0.1:1/a:t".parse().unwrap(), true).unwrap();
+        let sources = two();
         let order = || sources.order(false).into_iter().map(|asked| asked.position).collect::<Vec<_>>();
         sources.hosts[0].doubt("it was cut off");
         let away = async {
@@ -301,9 +304,7 @@ mod tests {
 
     #[tokio::test]
     async fn who_was_slow_since_is_still_asked_before_who_lied() {
-        let mirrors = HashMap::from([("127.0.0.1:1".to_owned(), vec!["http://127.0.0.1:2".to_owned()])]);
-        let hosts = Hosts::new(ClientConfig::default(), mirrors);
-        let sources = hosts.sources(&"127.0.0.1:1/a:t".parse().unwrap(), true).unwrap();
+        let sources = two();
         sources.demote(0, |demoted| &mut demoted.lied, "it lied");
         sources.demote(1, |demoted| &mut demoted.late, "it is slow");
         let order = sources.order(true);
