@@ -161,9 +161,7 @@ async fn fly(shared: Arc<Shared>, job: Job, class: Class) {
             break;
         }
     }
-    for leg in damaged {
-        again(&mut claimed, job.pack, leg, class).await;
-    }
+    again(&mut claimed, job.pack, damaged, class).await;
     drop(slot);
 }
 
@@ -312,25 +310,31 @@ fn open_all(shared: &Shared, frames: Vec<(Leg, Sealed)>, class: Class) -> Opened
     opened
 }
 
-/// Fetches a damaged frame anew, alone; it is an error when what comes is wrong each time.
-async fn again(claimed: &mut Claimed, pack: PackId, mut leg: Leg, class: Class) {
-    let mut error = None;
+/// Fetches damaged frames anew, each alone and all of them between two pauses; it is an error when what comes is wrong each time.
+async fn again(claimed: &mut Claimed, pack: PackId, damaged: Vec<Leg>, class: Class) {
+    let mut wanting: Vec<(Leg, Option<RequestError>)> = damaged.into_iter().map(|leg| (leg, None)).collect();
     for times in 1..WRONG_MAX {
+        if wanting.is_empty() {
+            return;
+        }
         tokio::time::sleep(WRONG_PAUSE * (times - 1)).await;
-        let mut received = receive(claimed, pack, vec![leg], class, Instant::now()).await;
-        error = received.error;
-        match received.damaged.pop().or(received.left.pop()) {
-            Some(wanting) => leg = wanting,
-            None => return,
+        let mut still = Vec::new();
+        for (leg, _) in wanting {
+            let mut received = receive(claimed, pack, vec![leg], class, Instant::now()).await;
+            let Some(leg) = received.damaged.pop().or(received.left.pop()) else { continue };
+            match received.error {
+                Some(error) if !error.is_passing() => fail(claimed, &[leg], &error),
+                error => still.push((leg, error)),
+            }
         }
-        if error.as_ref().is_some_and(|error| !error.is_passing()) {
-            break;
-        }
+        wanting = still;
     }
-    claimed.landed(&leg);
-    let id = leg.want.id;
-    let error = error.map_or(CacheError::Damaged(id), |error| error.of(id));
-    claimed.shared.flights.land(&leg.flight, Err(error));
+    for (leg, error) in wanting {
+        claimed.landed(&leg);
+        let id = leg.want.id;
+        let error = error.map_or(CacheError::Damaged(id), |error| error.of(id));
+        claimed.shared.flights.land(&leg.flight, Err(error));
+    }
 }
 
 /// The frame's bytes, copied so that they do not keep the whole answer in memory. An answer that is too short gives an
