@@ -197,7 +197,15 @@ pub fn ingest(
 /// New chunks on their way, in the order in which they were cut, each with its number.
 struct Batch {
     sequence: u64,
-    chunks: Vec<(u32, Chunk)>,
+    chunks: Vec<NewChunk>,
+}
+
+/// A chunk that this image has not had before.
+struct NewChunk {
+    number: u32,
+    chunk: Chunk,
+    /// The chunk's bytes and what follows them in memory, which may be the next chunk's.
+    window: Bytes,
 }
 
 /// What of a batch the sink lacks.
@@ -241,23 +249,24 @@ impl Stages<'_> {
     }
 
     fn seal_batch(&self, sealer: &mut Sealer, batch: Batch) -> Result<SealedBatch, SinkError> {
-        let ids: Vec<ChunkId> = batch.chunks.iter().map(|(_, chunk)| chunk.id()).collect();
+        let ids: Vec<ChunkId> = batch.chunks.iter().map(|new| new.chunk.id()).collect();
         let known = self.sink.known(&ids)?;
         if known.len() != ids.len() {
             return Err(format!("asked for {} chunks and got {} answers", ids.len(), known.len()).into());
         }
         let mut new = Vec::new();
-        for ((number, chunk), place) in batch.chunks.into_iter().zip(known) {
+        for (chunk, place) in batch.chunks.into_iter().zip(known) {
+            let len = chunk.chunk.bytes().len();
             match place {
                 // a place of another length would make a recipe that does not add up
-                Some(place) if place.is_possible() && place.len as usize == chunk.bytes().len() => {
+                Some(place) if place.is_possible() && place.len as usize == len => {
                     Progress::add(&self.progress.known, 1);
-                    self.places.set(number, place);
+                    self.places.set(chunk.number, place);
                 }
                 _ => {
                     Progress::add(&self.progress.new, 1);
-                    Progress::add(&self.progress.new_bytes, chunk.bytes().len());
-                    new.push((number, chunk));
+                    Progress::add(&self.progress.new_bytes, len);
+                    new.push(chunk);
                 }
             }
         }
@@ -283,12 +292,12 @@ impl Stages<'_> {
 }
 
 /// Runs of chunks, each of at most 256 KiB together.
-fn neighbours(chunks: &[(u32, Chunk)]) -> impl Iterator<Item = &[(u32, Chunk)]> {
+fn neighbours(chunks: &[NewChunk]) -> impl Iterator<Item = &[NewChunk]> {
     let mut rest = chunks;
     std::iter::from_fn(move || {
         let mut bytes = 0;
-        let fits = rest.iter().take_while(|(_, chunk)| {
-            bytes += chunk.bytes().len();
+        let fits = rest.iter().take_while(|new| {
+            bytes += new.chunk.bytes().len();
             bytes <= CHUNK_BYTES_MAX
         });
         let (run, later) = rest.split_at(fits.count());
@@ -297,13 +306,10 @@ fn neighbours(chunks: &[(u32, Chunk)]) -> impl Iterator<Item = &[(u32, Chunk)]> 
     })
 }
 
-fn seal_frame(sealer: &mut Sealer, chunks: &[(u32, Chunk)]) -> NewFrame {
+fn seal_frame(sealer: &mut Sealer, chunks: &[NewChunk]) -> NewFrame {
     let whole = match chunks {
-        [(_, alone)] => alone.clone(),
-        several => {
-            let parts: Vec<&[u8]> = several.iter().map(|(_, chunk)| &chunk.bytes()[..]).collect();
-            Chunk::cut(Bytes::from(parts.concat()))
-        }
+        [alone] => alone.chunk.clone(),
+        several => Chunk::cut(joined(several)),
     };
     let packed = |chunk: &Chunk| {
         let len = u32::try_from(chunk.bytes().len()).expect("chunks are at most 256 KiB");
@@ -312,8 +318,24 @@ fn seal_frame(sealer: &mut Sealer, chunks: &[(u32, Chunk)]) -> NewFrame {
     NewFrame {
         id: whole.id(),
         sealed: sealer.seal(&whole),
-        chunks: chunks.iter().map(|(_, chunk)| packed(chunk)).collect(),
-        numbers: chunks.iter().map(|(number, _)| *number).collect(),
+        chunks: chunks.iter().map(|new| packed(&new.chunk)).collect(),
+        numbers: chunks.iter().map(|new| new.number).collect(),
+    }
+}
+
+/// The bytes of chunks, one behind the other. Not copied where they lie so already, as those of one file do.
+fn joined(chunks: &[NewChunk]) -> Bytes {
+    let len = chunks.iter().map(|new| new.chunk.bytes().len()).sum();
+    let lie_so = chunks
+        .windows(2)
+        .all(|pair| std::ptr::eq(pair[0].chunk.bytes().as_ptr_range().end, pair[1].chunk.bytes().as_ptr()));
+    match chunks.first() {
+        // as far as the window reaches it is one piece of memory, so what lies there is the chunks
+        Some(first) if lie_so && first.window.len() >= len => first.window.slice(..len),
+        _ => {
+            let parts: Vec<&[u8]> = chunks.iter().map(|new| &new.chunk.bytes()[..]).collect();
+            Bytes::from(parts.concat())
+        }
     }
 }
 

@@ -8,6 +8,7 @@ use lamina_chunk::{Chunk, ChunkError, ChunkId, Frame, FrameId, PackId, PackRecor
 use lamina_image::{Digest, Hasher, Recipe};
 use parking_lot::Mutex;
 
+use crate::hashing::hash;
 use crate::{Store, StoreError, keys};
 
 /// Packs whose indexes are read at the same time.
@@ -96,15 +97,10 @@ impl Store {
     /// [`StoreError::Digest`] where it hashes to something else, [`StoreError::Frame`] where a pack is damaged.
     pub async fn check_rebuilds(&self, recipe: &Arc<Recipe>, proof: &Arc<Proof>) -> Result<(), StoreError> {
         let expected: Digest = recipe.diff_id();
-        let range = 0..recipe.tar_bytes();
-        let mut tar = self.rebuild_proving(Arc::clone(recipe), range, Some(Arc::clone(proof))).await?;
+        let mut tar = self.rebuild_proving(Arc::clone(recipe), Arc::clone(proof)).await;
         let mut hasher = Hasher::default();
-        while let Some(frame) = tar.try_next().await? {
-            let hashed = tokio::task::spawn_blocking(move || {
-                hasher.update(&frame);
-                hasher
-            });
-            hasher = hashed.await.expect("hashing does not panic");
+        while let Some(pieces) = tar.try_next().await? {
+            hasher = hash(hasher, pieces).await;
         }
         let found = hasher.finish();
         if found == expected { Ok(()) } else { Err(StoreError::Digest { expected, found }) }

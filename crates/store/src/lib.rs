@@ -15,6 +15,7 @@ mod error;
 mod frames;
 mod fsck;
 mod gc;
+mod hashing;
 mod images;
 mod index;
 mod inventory;

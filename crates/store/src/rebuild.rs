@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use futures_util::stream::{self, StreamExt};
+use futures_util::stream::{self, BoxStream, Stream, StreamExt};
 use lamina_chunk::{Chunk, FrameId, PackId, Place, Sealed};
 use lamina_image::{Recipe, RecipeError, RecipePiece};
 use tokio::sync::mpsc::{Sender, channel};
@@ -37,16 +37,31 @@ impl Store {
     /// A part of the plain tar that the recipe describes. The range must lie inside. Waits where eight tars are being
     /// rebuilt already.
     pub async fn rebuild(&self, recipe: Arc<Recipe>, range: Range<u64>) -> Result<ByteStream, StoreError> {
-        self.rebuild_proving(recipe, range, None).await
+        let groups = self.groups(recipe, range, |group, frames| {
+            let pieces = open(group, frames, None)?;
+            Ok(Bytes::from(pieces.concat()))
+        });
+        Ok(groups.await.boxed())
     }
 
-    /// The same, and what is opened on the way is shown to `proof`.
+    /// The whole plain tar, in lists of pieces as they lie in memory. What is opened on the way is shown to `proof`. Memory: up to
+    /// 80 MiB.
     pub(crate) async fn rebuild_proving(
         &self,
         recipe: Arc<Recipe>,
+        proof: Arc<Proof>,
+    ) -> BoxStream<'static, Result<Vec<Bytes>, StoreError>> {
+        let range = 0..recipe.tar_bytes();
+        self.groups(recipe, range, move |group, frames| open(group, frames, Some(&proof))).await.boxed()
+    }
+
+    /// What `open` makes of each group, in order.
+    async fn groups<T: Send + 'static>(
+        &self,
+        recipe: Arc<Recipe>,
         range: Range<u64>,
-        proof: Option<Arc<Proof>>,
-    ) -> Result<ByteStream, StoreError> {
+        open: impl Fn(&Group, &Frames) -> Result<T, StoreError> + Clone + Send + 'static,
+    ) -> impl Stream<Item = Result<T, StoreError>> + Send + 'static {
         assert!(
             range.start <= range.end && range.end <= recipe.tar_bytes(),
             "{range:?} of {}",
@@ -60,8 +75,8 @@ impl Store {
             planned.recv().await.map(|group| (group, (planned, permit)))
         });
         // each group is a task, so that it goes on while the one before it is taken
-        let loading = planned.map(move |group| tokio::spawn(load(objects.clone(), group, proof.clone())));
-        Ok(loading.buffered(GROUPS).map(|loaded| loaded.expect("loading does not panic")).boxed())
+        let loading = planned.map(move |group| tokio::spawn(load(objects.clone(), group, open.clone())));
+        loading.buffered(GROUPS).map(|loaded| loaded.expect("loading does not panic"))
     }
 }
 
@@ -104,19 +119,21 @@ impl Group {
     }
 }
 
-async fn load(
+async fn load<T: Send + 'static>(
     objects: Objects,
     group: Result<Group, RecipeError>,
-    proof: Option<Arc<Proof>>,
-) -> Result<Bytes, StoreError> {
+    open: impl Fn(&Group, &Frames) -> Result<T, StoreError> + Send + 'static,
+) -> Result<T, StoreError> {
     let group = group?;
     let frames = read_frames(&objects, &group).await?;
-    let opened = tokio::task::spawn_blocking(move || open(&group, &frames, proof.as_deref()));
-    opened.await.expect("opening does not panic")
+    tokio::task::spawn_blocking(move || open(&group, &frames)).await.expect("opening does not panic")
 }
 
+/// Sealed frames, by pack and offset.
+type Frames = BTreeMap<(PackId, u32), Bytes>;
+
 /// The frames of a group, by place. Neighbours in a pack are read together.
-async fn read_frames(objects: &Objects, group: &Group) -> Result<BTreeMap<(PackId, u32), Bytes>, StoreError> {
+async fn read_frames(objects: &Objects, group: &Group) -> Result<Frames, StoreError> {
     let mut wanted = BTreeMap::<PackId, BTreeMap<u32, u64>>::new();
     for piece in &group.pieces {
         if let RecipePiece::Frame { place: Place { pack, frame }, .. } = piece {
@@ -134,44 +151,42 @@ async fn read_frames(objects: &Objects, group: &Group) -> Result<BTreeMap<(PackI
     Ok(frames)
 }
 
-fn open(
-    group: &Group,
-    frames: &BTreeMap<(PackId, u32), Bytes>,
-    proof: Option<&Proof>,
-) -> Result<Bytes, StoreError> {
-    let len = usize::try_from(group.len).expect("groups are short");
-    let mut plain = Vec::with_capacity(len + lamina_chunk::CHUNK_BYTES_MAX);
+/// The bytes of a group: literals, and slices of opened frames.
+fn open(group: &Group, frames: &Frames, proof: Option<&Proof>) -> Result<Vec<Bytes>, StoreError> {
+    let mut plain = Vec::with_capacity(group.pieces.len());
+    let mut left = usize::try_from(group.len).expect("groups are short");
     // neighbours are often taken from one frame
     let mut last: Option<(Place, Chunk)> = None;
     for piece in &group.pieces {
-        let (id, place, skip, len) = match piece {
-            RecipePiece::Literal(bytes) => {
-                plain.extend_from_slice(bytes);
-                continue;
+        let mut bytes = match piece {
+            RecipePiece::Literal(bytes) => bytes.clone(),
+            RecipePiece::Frame { id, place, skip, len } => {
+                let opened = match last.take() {
+                    Some((same, opened)) if same == *place && opened.id() == *id => opened,
+                    _ => {
+                        let opened = open_frame(*id, *place, frames)?;
+                        proof.map_or(Ok(()), |proof| proof.opened(*place, &opened))?;
+                        opened
+                    }
+                };
+                let range = *skip as usize..*skip as usize + *len as usize;
+                if range.end > opened.bytes().len() {
+                    return Err(StoreError::Place { frame: *id, pack: place.pack });
+                }
+                let bytes = opened.bytes().slice(range);
+                last = Some((*place, opened));
+                bytes
             }
-            RecipePiece::Frame { id, place, skip, len } => (*id, *place, *skip as usize, *len as usize),
         };
-        let opened = match last.take() {
-            Some((same, opened)) if same == place && opened.id() == id => opened,
-            _ => {
-                let opened = open_frame(id, place, frames)?;
-                proof.map_or(Ok(()), |proof| proof.opened(place, &opened))?;
-                opened
-            }
-        };
-        let bytes = opened.bytes().get(skip..skip + len);
-        plain.extend_from_slice(bytes.ok_or(StoreError::Place { frame: id, pack: place.pack })?);
-        last = Some((place, opened));
+        // of the last piece only its beginning may be wanted
+        bytes.truncate(left);
+        left -= bytes.len();
+        plain.push(bytes);
     }
-    plain.truncate(len);
-    Ok(Bytes::from(plain))
+    Ok(plain)
 }
 
-fn open_frame(
-    id: FrameId,
-    place: Place,
-    frames: &BTreeMap<(PackId, u32), Bytes>,
-) -> Result<Chunk, StoreError> {
+fn open_frame(id: FrameId, place: Place, frames: &Frames) -> Result<Chunk, StoreError> {
     let Place { pack, frame } = place;
     let bytes = frames.get(&(pack, frame.offset)).expect("every place of the group was read");
     let bytes = bytes.get(..frame.sealed_len as usize).map(|_| bytes.slice(..frame.sealed_len as usize));

@@ -19,6 +19,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use uuid::Uuid;
 
+use crate::hashing::hash;
 use crate::objects::Objects;
 use crate::{Repo, Store, StoreConfig, StoreError, keys};
 
@@ -357,12 +358,4 @@ async fn rehash(
         hasher = hash(hasher, vec![piece]).await;
     }
     Ok(hasher.finish())
-}
-
-async fn hash(mut hasher: Hasher, pieces: Vec<Bytes>) -> Hasher {
-    let hashed = tokio::task::spawn_blocking(move || {
-        pieces.iter().for_each(|piece| hasher.update(piece));
-        hasher
-    });
-    hashed.await.expect("hashing does not panic")
 }

@@ -3,14 +3,16 @@
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
 
 use bytes::Bytes;
 use lamina_chunk::{CHUNK_BYTES_MAX, Chunk, ChunkId, next_cut};
 
 use super::reader::{Blocks, Counted, channel, pump};
-use super::{BATCH_BYTES, BATCH_CHUNKS, Batch, Failure, IngestError, IngestOptions, LayerInput, Progress};
+use super::{
+    BATCH_BYTES, BATCH_CHUNKS, Batch, Failure, IngestError, IngestOptions, LayerInput, NewChunk, Progress,
+};
 use crate::recipe::RecipeDraft;
 use crate::tar::{Piece, TarError, TarSource, read_tar};
 use crate::{Digest, Hasher};
@@ -43,15 +45,15 @@ impl<'a> Cutter<'a> {
         let (draft, diff_id) = thread::scope(|scope| {
             let (to_cutter, blocks) = channel();
             let believed = layer.diff_id.filter(|_| options.is_checked_after);
-            let (to_hasher, plain) = sync_channel::<Bytes>(4);
-            let to_hasher = believed.is_none().then_some(to_hasher);
+            let (to_hasher, hasher) = match believed {
+                Some(_) => (None, None),
+                None => {
+                    let (to_hasher, plain) = sync_channel::<Bytes>(4);
+                    (Some(to_hasher), Some(scope.spawn(move || hash(&plain))))
+                }
+            };
             let compressed = Counted(layer.bytes, &progress.read);
             scope.spawn(move || pump(compressed, &to_cutter, to_hasher.as_ref()));
-            let hasher = scope.spawn(move || {
-                let mut hasher = Hasher::default();
-                plain.iter().for_each(|block| hasher.update(&block));
-                hasher.finish()
-            });
             let mut stream = Stream {
                 blocks,
                 pending: VecDeque::new(),
@@ -69,8 +71,8 @@ impl<'a> Cutter<'a> {
             let draft = read.map(|()| stream.draft);
             // the blocks are dropped now, so the reader ends and then the hasher
             drop(stream.blocks);
-            let hashed = hasher.join().expect("hashing does not panic");
-            (draft, believed.unwrap_or(hashed))
+            let hashed = hasher.map(|hasher| hasher.join().expect("hashing does not panic"));
+            (draft, believed.or(hashed).expect("what is not believed is hashed"))
         });
         if progress.stop.load(Ordering::Relaxed) {
             return Err(IngestError::Stopped);
@@ -85,6 +87,12 @@ impl<'a> Cutter<'a> {
     }
 }
 
+fn hash(plain: &Receiver<Bytes>) -> Digest {
+    let mut hasher = Hasher::default();
+    plain.iter().for_each(|block| hasher.update(&block));
+    hasher.finish()
+}
+
 /// The plain tar on its way from the reader into recipe and batches.
 struct Stream<'a, 'b> {
     blocks: Blocks,
@@ -92,7 +100,7 @@ struct Stream<'a, 'b> {
     ended: bool,
     limit: u64,
     draft: RecipeDraft,
-    batch: Vec<(u32, Chunk)>,
+    batch: Vec<NewChunk>,
     batch_bytes: usize,
     cutter: &'a mut Cutter<'b>,
     batches: &'a SyncSender<Batch>,
@@ -130,11 +138,12 @@ impl Stream<'_, '_> {
         Ok(())
     }
 
-    /// The next `len` pending bytes in one piece, without taking them. Copied only where they lie in two blocks.
+    /// The next `len` pending bytes in one piece, without taking them, and what follows them in memory. Copied only where they
+    /// lie in two blocks.
     fn window(&self, len: usize) -> Bytes {
         match self.pending.front() {
             None => Bytes::new(),
-            Some(front) if front.len() >= len => front.slice(..len),
+            Some(front) if front.len() >= len => front.clone(),
             Some(_) => {
                 let mut joined = Vec::with_capacity(len);
                 for block in &self.pending {
@@ -170,21 +179,22 @@ impl Stream<'_, '_> {
                 let name = "what follows its end".to_owned();
                 return Err(TarError::TooLarge { name, what: "a trailer", limit: TRAILER_BYTES_MAX });
             }
-            self.draft.literal(&self.window(len));
+            self.draft.literal(&self.window(len)[..len]);
             self.take(len);
         }
     }
 
-    fn chunk(&mut self, plain: Bytes) -> Piece {
-        let len = u32::try_from(plain.len()).expect("chunks are at most 256 KiB");
-        let chunk = Chunk::cut(plain);
+    /// Names the first `len` bytes of a window.
+    fn chunk(&mut self, window: Bytes, len: usize) -> Piece {
+        let chunk = Chunk::cut(window.slice(..len));
+        let len = u32::try_from(len).expect("chunks are at most 256 KiB");
         let id = chunk.id();
         Progress::add(&self.cutter.progress.chunks, 1);
         let next = u32::try_from(self.cutter.numbers.len()).expect("2^32 chunks are 256 TiB");
         let number = *self.cutter.numbers.entry(id).or_insert(next);
         if number == next {
             self.batch_bytes += len as usize;
-            self.batch.push((number, chunk));
+            self.batch.push(NewChunk { number, chunk, window });
             if self.batch_bytes >= BATCH_BYTES || self.batch.len() >= BATCH_CHUNKS {
                 self.send_batch();
             }
@@ -209,9 +219,10 @@ impl TarSource for Stream<'_, '_> {
     fn framing(&mut self, len: usize) -> Result<Vec<u8>, TarError> {
         let have = self.fill(len)?;
         let window = self.window(have);
-        self.draft.literal(&window);
+        let framing = &window[..have];
+        self.draft.literal(framing);
         self.take(have);
-        Ok(window.to_vec())
+        Ok(framing.to_vec())
     }
 
     fn contents(&mut self, len: u64) -> Result<Vec<Piece>, TarError> {
@@ -223,10 +234,10 @@ impl TarSource for Stream<'_, '_> {
                 return Err(TarError::Truncated(self.position()));
             }
             let window = self.window(want);
-            let whole = window.len() as u64 == left;
-            let cut =
-                next_cut(&window, pieces.is_empty(), whole).expect("the window is full or reaches the end");
-            pieces.push(self.chunk(window.slice(..cut)));
+            let whole = want as u64 == left;
+            let cut = next_cut(&window[..want], pieces.is_empty(), whole)
+                .expect("the window is full or reaches the end");
+            pieces.push(self.chunk(window, cut));
             self.take(cut);
             left -= cut as u64;
         }
