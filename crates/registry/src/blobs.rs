@@ -1,41 +1,35 @@
 //! Downloads of blobs, and their end.
 
+use std::ops::Range;
+
 use http::{HeaderValue, Response, StatusCode, header};
 use lamina_image::Digest;
 use lamina_store::Repo;
 
 use crate::ApiError;
 use crate::api::{Answer, Api, Head, empty, etag_of, not_modified};
-use crate::body::{full, streamed};
-use crate::range::{Wanted, wanted};
+use crate::body::{Body, full, streamed};
+use crate::range::{Wanted, bounded, wanted};
+
+/// What an answer carries: which bytes of a blob of `size`, or all.
+struct Download {
+    size: u64,
+    status: StatusCode,
+    range: Range<u64>,
+    body: Body,
+}
 
 impl Api {
     /// `GET` and `HEAD`, whole or in part.
     pub(crate) async fn read_blob(&self, head: &Head, repo: &Repo, digest: Digest) -> Answer {
-        // who only asks may be about to push, and builds on the answer
-        let blob = match head.method == http::Method::HEAD {
-            true => self.store.take_blob_in(repo, digest).await?,
-            false => self.store.blob_in(repo, digest).await?,
+        let download = match self.read_part(head, repo, digest).await? {
+            Some(part) => part,
+            None => self.read_any(head, repo, digest).await?,
         };
-        let blob = blob.ok_or(ApiError::BlobUnknown(digest))?;
-        if head.knows(digest) {
+        let Download { size, status, range, body } = download;
+        if status == StatusCode::NOT_MODIFIED {
             return Ok(not_modified(digest));
         }
-        let size = blob.size();
-        // a range of something else than this is no use to the client
-        let same = head.header(header::IF_RANGE).is_none_or(|tag| tag == etag_of(digest));
-        let (status, range) = match wanted(head.header(header::RANGE).filter(|_| same), size) {
-            Wanted::Whole => (StatusCode::OK, 0..size),
-            Wanted::Part(range) => (StatusCode::PARTIAL_CONTENT, range),
-            Wanted::Outside => return Err(ApiError::Range(size)),
-        };
-        let body = match head.method == http::Method::HEAD {
-            true => full(bytes::Bytes::new()),
-            false => {
-                let bytes = self.store.read_blob(digest, blob, range.clone()).await?;
-                streamed(bytes, self.metrics.sent.clone())
-            }
-        };
         let mut response = Response::new(body);
         *response.status_mut() = status;
         let headers = response.headers_mut();
@@ -52,6 +46,57 @@ impl Api {
         }
         Ok(response)
     }
+
+    /// What nodes ask for: a range with two ends. `None` for all else, and for what is better said by who knows how long the
+    /// blob is.
+    async fn read_part(
+        &self,
+        head: &Head,
+        repo: &Repo,
+        digest: Digest,
+    ) -> Result<Option<Download>, ApiError> {
+        let conditions = [header::IF_RANGE, header::IF_NONE_MATCH];
+        if head.method != http::Method::GET || conditions.into_iter().any(|name| head.header(name).is_some())
+        {
+            return Ok(None);
+        }
+        let Some(range) = head.header(header::RANGE).and_then(bounded) else { return Ok(None) };
+        // whatever is wrong shows again where it is asked for step by step
+        let Ok(Some(part)) = self.store.part_in(repo, digest, range).await else { return Ok(None) };
+        let body = streamed(part.bytes, self.metrics.sent.clone());
+        Ok(Some(Download { size: part.size, status: StatusCode::PARTIAL_CONTENT, range: part.range, body }))
+    }
+
+    async fn read_any(&self, head: &Head, repo: &Repo, digest: Digest) -> Result<Download, ApiError> {
+        let is_head = head.method == http::Method::HEAD;
+        // who only asks may be about to push, and builds on the answer
+        let blob = match is_head {
+            true => self.store.take_blob_in(repo, digest).await?,
+            false => self.store.blob_in(repo, digest).await?,
+        };
+        let blob = blob.ok_or(ApiError::BlobUnknown(digest))?;
+        let (size, nothing) = (blob.size(), || full(bytes::Bytes::new()));
+        if head.knows(digest) {
+            let status = StatusCode::NOT_MODIFIED;
+            return Ok(Download { size, status, range: 0..size, body: nothing() });
+        }
+        // a range of something else than this is no use to the client
+        let same = head.header(header::IF_RANGE).is_none_or(|tag| tag == etag_of(digest));
+        let (status, range) = match wanted(head.header(header::RANGE).filter(|_| same), size) {
+            Wanted::Whole => (StatusCode::OK, 0..size),
+            Wanted::Part(range) => (StatusCode::PARTIAL_CONTENT, range),
+            Wanted::Outside => return Err(ApiError::Range(size)),
+        };
+        let body = match is_head {
+            true => nothing(),
+            false => {
+                let bytes = self.store.read_blob(digest, blob, range.clone()).await?;
+                streamed(bytes, self.metrics.sent.clone())
+            }
+        };
+        Ok(Download { size, status, range, body })
+    }
+
     /// `DELETE`: the repository has it no more. Others that have it keep it; the bytes stay until they are collected.
     pub(crate) async fn delete_blob(&self, repo: &Repo, digest: Digest) -> Answer {
         match self.store.unlink_blob(repo, digest).await? {

@@ -30,6 +30,13 @@ pub(crate) fn wanted(header: Option<&str>, size: u64) -> Wanted {
     if part.start < part.end { Wanted::Part(part) } else { Wanted::Outside }
 }
 
+/// Reads a `Range` header that names first and last byte, in order, and nothing more.
+pub(crate) fn bounded(header: &str) -> Option<Range<u64>> {
+    let (first, last) = header.trim().strip_prefix("bytes=")?.split_once('-')?;
+    let (first, last) = (number(first.trim())?, number(last.trim())?);
+    (first <= last && last < u64::MAX).then(|| first..last + 1)
+}
+
 /// Reads the `Content-Range` of a part, `first-last`, as distribution-spec writes it; also `bytes first-last/size`, as
 /// HTTP does.
 pub(crate) fn part(header: &str) -> Option<Range<u64>> {
@@ -78,6 +85,17 @@ mod tests {
             assert_eq!(wanted(Some(header), 10), expected, "{header}");
         }
         assert_eq!(wanted(None, 10), Whole);
+        for (header, expected) in [
+            ("bytes=2-5", Some(2..6)),
+            ("bytes=2-500", Some(2..501)),
+            ("bytes=5-2", None),
+            ("bytes=2-", None),
+            ("bytes=-3", None),
+            ("bytes=0-1,3-4", None),
+            ("bytes=0-18446744073709551615", None),
+        ] {
+            assert_eq!(bounded(header), expected, "{header}");
+        }
         assert_eq!(wanted(Some("bytes=0-"), 0), Outside);
     }
 

@@ -29,6 +29,22 @@ pub enum Blob {
     },
 }
 
+/// Some bytes of a blob.
+pub struct BlobPart {
+    /// The whole blob's length in bytes.
+    pub size: u64,
+    /// Which they are; at least one.
+    pub range: Range<u64>,
+    /// They.
+    pub bytes: ByteStream,
+}
+
+impl std::fmt::Debug for BlobPart {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "BlobPart({:?} of {})", self.range, self.size)
+    }
+}
+
 impl Blob {
     /// The blob's length in bytes.
     pub fn size(&self) -> u64 {

@@ -37,7 +37,7 @@ mod storage;
 mod store;
 mod upload;
 
-pub use blobs::Blob;
+pub use blobs::{Blob, BlobPart};
 pub use check::Proof;
 pub use error::StoreError;
 pub use fsck::{Damage, FsckReport, Wrong};

@@ -3,10 +3,12 @@
 //! A blob's bytes are stored once, however many repositories have it. Whoever asks for it names a repository, and gets
 //! it only if it belongs there: because it was uploaded or mounted into it, or because an image there is made of it.
 
+use std::ops::Range;
+
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use lamina_image::Digest;
 
-use crate::{Blob, Repo, Store, StoreError, keys};
+use crate::{Blob, BlobPart, Repo, Store, StoreError, keys};
 
 /// Links that are written at the same time: an image of a hundred packs needs no more than a few round trips.
 const WRITES: usize = 16;
@@ -41,6 +43,20 @@ impl Store {
         let link = keys::link(digest, repo);
         let (linked, blob) = tokio::try_join!(self.objects.exists(&link), self.blob(digest))?;
         Ok(blob.filter(|_| linked))
+    }
+
+    /// A part of a blob of a repository that is stored as such, with the blob's length in bytes; what lies beyond its end is left
+    /// out. `None` where there is no such blob or part: [`blob_in`](Self::blob_in) knows more. As many round trips to the
+    /// storage as one.
+    pub async fn part_in(
+        &self,
+        repo: &Repo,
+        digest: Digest,
+        range: Range<u64>,
+    ) -> Result<Option<BlobPart>, StoreError> {
+        let (link, blob) = (keys::link(digest, repo), keys::blob(digest));
+        let (linked, part) = tokio::try_join!(self.objects.exists(&link), self.objects.part(&blob, range))?;
+        Ok(part.filter(|_| linked).map(|(bytes, range, size)| BlobPart { size, range, bytes }))
     }
 
     /// The same for whoever tells others that the blob is there, or builds on it: no collection removes it from now on,

@@ -138,6 +138,21 @@ impl Objects {
         Ok(present(self.raw.get_opts(key, options).await)?.map(frames))
     }
 
+    /// As much of a range as lies inside the object, where it begins there: the bytes, which they are, and how long the object is.
+    /// One request.
+    pub(crate) async fn part(
+        &self,
+        key: &Path,
+        range: Range<u64>,
+    ) -> Result<Option<(ByteStream, Range<u64>, u64)>, StoreError> {
+        let options = GetOptions { range: Some(GetRange::Bounded(range.clone())), ..GetOptions::default() };
+        let Some(result) = present(self.raw.get_opts(key, options).await)? else { return Ok(None) };
+        let (part, size) = (result.range.clone(), result.meta.size);
+        // not every storage refuses what begins beyond the end
+        let is_it = part.start == range.start && part.end == range.end.min(size) && !part.is_empty();
+        Ok(is_it.then(|| (frames(result), part, size)))
+    }
+
     pub(crate) async fn json<T: DeserializeOwned>(&self, key: &Path) -> Result<Option<T>, StoreError> {
         let Some(bytes) = self.read(key, RECORD_BYTES_MAX).await? else { return Ok(None) };
         let parsed = serde_json::from_slice(&bytes);
