@@ -69,6 +69,8 @@ pub(crate) enum Soon {
 
 /// A read that lacks frames.
 pub(crate) struct Unread {
+    /// The file and the offset that were read.
+    at: (Ino, u64),
     pieces: Vec<Piece>,
     len: usize,
     wants: Vec<Want>,
@@ -188,16 +190,17 @@ impl Files {
             return Ok((Answer::Now(assemble(pieces, &[], len)?), touched));
         };
         let neighbours = self.ahead.neighbours(ino, offset, &wants, last);
-        let unread = Unread { pieces, len, wants, neighbours, begun: Instant::now() };
+        let unread = Unread { at: (ino, offset), pieces, len, wants, neighbours, begun: Instant::now() };
         Ok((Answer::Later(unread), touched))
     }
 
     /// Waits for what a read lacks.
     pub(crate) async fn complete(&self, unread: Unread) -> Result<Bytes, FsError> {
-        let Unread { pieces, len, wants, neighbours, begun } = unread;
+        let Unread { at: (ino, offset), pieces, len, wants, neighbours, begun } = unread;
         let Ahead { cache, source, counters, .. } = &*self.ahead;
         let fetched = cache.fetch(source, &wants, &neighbours, Class::Demand).await;
         let us = us_since(begun);
+        tracing::trace!(?ino, offset, us, frames = wants.len(), "a read waited");
         one(&counters.reads_waited);
         add(&counters.read_wait_us_total, us);
         counters.read_wait_us_max.fetch_max(us, std::sync::atomic::Ordering::Relaxed);
