@@ -116,7 +116,7 @@ impl Disk {
     }
 
     /// Appends frames that are not here yet. Frames that do not fit under the cap at all, or that the disk refuses,
-    /// are left out.
+    /// are left out. The index learns of them a batch at a time, and of the last by [`settle`](Self::settle).
     pub(crate) fn append(&self, frames: &[(FrameId, Sealed)]) {
         let mut writing = self.writer.lock();
         for (id, sealed) in frames {
@@ -131,12 +131,16 @@ impl Disk {
                 add(&self.counters.write_dropped, 1);
             }
         }
-        self.index_all(&mut writing);
+    }
+
+    /// Indexes what was written and is not indexed yet.
+    pub(crate) fn settle(&self) {
+        self.index_all(&mut self.writer.lock());
     }
 
     /// Indexes what was written and closes the index. Afterwards nothing is found here.
     pub(crate) fn close(&self) {
-        self.index_all(&mut self.writer.lock());
+        self.settle();
         self.index.close();
         let _ = rustix::fs::flock(&self.lock, rustix::fs::FlockOperation::Unlock);
     }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use lamina_chunk::{FrameId, Sealed};
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use tokio::sync::Notify;
 
 use crate::disk::Disk;
@@ -16,6 +16,8 @@ use crate::metrics::{Counters, add};
 const BATCH_FRAMES: usize = 64;
 /// Readahead waits this long for room before it gives a frame up: a disk that is stuck must not stop it for good.
 const ROOM_DEADLINE: Duration = Duration::from_secs(1);
+/// The disk's index is written once nothing came for so long. Until then a crash costs a longer scan.
+const QUIET: Duration = Duration::from_millis(100);
 /// A disk that does not take the whole queue (16 MiB) in this time is stuck, and what is queued is given up.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(20);
 
@@ -142,8 +144,10 @@ impl WriteBehind {
             let mut batch = Vec::with_capacity(BATCH_FRAMES);
             {
                 let mut queue = self.queue.lock();
-                while queue.order.is_empty() && !queue.closed {
-                    self.changed.wait(&mut queue);
+                let is_idle = |queue: &mut Queue| queue.order.is_empty() && !queue.closed;
+                if self.changed.wait_while_for(&mut queue, is_idle, QUIET).timed_out() {
+                    MutexGuard::unlocked(&mut queue, || disk.settle());
+                    self.changed.wait_while(&mut queue, is_idle);
                 }
                 if queue.order.is_empty() {
                     return;
