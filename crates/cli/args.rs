@@ -228,7 +228,7 @@ pub(crate) struct MountArguments {
         action = clap::ArgAction::SetTrue)]
     pub(crate) no_trace: bool,
     /// What to fetch though nobody reads it, once the start is over and while nobody reads: none, touched (the rest of the
-    /// files that were opened) or all
+    /// files that were read, or that the boot pack has a part of) or all
     #[arg(long, env = "LAMINA_FILL", default_value = "none", value_name = "POLICY", value_parser = ["none", "touched", "all"])]
     pub(crate) fill: String,
     /// The most that filling takes of the link, in MiB a second [default: what readers leave]

@@ -40,8 +40,8 @@ pub(crate) struct Files {
     pub(crate) pages: Arc<Pages>,
     pub(crate) boot: Arc<Boot>,
     pub(crate) recorder: Arc<Recorder>,
-    /// Inodes that were opened.
-    pub(crate) opened: Arc<Bits>,
+    /// Inodes that were read.
+    pub(crate) touched: Arc<Bits>,
 }
 
 /// A file of so many bytes is recorded, and handed out, whole.
@@ -102,6 +102,7 @@ impl Files {
         size: u32,
     ) -> Result<(Answer, Option<Vec<Touch>>), FsError> {
         let end = offset.saturating_add(size.into()).min(self.ahead.tree.inode(ino)?.size);
+        self.touched.set(u32::try_from(ino.0).unwrap_or(u32::MAX));
         match self.boot.read(ino, offset, end) {
             Booted::Here(bytes) => {
                 one(&self.ahead.counters.boot_reads);

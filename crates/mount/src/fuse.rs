@@ -25,10 +25,11 @@ const TTL: Duration = Duration::from_secs(10 * 365 * 86_400);
 /// Requests that the kernel has under way by itself (readahead); its default of 12 throttles parallel readers.
 const BACKGROUND_MAX: u16 = 128;
 /// What is negotiated, each where the kernel has it.
-const CAPABILITIES: [InitFlags; 5] = [
+const CAPABILITIES: [InitFlags; 6] = [
     InitFlags::FUSE_DO_READDIRPLUS,
     InitFlags::FUSE_PARALLEL_DIROPS,
     InitFlags::FUSE_CACHE_SYMLINKS,
+    InitFlags::FUSE_NO_OPEN_SUPPORT,
     InitFlags::FUSE_NO_OPENDIR_SUPPORT,
     InitFlags::FUSE_ALLOW_IDMAP,
 ];
@@ -243,10 +244,14 @@ impl Filesystem for Fuse {
         }
     }
 
-    fn open(&self, _req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        self.files.opened.set(u32::try_from(ino.0).unwrap_or(u32::MAX));
-        one(&self.files.ahead.counters.opens);
-        reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE);
+    fn open(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        let agreed = self.agreed.get().map(|agreed| agreed.capabilities);
+        match agreed.is_some_and(|agreed| agreed.contains(InitFlags::FUSE_NO_OPEN_SUPPORT)) {
+            // nothing is kept of who has a file open: the kernel stops asking, and keeps pages as below (fs/fuse/file.c,
+            // fuse_file_open)
+            true => reply.error(Errno::ENOSYS),
+            false => reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE),
+        }
     }
 
     fn read(

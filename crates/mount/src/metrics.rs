@@ -38,8 +38,6 @@ counters! {
     getattrs,
     /// Pieces of directories listed.
     readdirs,
-    /// Files opened.
-    opens,
     /// Links read.
     readlinks,
     /// Extended attributes asked for, or listed.

@@ -44,7 +44,7 @@ pub struct Mount {
     boot: Arc<Boot>,
     booting: Notifier,
     recorder: Arc<Recorder>,
-    opened: Arc<Bits>,
+    touched: Arc<Bits>,
     config: MountConfig,
     ended: watch::Receiver<bool>,
     threads: Mutex<Option<JoinHandle<()>>>,
@@ -148,7 +148,8 @@ impl Mount {
         let begun = Instant::now();
         let Ahead { tree, counters, .. } = &*self.ahead;
         let (notifier, mountpoint) = (self.booting.clone(), self.point.path());
-        let booting = Booting { tree, counters, notifier, mountpoint, boot: &self.boot };
+        let booting =
+            Booting { tree, counters, notifier, mountpoint, boot: &self.boot, touched: &self.touched };
         let mut ended = self.ended.clone();
         let done = tokio::select! {
             done = booting.run(stream) => done,
@@ -164,10 +165,10 @@ impl Mount {
         done
     }
 
-    /// The frames of all files that were opened so far, each once, in no order.
-    pub fn opened_frames(&self) -> Vec<u32> {
+    /// The frames of all files that were read so far, or of which the boot pack brought something, each once, in no order.
+    pub fn touched_frames(&self) -> Vec<u32> {
         let tree = &self.ahead.tree;
-        let extents = self.opened.all().into_iter().filter_map(|ino| {
+        let extents = self.touched.all().into_iter().filter_map(|ino| {
             let extents = tree.extents(Ino(ino.into()), 0, u64::MAX).ok()?;
             Some(extents.filter_map(|extent| extent.ok()?.frame))
         });
@@ -228,7 +229,7 @@ struct Parts {
     ahead: Arc<Ahead>,
     boot: Arc<Boot>,
     recorder: Arc<Recorder>,
-    opened: Arc<Bits>,
+    touched: Arc<Bits>,
     runs: Receiver<Run>,
     agreed: Arc<OnceLock<Agreed>>,
     config: MountConfig,
@@ -247,12 +248,12 @@ impl Parts {
         let recorder = Arc::new(Recorder::new(config.record, ahead.tree.inodes()));
         let boot = Arc::new(Boot::default());
         let pages = Arc::new(pages);
-        let opened = Arc::new(Bits::new(ahead.tree.inodes().saturating_add(1)));
-        let (seen, booted, opens) = (recorder.clone(), boot.clone(), opened.clone());
-        let files = Files { ahead: ahead.clone(), pages, boot: booted, recorder: seen, opened: opens };
+        let touched = Arc::new(Bits::new(ahead.tree.inodes().saturating_add(1)));
+        let (seen, booted, read) = (recorder.clone(), boot.clone(), touched.clone());
+        let files = Files { ahead: ahead.clone(), pages, boot: booted, recorder: seen, touched: read };
         let agreed = Arc::new(OnceLock::new());
         let fuse = Fuse { files, handle, agreed: agreed.clone() };
-        (Self { ahead, boot, recorder, opened, runs, agreed, config }, fuse)
+        (Self { ahead, boot, recorder, touched, runs, agreed, config }, fuse)
     }
 
     fn loops(&self) -> Config {
@@ -288,8 +289,8 @@ impl Parts {
             })
             .map_err(failed)?;
         let agreed = *self.agreed.get().expect("a session begins with the first request");
-        let Self { ahead, boot, recorder, opened, config, .. } = self;
-        Ok(Serving { ahead, boot, recorder, opened, config, booting, agreed, connection, ended, threads })
+        let Self { ahead, boot, recorder, touched, config, .. } = self;
+        Ok(Serving { ahead, boot, recorder, touched, config, booting, agreed, connection, ended, threads })
     }
 }
 
@@ -298,7 +299,7 @@ struct Serving {
     ahead: Arc<Ahead>,
     boot: Arc<Boot>,
     recorder: Arc<Recorder>,
-    opened: Arc<Bits>,
+    touched: Arc<Bits>,
     config: MountConfig,
     booting: Notifier,
     agreed: Agreed,
@@ -328,7 +329,7 @@ impl Serving {
             boot: self.boot,
             booting: self.booting,
             recorder: self.recorder,
-            opened: self.opened,
+            touched: self.touched,
             config,
             ended: self.ended,
             threads: Mutex::new(Some(self.threads)),

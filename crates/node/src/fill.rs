@@ -48,7 +48,7 @@ pub(crate) const PAUSED: &str = "paused";
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Policy {
     None,
-    /// The rest of the files that were opened, while this process has served the mount.
+    /// The rest of the files that were read, or booted, while this process has served the mount.
     Touched,
     /// Everything, once the start is over.
     All,
@@ -362,7 +362,7 @@ impl Node {
         loop {
             let tree = mount.tree();
             let wants = match policy {
-                Policy::Touched => wants(tree, mount.opened_frames().into_iter()),
+                Policy::Touched => wants(tree, mount.touched_frames().into_iter()),
                 _ => wants(tree, 0..tree.frames()),
             };
             if let Err(error) = self.must_fit(&job.reference, &wants) {

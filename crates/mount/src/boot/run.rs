@@ -15,6 +15,7 @@ use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::known::{Finishing, Known};
 use super::{Boot, BootFailure, BootStream, Coming, KEPT, OPENED};
+use crate::bits::Bits;
 use crate::metrics::{Counters, add, one};
 
 /// Frames that are opened side by side: each takes a millisecond, and comes in three over 1 Gbit/s.
@@ -27,6 +28,8 @@ pub(crate) struct Booting<'a> {
     pub(crate) notifier: Notifier,
     pub(crate) mountpoint: &'a Path,
     pub(crate) boot: &'a Boot,
+    /// Where the files are noted that it has a part of.
+    pub(crate) touched: &'a Arc<Bits>,
 }
 
 impl Booting<'_> {
@@ -135,12 +138,13 @@ impl Booting<'_> {
         known: Arc<Known>,
         mut queue: mpsc::Receiver<(u32, Bytes)>,
     ) -> JoinHandle<Result<(), BootFailure>> {
-        let (coming, notifier, counters) =
-            (Arc::clone(coming), self.notifier.clone(), Arc::clone(self.counters));
+        let (coming, notifier) = (Arc::clone(coming), self.notifier.clone());
+        let (counters, touched) = (Arc::clone(self.counters), Arc::clone(self.touched));
         spawn_blocking(move || {
             while let Some((number, plain)) = queue.blocking_recv() {
                 for run in &runs[coming.frames[number as usize].runs.clone()] {
                     known.wait(run.ino);
+                    touched.set(u32::try_from(run.ino.0).unwrap_or(u32::MAX));
                     let (skip, len) = (run.skip as usize, run.len as usize);
                     let stored = notifier.store(INodeNo(run.ino.0), run.offset, &plain[skip..skip + len]);
                     if let Err(error) = stored {
