@@ -108,7 +108,7 @@ impl std::fmt::Debug for Client {
 }
 
 impl Client {
-    /// A client of the registry at `host[:port]`. Nothing is sent yet, but certificates are read. Must be called inside a tokio
+    /// A client of the registry at `host[:port]`. Nothing is sent yet, but certificates that the settings name are read. Must be called inside a tokio
     /// runtime.
     pub fn new(host: &str, config: ClientConfig) -> Result<Self, WireError> {
         let special = config.access.hosts.get(host);

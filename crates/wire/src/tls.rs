@@ -1,13 +1,14 @@
 //! Whom a client trusts, and who it is.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
+use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
-use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
 
 use crate::access::{Access, HostAccess};
 
@@ -17,13 +18,16 @@ pub(crate) fn client_tls(access: &Access, host: &str) -> Result<ClientConfig, St
     let provider = Arc::new(ring::default_provider());
     let builder = ClientConfig::builder_with_provider(Arc::clone(&provider));
     let builder = builder.with_safe_default_protocol_versions().map_err(|error| error.to_string())?;
-    let builder = match special.skip_verify {
+    let verifier: Arc<dyn ServerCertVerifier> = match special.skip_verify {
         true => {
             tracing::warn!(host, "its certificate may be anything: skip_verify is set for it");
-            builder.dangerous().with_custom_certificate_verifier(Arc::new(Anyone(provider)))
+            Arc::new(Anyone(provider))
         }
-        false => builder.with_root_certificates(roots(access, &special)?),
+        false => {
+            Arc::new(Trusted { named: named_roots(access, &special)?, provider, verifier: OnceLock::new() })
+        }
     };
+    let builder = builder.dangerous().with_custom_certificate_verifier(verifier);
     let Some(client) = &special.client else { return Ok(builder.with_no_client_auth()) };
     let chain = certificates(&client.certificate)?;
     let key = PrivateKeyDer::from_pem_file(&client.key);
@@ -32,13 +36,9 @@ pub(crate) fn client_tls(access: &Access, host: &str) -> Result<ClientConfig, St
     builder.with_client_auth_cert(chain, key).map_err(wrong)
 }
 
-fn roots(access: &Access, special: &HostAccess) -> Result<RootCertStore, String> {
+/// Whom the settings trust beside the system.
+fn named_roots(access: &Access, special: &HostAccess) -> Result<RootCertStore, String> {
     let mut roots = RootCertStore::empty();
-    let native = rustls_native_certs::load_native_certs();
-    for error in &native.errors {
-        tracing::debug!(%error, "some of the system's certificates cannot be read");
-    }
-    roots.add_parsable_certificates(native.certs);
     for path in access.ca.iter().chain(&special.ca) {
         for certificate in certificates(path)? {
             let added = roots.add(certificate);
@@ -56,6 +56,69 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
         return Err(format!("there is no certificate in {}", path.display()));
     }
     Ok(found)
+}
+
+/// Believes whom the system trusts, and whom the settings name. The system's certificates are read when the first server shows
+/// one: 10 ms that a mount over plain HTTP
+/// does without.
+#[derive(Debug)]
+struct Trusted {
+    named: RootCertStore,
+    provider: Arc<CryptoProvider>,
+    /// `None` where nobody at all is trusted.
+    verifier: OnceLock<Option<Arc<WebPkiServerVerifier>>>,
+}
+
+impl Trusted {
+    fn verifier(&self) -> Result<&WebPkiServerVerifier, rustls::Error> {
+        let verifier = self.verifier.get_or_init(|| {
+            let native = rustls_native_certs::load_native_certs();
+            for error in &native.errors {
+                tracing::debug!(%error, "some of the system's certificates cannot be read");
+            }
+            let mut roots = self.named.clone();
+            roots.add_parsable_certificates(native.certs);
+            let builder =
+                WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&self.provider));
+            builder.build().ok()
+        });
+        verifier.as_deref().ok_or(CertificateError::UnknownIssuer.into())
+    }
+}
+
+impl ServerCertVerifier for Trusted {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        self.verifier()?.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls12_signature(message, certificate, signed, &self.provider.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, certificate, signed, &self.provider.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
 }
 
 /// Believes every certificate. Only where somebody wrote `skip_verify`.
