@@ -137,11 +137,15 @@ fn unreachable(url: String, proxy: Option<String>, error: &dyn std::error::Error
     if url.starts_with("https:") && reason.contains("InvalidContentType") {
         return WireError::PlainHttp(url);
     }
-    let hint = match reason.contains("UnknownIssuer") {
-        true => {
-            "; nobody whom this machine trusts has signed its certificate: name its CA with --ca, or in a hosts.toml"
-        }
-        false => "",
+    let unknown = "; nobody whom this machine trusts has signed its certificate: name its CA with --ca, or in a hosts.toml";
+    // in TLS 1.3 a server that misses the client's certificate says so after the handshake, and the pool may find the
+    // connection closed before it has read why
+    let closed = "; it ended the connection right after the handshake, as one does that wants to see a client certificate: \
+                  name one in a hosts.toml";
+    let hint = match url.starts_with("https:") {
+        true if reason.contains("UnknownIssuer") => unknown,
+        true if reason.contains("connection was not ready") => closed,
+        _ => "",
     };
     let through = proxy.map(|proxy| format!("through the proxy {proxy}: ")).unwrap_or_default();
     WireError::Unreachable { url, reason: format!("{through}{reason}{hint}") }
