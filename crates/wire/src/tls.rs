@@ -18,16 +18,15 @@ pub(crate) fn client_tls(access: &Access, host: &str) -> Result<ClientConfig, St
     let provider = Arc::new(ring::default_provider());
     let builder = ClientConfig::builder_with_provider(Arc::clone(&provider));
     let builder = builder.with_safe_default_protocol_versions().map_err(|error| error.to_string())?;
-    let verifier: Arc<dyn ServerCertVerifier> = match special.skip_verify {
+    let believed = match special.skip_verify {
         true => {
             tracing::warn!(host, "its certificate may be anything: skip_verify is set for it");
-            Arc::new(Anyone(provider))
+            Believed::Everybody
         }
-        false => {
-            Arc::new(Trusted { named: named_roots(access, &special)?, provider, verifier: OnceLock::new() })
-        }
+        false => Believed::Trusted { named: named_roots(access, &special)?, verifier: OnceLock::new() },
     };
-    let builder = builder.dangerous().with_custom_certificate_verifier(verifier);
+    let builder =
+        builder.dangerous().with_custom_certificate_verifier(Arc::new(Judge { believed, provider }));
     let Some(client) = &special.client else { return Ok(builder.with_no_client_auth()) };
     let chain = certificates(&client.certificate)?;
     let key = PrivateKeyDer::from_pem_file(&client.key);
@@ -58,35 +57,38 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
     Ok(found)
 }
 
-/// Believes whom the system trusts, and whom the settings name. The system's certificates are read when the first server shows
-/// one: 10 ms that a mount over plain HTTP
-/// does without.
+/// Whose certificates are believed.
 #[derive(Debug)]
-struct Trusted {
-    named: RootCertStore,
+enum Believed {
+    /// Everybody's. Only where somebody wrote `skip_verify`.
+    Everybody,
+    /// Those signed by whom the system trusts, or the settings name. The system's certificates are read when the first server
+    /// shows one: 10 ms that a mount over plain HTTP does without.
+    Trusted {
+        named: RootCertStore,
+        /// `None` where nobody at all is trusted.
+        verifier: OnceLock<Option<Arc<WebPkiServerVerifier>>>,
+    },
+}
+
+#[derive(Debug)]
+struct Judge {
+    believed: Believed,
     provider: Arc<CryptoProvider>,
-    /// `None` where nobody at all is trusted.
-    verifier: OnceLock<Option<Arc<WebPkiServerVerifier>>>,
 }
 
-impl Trusted {
-    fn verifier(&self) -> Result<&WebPkiServerVerifier, rustls::Error> {
-        let verifier = self.verifier.get_or_init(|| {
-            let native = rustls_native_certs::load_native_certs();
-            for error in &native.errors {
-                tracing::debug!(%error, "some of the system's certificates cannot be read");
-            }
-            let mut roots = self.named.clone();
-            roots.add_parsable_certificates(native.certs);
-            let builder =
-                WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&self.provider));
-            builder.build().ok()
-        });
-        verifier.as_deref().ok_or(CertificateError::UnknownIssuer.into())
+/// Trusts whom the system trusts, beside those named.
+fn verifier(named: &RootCertStore, provider: &Arc<CryptoProvider>) -> Option<Arc<WebPkiServerVerifier>> {
+    let native = rustls_native_certs::load_native_certs();
+    for error in &native.errors {
+        tracing::debug!(%error, "some of the system's certificates cannot be read");
     }
+    let mut roots = named.clone();
+    roots.add_parsable_certificates(native.certs);
+    WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::clone(provider)).build().ok()
 }
 
-impl ServerCertVerifier for Trusted {
+impl ServerCertVerifier for Judge {
     fn verify_server_cert(
         &self,
         end_entity: &CertificateDer<'_>,
@@ -95,7 +97,14 @@ impl ServerCertVerifier for Trusted {
         ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        self.verifier()?.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
+        let trusted = match &self.believed {
+            Believed::Everybody => return Ok(ServerCertVerified::assertion()),
+            Believed::Trusted { named, verifier: read } => {
+                read.get_or_init(|| verifier(named, &self.provider))
+            }
+        };
+        let trusted = trusted.as_ref().ok_or(CertificateError::UnknownIssuer)?;
+        trusted.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
     }
 
     fn verify_tls12_signature(
@@ -118,44 +127,5 @@ impl ServerCertVerifier for Trusted {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.provider.signature_verification_algorithms.supported_schemes()
-    }
-}
-
-/// Believes every certificate. Only where somebody wrote `skip_verify`.
-#[derive(Debug)]
-struct Anyone(Arc<CryptoProvider>);
-
-impl ServerCertVerifier for Anyone {
-    fn verify_server_cert(
-        &self,
-        _end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        _server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
-        _now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, certificate, signed, &self.0.signature_verification_algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, certificate, signed, &self.0.signature_verification_algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
     }
 }
