@@ -24,6 +24,8 @@ const STAMP: &[u8] = b"chunk->pack,offset,sealed,plain,skip,len,frame;2";
 const BATCH: usize = 100;
 /// sled's own cache; its memory is about half as much again.
 const CACHE_BYTES: u64 = 64 << 20;
+/// How long one that was closed may stay locked: jobs of sled's threads go on after the database was dropped.
+const UNLOCKS_WITHIN: Duration = Duration::from_secs(2);
 /// A file that says: build me anew.
 const BROKEN: &str = "broken";
 
@@ -57,13 +59,19 @@ impl Index {
         if directory.join(BROKEN).exists() {
             discard(directory)?;
         }
-        let first = match open_guarded(directory, within) {
+        let is_locked = |reason: &String| reason.contains("could not acquire lock");
+        let mut opened = open_guarded(directory, within);
+        if opened.as_ref().is_err_and(is_locked) {
+            wait_until_unlocked(directory);
+            opened = open_guarded(directory, within);
+        }
+        let first = match opened {
             Ok(index) => return Ok(index),
+            Err(reason) if is_locked(&reason) => {
+                return Err(StoreError::Index { path: directory.display().to_string(), reason });
+            }
             Err(reason) => reason,
         };
-        if first.contains("could not acquire lock") {
-            return Err(StoreError::Index { path: directory.display().to_string(), reason: first });
-        }
         tracing::warn!(index = %directory.display(), reason = first, "the chunk index is thrown away and built anew");
         discard(directory)?;
         let again = open_guarded(directory, within);
@@ -197,6 +205,22 @@ fn open_guarded(directory: &Path, within: Duration) -> Result<Index, String> {
     opened.recv_timeout(within).unwrap_or_else(|_| Err(format!("it did not open within {within:?}")))
 }
 
+/// Waits for whoever has the database open, as long as closing it may take.
+fn wait_until_unlocked(directory: &Path) {
+    let Ok(file) = std::fs::File::open(directory.join("db")) else { return };
+    let (free, freed) = sync_channel(1);
+    let waiter = std::thread::Builder::new().name("lamina-index-lock".to_owned());
+    // where it stays locked, the thread waits on and whoever wanted to open it ends
+    let waiting = waiter.spawn(move || {
+        let _ = file.lock();
+        drop(file);
+        let _ = free.send(());
+    });
+    if waiting.is_ok() {
+        let _ = freed.recv_timeout(UNLOCKS_WITHIN);
+    }
+}
+
 fn load(directory: &Path) -> Result<Index, String> {
     let text = |error: sled::Error| error.to_string();
     let config = sled::Config::new().path(directory).cache_capacity(CACHE_BYTES).flush_every_ms(Some(1000));
@@ -292,6 +316,19 @@ mod tests {
         let index = Index::open(&path, WITHIN).unwrap();
         assert!(!index.has(PACK));
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn whoever_just_closed_the_index_is_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        drop(Index::open(directory.path(), WITHIN).unwrap());
+        let last = std::fs::File::open(directory.path().join("db")).unwrap();
+        last.lock().unwrap();
+        let path = directory.path().to_owned();
+        let opening = std::thread::spawn(move || Index::open(&path, WITHIN));
+        std::thread::park_timeout(UNLOCKS_WITHIN / 10);
+        drop(last);
+        opening.join().unwrap().unwrap();
     }
 
     #[test]
