@@ -14,6 +14,7 @@ use tokio::runtime::Handle;
 use crate::MountConfig;
 use crate::metrics::{Counters, add, one};
 use crate::order::{PackOrder, Touch, want};
+use crate::small::SmallFiles;
 use crate::streams::Streams;
 use crate::walks::Walks;
 use crate::window::Window;
@@ -41,6 +42,9 @@ pub(crate) struct Ahead {
     files: Mutex<LruCache<Ino, File>>,
     packs: Mutex<Streams>,
     window: OnceLock<Window>,
+    /// Looked for when they are first asked for.
+    small: Arc<OnceLock<SmallFiles>>,
+    small_sought: AtomicBool,
     /// Whether what will be needed comes by itself, so that guessing only delays it.
     lean: AtomicBool,
 }
@@ -70,8 +74,19 @@ impl Ahead {
             files,
             packs,
             window,
+            small: Arc::default(),
+            small_sought: AtomicBool::new(false),
             lean: AtomicBool::new(false),
         }
+    }
+
+    /// The small files; none yet when it is asked for the first time.
+    pub(crate) fn small_files(&self) -> Option<&SmallFiles> {
+        if !self.small_sought.swap(true, Ordering::Relaxed) {
+            let (found, tree) = (self.small.clone(), self.tree.clone());
+            self.handle.spawn_blocking(move || found.set(SmallFiles::of(&tree)));
+        }
+        self.small.get()
     }
 
     /// Says how the kernel's own readahead is set, once it is known.

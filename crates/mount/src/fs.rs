@@ -14,6 +14,7 @@ use crate::boot::{Boot, Booted, Dropped, Waiting};
 use crate::metrics::{add, one, us_since};
 use crate::order::{Touch, want};
 use crate::pages::Pages;
+use crate::small::SMALL_FILE_BYTES;
 use crate::trace::Recorder;
 
 /// Why there is no answer. `fuse.rs` has the errno for each.
@@ -44,8 +45,6 @@ pub(crate) struct Files {
     pub(crate) touched: Arc<Bits>,
 }
 
-/// A file of so many bytes is recorded, and handed out, whole.
-const SMALL_FILE_BYTES: u64 = 64 << 10;
 /// A longer read is the kernel's own readahead, which asks for the rest by itself, in few requests.
 const STORE_READ_MAX: u32 = 64 << 10;
 
@@ -121,13 +120,15 @@ impl Files {
     }
 
     /// Takes note of a read that the boot pack did not have: fetches ahead, and records it. What comes in a long stream is not
-    /// recorded, since readahead brings it as fast as a boot pack would.
-    pub(crate) fn note(&self, ino: Ino, offset: u64, size: u32, touched: &[Touch]) {
+    /// recorded, since readahead brings it as fast as a boot pack would. Whether it belongs
+    /// to a stream that is read ahead across files.
+    pub(crate) fn note(&self, ino: Ino, offset: u64, size: u32, touched: &[Touch]) -> bool {
         let run = self.ahead.note(ino, offset..offset.saturating_add(size.into()), touched);
         match run < self.ahead.config.recorded_run_bytes {
             true => self.recorder.read(ino, offset, size, Instant::now()),
             false => self.recorder.busy(ino, Instant::now()),
         }
+        run >= self.ahead.config.pack_ramp.run_min
     }
 
     /// Waits for the boot pack; if that does not come in time, reads in the ordinary way.
@@ -208,13 +209,15 @@ impl Files {
         assemble(pieces, &fetched?, len)
     }
 
-    /// After a read of `size` bytes at `offset` was answered: gives the kernel the rest of the frames that it touched.
-    pub(crate) fn store_rest(&self, ino: Ino, offset: u64, size: u32, touched: &[Touch]) {
+    /// After a read of `size` bytes at `offset` was answered: gives the kernel the rest of the frames that it touched. In a
+    /// stream across files also the other small files in them: each saves its reader a question that costs more than the file.
+    pub(crate) fn store_rest(&self, ino: Ino, offset: u64, size: u32, touched: &[Touch], in_stream: bool) {
         let Ahead { tree, cache, .. } = &*self.ahead;
         if size > STORE_READ_MAX {
             return;
         }
-        if self.recorder.is_recording() {
+        let is_recording = self.recorder.is_recording();
+        if is_recording {
             // what is handed out unasked is not seen when it is used; a small file is used whole, mostly
             match tree.inode(ino) {
                 Ok(inode) if inode.size <= SMALL_FILE_BYTES => {
@@ -231,6 +234,11 @@ impl Files {
             if let Some(chunk) = here {
                 // a damaged tree is found, and told, by reading
                 let _ = self.pages.store_rest(tree, ino, read.clone(), *touch, chunk.bytes());
+                if let Some(small) = (in_stream && !is_recording).then(|| self.ahead.small_files()).flatten()
+                {
+                    let others = small.in_frame(touch.frame).filter(|other| *other != ino);
+                    let _ = self.pages.store_whole(tree, others, chunk.bytes());
+                }
             }
         }
     }

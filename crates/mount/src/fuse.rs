@@ -269,28 +269,24 @@ impl Filesystem for Fuse {
         one(&self.files.ahead.counters.reads);
         match self.files.read(ino, offset, size) {
             Ok((Answer::Now(bytes), touched)) => {
-                let note = || touched.iter().for_each(|touched| self.files.note(ino, offset, size, touched));
+                let note = || touched.as_ref().map(|touched| self.files.note(ino, offset, size, touched));
                 // what is recorded is so in the order of the reads: the reader's next may come while this one is noted
                 let is_recording = self.files.recorder.is_recording();
-                if is_recording {
-                    note();
-                }
+                let before = is_recording.then(note).flatten();
                 Self::send(&self.files, ino, Ok(bytes), reply);
-                if !is_recording {
-                    note();
-                }
-                if let Some(touched) = &touched {
-                    self.files.store_rest(ino, offset, size, touched);
+                let in_stream = if is_recording { before } else { note() };
+                if let (Some(touched), Some(in_stream)) = (&touched, in_stream) {
+                    self.files.store_rest(ino, offset, size, touched, in_stream);
                 }
             }
             Ok((Answer::Later(unread), touched)) => {
                 let touched = touched.unwrap_or_default();
-                self.files.note(ino, offset, size, &touched);
+                let in_stream = self.files.note(ino, offset, size, &touched);
                 let files = self.files.clone();
                 self.handle.spawn(async move {
                     let answer = files.complete(unread).await;
                     Self::send(&files, ino, answer, reply);
-                    files.store_rest(ino, offset, size, &touched);
+                    files.store_rest(ino, offset, size, &touched, in_stream);
                 });
             }
             Ok((Answer::Soon(soon), _)) => {

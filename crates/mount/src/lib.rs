@@ -21,6 +21,7 @@ mod mountpoint;
 mod order;
 mod pages;
 mod resume;
+mod small;
 mod streams;
 mod trace;
 mod walks;

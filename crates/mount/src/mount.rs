@@ -230,7 +230,7 @@ struct Parts {
     boot: Arc<Boot>,
     recorder: Arc<Recorder>,
     touched: Arc<Bits>,
-    runs: Receiver<Run>,
+    runs: Receiver<Vec<Run>>,
     agreed: Arc<OnceLock<Agreed>>,
     config: MountConfig,
 }

@@ -20,8 +20,8 @@ use crate::order::Touch;
 
 /// Bytes of a page, in which the kernel keeps files.
 const PAGE_BYTES: u64 = 4096;
-/// Runs that wait for the thread: some milliseconds of its work, and at most 8 MiB. What does not fit is left out.
-const QUEUE_RUNS: usize = 32;
+/// Frames whose runs wait for the thread: some milliseconds of its work, and at most 8 MiB. What does not fit is left out.
+const QUEUE_FRAMES: usize = 32;
 /// A file's part of a frame lies within this many bytes of every byte of it: the longest frame.
 const FRAME_BYTES_MAX: u64 = 256 << 10;
 
@@ -35,15 +35,15 @@ pub(crate) struct Run {
 
 /// Hands runs to the thread that stores them.
 pub(crate) struct Pages {
-    queue: SyncSender<Run>,
+    queue: SyncSender<Vec<Run>>,
     /// The frames that were stored.
     stored: Bits,
 }
 
 impl Pages {
     /// For frames numbered below `frames`. The receiver belongs to [`store`].
-    pub(crate) fn new(frames: u32) -> (Self, Receiver<Run>) {
-        let (queue, runs) = sync_channel(QUEUE_RUNS);
+    pub(crate) fn new(frames: u32) -> (Self, Receiver<Vec<Run>>) {
+        let (queue, runs) = sync_channel(QUEUE_FRAMES);
         (Self { queue, stored: Bits::new(frames) }, runs)
     }
 
@@ -63,6 +63,7 @@ impl Pages {
         plain: &Bytes,
     ) -> Result<(), TreeError> {
         let size = tree.inode(ino)?.size;
+        let mut runs = Vec::new();
         let near = read.start.saturating_sub(FRAME_BYTES_MAX)..read.start.saturating_add(FRAME_BYTES_MAX);
         for extent in tree.extents(ino, near.start, near.end)? {
             let extent = extent?;
@@ -78,19 +79,48 @@ impl Pages {
                 let skip = u64::from(extent.skip) + (rest.start - part.start);
                 let (Ok(skip), Ok(len)) = (usize::try_from(skip), usize::try_from(len)) else { continue };
                 if skip + len <= plain.len() {
-                    let bytes = plain.slice(skip..skip + len);
-                    let _ = self.queue.try_send(Run { ino, offset: rest.start, bytes });
+                    runs.push(Run { ino, offset: rest.start, bytes: plain.slice(skip..skip + len) });
                 }
             }
         }
+        self.send(runs);
         Ok(())
+    }
+
+    /// Stores all of the small files `inos`, which lie in the frame that is `plain`. Returns at once, as above.
+    pub(crate) fn store_whole(
+        &self,
+        tree: &Tree,
+        inos: impl Iterator<Item = Ino>,
+        plain: &Bytes,
+    ) -> Result<(), TreeError> {
+        let mut runs = Vec::new();
+        for ino in inos {
+            let size = tree.inode(ino)?.size;
+            for extent in tree.extents(ino, 0, size)? {
+                let skip = extent?.skip as usize;
+                let end = usize::try_from(size).ok().and_then(|size| skip.checked_add(size));
+                // one that lies in a single frame has one extent
+                if let Some(end) = end.filter(|end| *end <= plain.len()) {
+                    runs.push(Run { ino, offset: 0, bytes: plain.slice(skip..end) });
+                }
+            }
+        }
+        self.send(runs);
+        Ok(())
+    }
+
+    fn send(&self, runs: Vec<Run>) {
+        if !runs.is_empty() {
+            let _ = self.queue.try_send(runs);
+        }
     }
 }
 
 /// Stores runs until nobody can send any more. The kernel may refuse one, because the inode is not in use any more, memory is
 /// short, or the mount is gone: then its pages are read in the ordinary way, if ever.
-pub(crate) fn store(runs: &Receiver<Run>, notifier: &Notifier, counters: &Arc<Counters>) {
-    while let Ok(Run { ino, offset, bytes }) = runs.recv() {
+pub(crate) fn store(runs: &Receiver<Vec<Run>>, notifier: &Notifier, counters: &Arc<Counters>) {
+    for Run { ino, offset, bytes } in runs.iter().flatten() {
         if notifier.store(INodeNo(ino.0), offset, &bytes).is_ok() {
             one(&counters.stores);
             add(&counters.store_bytes, bytes.len() as u64);

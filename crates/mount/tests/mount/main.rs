@@ -212,6 +212,31 @@ fn the_rest_of_a_frame_that_was_read_is_in_the_page_cache() {
 }
 
 #[test]
+fn small_files_beside_those_read_are_in_the_page_cache_where_files_are_read_in_a_stream() {
+    const FILES: usize = 2_000;
+    let name = |n: usize| format!("small/{n:04}");
+    let contents = |n: usize| noise(n as u64, 5_000 + n % 7);
+    let layer = (0..FILES).fold(Layer::new(), |layer, n| layer.file(&name(n), &contents(n)));
+    let mut rig = Rig::new(layer);
+    rig.mount = None;
+    let mut config = MountConfig::new(rig.path(""));
+    config.pack_ramp.run_min = 64 << 10;
+    rig.mount = Some(rig.start(config).expect("mounted again"));
+    // the kernel takes pages only of inodes that it knows
+    (0..FILES).for_each(|n| assert!(fs::metadata(rig.path(&name(n))).expect("there").is_file()));
+    for n in (0..FILES).step_by(10) {
+        assert_eq!(fs::read(rig.path(&name(n))).expect("read"), contents(n), "{n}");
+    }
+    until("the kernel has most of the others", || rig.mount().snapshot().stores > FILES as u64 / 2);
+    let before = rig.mount().snapshot();
+    for n in 0..FILES {
+        assert_eq!(fs::read(rig.path(&name(n))).expect("read"), contents(n), "{n}");
+    }
+    let asked = rig.mount().snapshot().reads - before.reads;
+    assert!(asked < FILES as u64 / 2, "{asked} {:?}", rig.mount().snapshot());
+}
+
+#[test]
 fn reading_here_and_there_fetches_little_else() {
     let large = noise(3, 32 << 20);
     let rig = Rig::new(Layer::new().file("large", &large));
