@@ -14,6 +14,7 @@ use rustix::mount::MountFlags;
 
 use crate::args::Args;
 use crate::layout::Layout;
+use crate::machine;
 use crate::sample::Sample;
 
 /// A server that does not listen by then never will.
@@ -72,6 +73,12 @@ impl Stage {
             image,
             link,
         };
+        if !args.quick {
+            stage.drop_caches()?;
+            let start = Instant::now();
+            machine::touch_free_memory();
+            eprintln!("prepare: touch free memory: {:.2} s", start.elapsed().as_secs_f64());
+        }
         let lazy = args.has_lazy();
         if lazy || (args.has_peers() && !args.peer_registry) {
             stage.start_lamina()?;
@@ -162,6 +169,7 @@ impl Stage {
         let listen = format!("{}:{PORT}", self.link.server().address());
         let mut command = self.link.server().command(&self.lamina);
         command
+            .env("LAMINA_LOG", "warn")
             .args(["registry", "--plain-http", "--listen", &listen, "--storage"])
             .arg(self.dir.join("registry"));
         let mut registry = Process::spawn("lamina registry", &mut command)?;
