@@ -23,6 +23,10 @@ const UPLOAD: Duration = Duration::from_secs(1800);
 /// A range's buffer is reserved at once up to 1 MiB; beyond it grows with what comes.
 const RANGE_RESERVED: usize = 1 << 20;
 
+/// What is taken for a manifest or an index.
+const MANIFESTS: [&str; 4] =
+    [media_type::OCI_MANIFEST, media_type::OCI_INDEX, media_type::DOCKER_MANIFEST, media_type::DOCKER_INDEX];
+
 pub(crate) const USER_AGENT: &str = concat!("lamina/", env!("CARGO_PKG_VERSION"));
 
 /// How a registry is spoken to, unless its [`HostAccess`](crate::HostAccess) says it.
@@ -156,17 +160,27 @@ impl Client {
         &self.base
     }
 
+    /// The digest of a manifest or index, as the registry says it, without fetching it; `None` where it does not say.
+    pub async fn manifest_digest(
+        &self,
+        repository: &str,
+        version: &Version,
+    ) -> Result<Option<Digest>, WireError> {
+        let url = format!("{}/v2/{repository}/manifests/{version}", self.base);
+        self.retrying(|| async {
+            let request = Request::head(&url).header(header::ACCEPT, MANIFESTS.join(", "));
+            let answer = self.call(request, Payload::Empty).await?.expect(&[StatusCode::OK]).await?;
+            let said = answer.header(header::HeaderName::from_static("docker-content-digest"));
+            Ok(said.and_then(|digest| digest.parse().ok()))
+        })
+        .await
+    }
+
     /// The manifest or index of an image. One request.
     pub async fn manifest(&self, repository: &str, version: &Version) -> Result<Fetched, WireError> {
         let url = format!("{}/v2/{repository}/manifests/{version}", self.base);
         self.retrying(|| async {
-            let accept = [
-                media_type::OCI_MANIFEST,
-                media_type::OCI_INDEX,
-                media_type::DOCKER_MANIFEST,
-                media_type::DOCKER_INDEX,
-            ];
-            let request = Request::get(&url).header(header::ACCEPT, accept.join(", "));
+            let request = Request::get(&url).header(header::ACCEPT, MANIFESTS.join(", "));
             let answer = self.call(request, Payload::Empty).await?.expect(&[StatusCode::OK]).await?;
             let media_type = answer.header(header::CONTENT_TYPE).unwrap_or_default();
             let media_type = media_type.split(';').next().unwrap_or_default().trim().to_owned();
@@ -198,11 +212,26 @@ impl Client {
         .await
     }
 
+    /// How long a blob is, in bytes, as whoever has it says.
+    pub async fn blob_len(&self, repository: &str, digest: Digest) -> Result<u64, WireError> {
+        let url = self.blob_url(repository, digest);
+        self.retrying(|| async {
+            let answer = self.following(Method::HEAD, &url, None).await?.expect(&[StatusCode::OK]).await?;
+            let len = answer.header(header::CONTENT_LENGTH).and_then(|len| len.parse().ok());
+            let silent = || WireError::Answer {
+                url: url.clone(),
+                reason: "it does not say how long the blob is".into(),
+            };
+            len.ok_or_else(silent)
+        })
+        .await
+    }
+
     /// A whole blob of at most `max` bytes, verified.
     pub async fn blob(&self, repository: &str, digest: Digest, max: u64) -> Result<Bytes, WireError> {
         let url = self.blob_url(repository, digest);
         self.retrying(|| async {
-            let answer = self.following(&url, None).await?.expect(&[StatusCode::OK]).await?;
+            let answer = self.following(Method::GET, &url, None).await?.expect(&[StatusCode::OK]).await?;
             let bytes = answer.bytes(max).await?;
             match digest.names(&bytes) {
                 true => Ok(bytes),
@@ -215,7 +244,8 @@ impl Client {
     /// A blob as it comes. The stream ends in an error where the bytes do not hash to the digest.
     pub async fn blob_stream(&self, repository: &str, digest: Digest) -> Result<Blob, WireError> {
         let url = self.blob_url(repository, digest);
-        let open = || async { self.following(&url, None).await?.expect(&[StatusCode::OK]).await };
+        let open =
+            || async { self.following(Method::GET, &url, None).await?.expect(&[StatusCode::OK]).await };
         let answer = self.retrying(open).await?;
         let len = answer.header(header::CONTENT_LENGTH).and_then(|len| len.parse().ok());
         let state = (answer.stream(), Some(Hasher::new(digest.algorithm())), url);
@@ -271,7 +301,7 @@ impl Client {
         range: Range<u64>,
     ) -> Result<BoxStream<'static, Result<Bytes, WireError>>, WireError> {
         let url = self.blob_url(repository, digest);
-        let answer = self.following(&url, Some(&range)).await?;
+        let answer = self.following(Method::GET, &url, Some(&range)).await?;
         let answer = answer.expect(&[StatusCode::PARTIAL_CONTENT, StatusCode::OK]).await?;
         // a registry that ignores ranges sends everything: what is not wanted is dropped
         let from = if answer.status() == StatusCode::OK { range.start } else { 0 };
@@ -282,13 +312,18 @@ impl Client {
         format!("{}/v2/{repository}/blobs/{digest}", self.base)
     }
 
-    /// A GET that follows redirects to where the bytes really are.
-    async fn following(&self, url: &str, range: Option<&Range<u64>>) -> Result<Answer, WireError> {
+    /// A GET or HEAD that follows redirects to where the bytes really are.
+    async fn following(
+        &self,
+        method: Method,
+        url: &str,
+        range: Option<&Range<u64>>,
+    ) -> Result<Answer, WireError> {
         let mut target: Uri = url
             .parse()
             .map_err(|_| WireError::Answer { url: url.into(), reason: "this is not a URL".into() })?;
         for _ in 0..=REDIRECTS_MAX {
-            let mut request = Request::builder().method(Method::GET).uri(&target);
+            let mut request = Request::builder().method(&method).uri(&target);
             if let Some(range) = range {
                 request = request.header(header::RANGE, format!("bytes={}-{}", range.start, range.end - 1));
             }
