@@ -11,7 +11,7 @@ use tokio::sync::Semaphore;
 use tracing::Instrument;
 
 use crate::access::{Access, Caller};
-use crate::body::{Body, Upstream, full};
+use crate::body::{Body, Inbound, full};
 use crate::convert::Converter;
 use crate::learn::Learner;
 use crate::metrics::{Metrics, Open};
@@ -141,7 +141,7 @@ impl Api {
             query: Query::parse(request.uri().query()),
             caller: self.let_in(&route, &request, peer).await?,
         };
-        let body = Upstream::new(request, self.config.stall_max, self.metrics.received.clone());
+        let body = Inbound::new(request, self.config.stall_max, self.metrics.received.clone());
         let reads = [Method::GET, Method::HEAD].contains(&head.method);
         match (route, head.method.as_str()) {
             (Route::Health, _) if reads => Ok(json(StatusCode::OK, "{}")),

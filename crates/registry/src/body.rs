@@ -44,7 +44,7 @@ pub(crate) fn streamed(bytes: ByteStream, sent: Counter) -> Body {
 ///
 /// What is left of it when it is dropped is still taken for a while, and forgotten: a client that sends before it reads
 /// would otherwise find its connection broken instead of the answer.
-pub(crate) struct Upstream {
+pub(crate) struct Inbound {
     body: Option<Incoming>,
     /// The client waits to be told that its body is wanted.
     waits: bool,
@@ -54,7 +54,7 @@ pub(crate) struct Upstream {
     received: Counter,
 }
 
-impl Upstream {
+impl Inbound {
     pub(crate) fn new(request: Request<Incoming>, stall_max: Duration, received: Counter) -> Self {
         let waits = request.headers().contains_key(header::EXPECT);
         let body = Some(request.into_body());
@@ -135,7 +135,7 @@ impl Upstream {
     }
 }
 
-impl Drop for Upstream {
+impl Drop for Inbound {
     fn drop(&mut self) {
         let Some(mut body) = self.body.take().filter(|body| !self.waits && !body.is_end_stream()) else {
             return;

@@ -9,7 +9,7 @@ use lamina_wire::{proto, write_places};
 use prost::Message;
 
 use crate::api::{Answer, Api, Head, json};
-use crate::body::{Body, Upstream, full};
+use crate::body::{Body, Inbound, full};
 use crate::route::parse_digest;
 use crate::{ApiError, learn};
 
@@ -20,7 +20,7 @@ const READS: usize = 16;
 
 impl Api {
     /// `POST /lamina/v1/<repository>/chunks`.
-    pub(crate) async fn find_chunks(&self, head: &Head, repo: &Repo, body: Upstream) -> Answer {
+    pub(crate) async fn find_chunks(&self, head: &Head, repo: &Repo, body: Inbound) -> Answer {
         let bytes = body.whole(proto::IDS_PER_REQUEST * 32 + 16).await?;
         let request = proto::ChunksRequest::decode(bytes).map_err(not_protobuf)?;
         if request.ids.len() % 32 != 0 || request.ids.len() > proto::IDS_PER_REQUEST * 32 {
@@ -35,7 +35,7 @@ impl Api {
     }
 
     /// `POST /lamina/v1/<repository>/layers`.
-    pub(crate) async fn find_layers(&self, head: &Head, repo: &Repo, body: Upstream) -> Answer {
+    pub(crate) async fn find_layers(&self, head: &Head, repo: &Repo, body: Inbound) -> Answer {
         let bytes = body.whole(proto::LAYERS_PER_REQUEST * DIGEST_TEXT_BYTES).await?;
         let request = proto::LayersRequest::decode(bytes).map_err(not_protobuf)?;
         if request.digests.len() > proto::LAYERS_PER_REQUEST {

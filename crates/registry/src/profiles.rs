@@ -11,7 +11,7 @@ use tokio::task::spawn_blocking;
 
 use crate::ApiError;
 use crate::api::{Answer, Api, empty};
-use crate::body::Upstream;
+use crate::body::Inbound;
 use crate::queue::{Pushed, Work};
 
 /// A trace is at most this long, in bytes: half a million names and runs.
@@ -26,7 +26,7 @@ enum Told {
 
 impl Api {
     /// `POST /lamina/v1/<repository>/traces/<digest>`.
-    pub(crate) async fn take_trace(&self, repo: Repo, image: Digest, body: Upstream) -> Answer {
+    pub(crate) async fn take_trace(&self, repo: Repo, image: Digest, body: Inbound) -> Answer {
         let tree = self.tree_of(&repo, image).await?;
         if self.learner.was_traced(&repo, image) {
             tracing::debug!(%image, "a trace was dropped: the last one came just before");
@@ -46,7 +46,7 @@ impl Api {
     }
 
     /// `PUT /lamina/v1/<repository>/profiles/<digest>`.
-    pub(crate) async fn put_profile(&self, repo: Repo, image: Digest, body: Upstream) -> Answer {
+    pub(crate) async fn put_profile(&self, repo: Repo, image: Digest, body: Inbound) -> Answer {
         self.tree_of(&repo, image).await?;
         let _permit = self.take_in()?;
         let bytes = body.whole(PROFILE_BYTES_MAX).await?;

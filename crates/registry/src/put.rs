@@ -12,7 +12,7 @@ use lamina_image::{
 use lamina_store::{ManifestPut, Referrer, Repo, Tag};
 
 use crate::api::{Answer, Api, Head, SMALL_MANIFEST_BYTES, empty};
-use crate::body::Upstream;
+use crate::body::Inbound;
 use crate::manifests::{artifact_type_of, referrer_of};
 use crate::route::Target;
 use crate::{Absent, ApiError};
@@ -76,7 +76,7 @@ impl Api {
         head: &Head,
         repo: &Repo,
         target: Target,
-        body: Upstream,
+        body: Inbound,
     ) -> Answer {
         let large = body.len_max().is_none_or(|len| len > SMALL_MANIFEST_BYTES);
         let _place = match large {

@@ -6,7 +6,7 @@ use lamina_store::{Repo, Session};
 use uuid::Uuid;
 
 use crate::api::{Answer, Api, Head, empty};
-use crate::body::Upstream;
+use crate::body::Inbound;
 use crate::range::part;
 use crate::route::parse_digest;
 use crate::{Action, ApiError};
@@ -36,7 +36,7 @@ fn created(repo: &Repo, digest: Digest) -> Answer {
 
 impl Api {
     /// `POST`: begins an upload, does all of it where the digest is given, or finds the blob of `mount`.
-    pub(crate) async fn begin_upload(&self, head: &Head, repo: &Repo, body: Upstream) -> Answer {
+    pub(crate) async fn begin_upload(&self, head: &Head, repo: &Repo, body: Inbound) -> Answer {
         if let Some(mount) = head.query.value("mount") {
             let digest = parse_digest(mount)?;
             let from = head.query.value("from").filter(|from| !from.is_empty());
@@ -89,7 +89,7 @@ impl Api {
     }
 
     /// `PATCH`: the next part.
-    pub(crate) async fn append_upload(&self, head: &Head, repo: &Repo, id: Uuid, body: Upstream) -> Answer {
+    pub(crate) async fn append_upload(&self, head: &Head, repo: &Repo, id: Uuid, body: Inbound) -> Answer {
         let mut session = self.store.resume_upload(repo, id)?;
         check_order(head, repo, &session)?;
         session = received(session, body).await?;
@@ -97,7 +97,7 @@ impl Api {
     }
 
     /// `PUT`: the last part, which may be empty, and the digest of all.
-    pub(crate) async fn finish_upload(&self, head: &Head, repo: &Repo, id: Uuid, body: Upstream) -> Answer {
+    pub(crate) async fn finish_upload(&self, head: &Head, repo: &Repo, id: Uuid, body: Inbound) -> Answer {
         let digest = head.query.value("digest");
         let digest =
             digest.ok_or_else(|| ApiError::DigestInvalid("the parameter digest is missing".to_owned()))?;
@@ -149,7 +149,7 @@ fn check_order(head: &Head, repo: &Repo, session: &Session) -> Result<(), ApiErr
 
 /// Takes a part's bytes. Where the client goes away they stay, and it may go on from there; where the store fails the
 /// upload is given up.
-async fn received(mut session: Session, body: Upstream) -> Result<Session, ApiError> {
+async fn received(mut session: Session, body: Inbound) -> Result<Session, ApiError> {
     match receive(&mut session, body).await {
         Ok(()) => Ok(session),
         Err(error @ ApiError::Store(_)) => {
@@ -160,7 +160,7 @@ async fn received(mut session: Session, body: Upstream) -> Result<Session, ApiEr
     }
 }
 
-async fn receive(session: &mut Session, mut body: Upstream) -> Result<(), ApiError> {
+async fn receive(session: &mut Session, mut body: Inbound) -> Result<(), ApiError> {
     while let Some(bytes) = body.next().await? {
         session.write(bytes).await?;
     }
