@@ -5,6 +5,7 @@ mod gc;
 mod limits;
 mod profile;
 mod storage;
+mod upstream;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -17,6 +18,7 @@ pub(crate) use self::gc::{GcArguments, GcSettings};
 pub(crate) use self::limits::RegistryLimits;
 pub(crate) use self::profile::{ProfileArguments, ProfileCommand, ProfilePush, ProfileRecord, ProfileShow};
 pub(crate) use self::storage::StorageArguments;
+pub(crate) use self::upstream::UpstreamArguments;
 use crate::source::SourceName;
 
 /// Container images as deduplicated chunks, started before they have arrived.
@@ -119,6 +121,8 @@ pub(crate) struct RegistryArguments {
     pub(crate) listen: SocketAddr,
     #[command(flatten)]
     pub(crate) storage: StorageArguments,
+    #[command(flatten)]
+    pub(crate) upstream: UpstreamArguments,
     /// How often garbage is collected; 0 for never
     #[arg(long, env = "LAMINA_GC_EVERY", default_value = "24h", value_name = "TIME", value_parser = gc::duration)]
     pub(crate) gc_every: std::time::Duration,

@@ -1,6 +1,7 @@
 //! `lamina registry`.
 
 mod guard;
+mod upstream;
 
 use std::io::Write;
 use std::sync::Arc;
@@ -31,7 +32,9 @@ pub(crate) async fn run(arguments: RegistryArguments, common: Common) -> Result<
     };
     let scheme = if tls.is_some() { "https" } else { "http" };
     let storage = arguments.storage.parse(&common)?;
-    let config = arguments.limits.storing(StoreConfig::new(arguments.storage.index(&storage)));
+    let index = arguments.storage.index(&storage);
+    let upstream = upstream::read(arguments.upstream, &common, index.with_file_name("spool"))?;
+    let config = arguments.limits.storing(StoreConfig::new(index));
     let store = Store::open_storage(&storage, config).await.with_context(|| storage.to_string())?;
     let listener = TcpListener::bind(address)
         .await
@@ -40,7 +43,7 @@ pub(crate) async fn run(arguments: RegistryArguments, common: Common) -> Result<
     std::io::stdout().flush()?;
     let gc = arguments.gc.config();
     let gc = (!arguments.gc_every.is_zero()).then_some((arguments.gc_every, gc));
-    let config = RegistryConfig { gc, access, tls, ..arguments.limits.serving() };
+    let config = RegistryConfig { gc, access, tls, upstream, ..arguments.limits.serving() };
     lamina_registry::serve(listener, store.clone(), config, interrupted()).await?;
     store.close().await.context("the registry ended, but could not say so to others on the same storage")?;
     Ok(())

@@ -18,6 +18,7 @@ use crate::metrics::{Metrics, Open};
 use crate::observe::{REQUEST_ID, Seen};
 use crate::query::Query;
 use crate::route::Route;
+use crate::upstream::Upstream;
 use crate::{ApiError, RegistryConfig};
 
 /// Manifests that are checked in depth at the same time: each may hold an image's recipes and tree, some 100 MiB.
@@ -44,6 +45,7 @@ pub(crate) struct Api {
     pub(crate) checks: Semaphore,
     pub(crate) metrics: Metrics,
     pub(crate) access: Option<Arc<Access>>,
+    pub(crate) upstream: Option<Arc<Upstream>>,
     config: RegistryConfig,
 }
 
@@ -95,7 +97,21 @@ impl Api {
         let [admissions, manifests, intake, checks] =
             [ADMISSIONS_MAX, MANIFESTS_MAX, INTAKE_MAX, CHECKS_MAX].map(Semaphore::new);
         let (store, access) = (converter.store.clone(), config.access.clone());
-        Self { access, store, converter, learner, admissions, manifests, intake, checks, metrics, config }
+        let upstream = config.upstream.clone();
+        let upstream = upstream.map(|upstream| Upstream::new(store.clone(), upstream, metrics.clone()));
+        Self {
+            access,
+            upstream,
+            store,
+            converter,
+            learner,
+            admissions,
+            manifests,
+            intake,
+            checks,
+            metrics,
+            config,
+        }
     }
 
     pub(crate) fn config(&self) -> &RegistryConfig {
@@ -143,6 +159,10 @@ impl Api {
         };
         let body = Inbound::new(request, self.config.stall_max, self.metrics.received.clone());
         let reads = [Method::GET, Method::HEAD].contains(&head.method);
+        if self.upstream.is_some() && route.is_push(&head.method) {
+            let text = "this registry passes on what its upstream has, and takes no pushes; push there";
+            return Err(ApiError::Unsupported(text));
+        }
         match (route, head.method.as_str()) {
             (Route::Health, _) if reads => Ok(json(StatusCode::OK, "{}")),
             (Route::Ready, _) if reads => self.ready().await,

@@ -1,6 +1,7 @@
 //! Downloads of blobs, and their end.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use http::{HeaderValue, Response, StatusCode, header};
 use lamina_image::Digest;
@@ -10,6 +11,7 @@ use crate::ApiError;
 use crate::api::{Answer, Api, Head, empty, etag_of, not_modified};
 use crate::body::{Body, full, streamed};
 use crate::range::{Wanted, bounded, wanted};
+use crate::upstream::{Brought, Upstream};
 
 /// What an answer carries: which bytes of a blob of `size`, or all.
 struct Download {
@@ -22,9 +24,20 @@ struct Download {
 impl Api {
     /// `GET` and `HEAD`, whole or in part.
     pub(crate) async fn read_blob(&self, head: &Head, repo: &Repo, digest: Digest) -> Answer {
-        let download = match self.read_part(head, repo, digest).await? {
-            Some(part) => part,
-            None => self.read_any(head, repo, digest).await?,
+        let here = match self.read_part(head, repo, digest).await? {
+            Some(part) => Ok(part),
+            None => self.read_any(head, repo, digest).await,
+        };
+        let download = match (here, &self.upstream) {
+            (Err(ApiError::BlobUnknown(_)), Some(upstream)) => {
+                self.read_upstream(upstream, head, repo, digest).await?
+            }
+            (here, upstream) => {
+                if upstream.is_some() && here.is_ok() {
+                    self.metrics.passed_on("blob", "hit");
+                }
+                here?
+            }
         };
         let Download { size, status, range, body } = download;
         if status == StatusCode::NOT_MODIFIED {
@@ -95,6 +108,30 @@ impl Api {
             }
         };
         Ok(Download { size, status, range, body })
+    }
+
+    /// What is not here: as it comes, and where only a part of it is wanted, once all of it is here.
+    async fn read_upstream(
+        &self,
+        upstream: &Arc<Upstream>,
+        head: &Head,
+        repo: &Repo,
+        digest: Digest,
+    ) -> Result<Download, ApiError> {
+        let status = StatusCode::OK;
+        if head.method == http::Method::HEAD {
+            let size = upstream.blob_len(repo, digest).await?;
+            return Ok(Download { size, status, range: 0..size, body: full(bytes::Bytes::new()) });
+        }
+        let in_parts =
+            [header::RANGE, header::IF_NONE_MATCH].into_iter().any(|name| head.header(name).is_some());
+        match upstream.fetch_blob(repo, digest, !in_parts).await? {
+            Brought::Here => self.read_any(head, repo, digest).await,
+            Brought::Coming { size, bytes } => {
+                let body = streamed(bytes, self.metrics.sent.clone());
+                Ok(Download { size, status, range: 0..size, body })
+            }
+        }
     }
 
     /// `DELETE`: the repository has it no more. Others that have it keep it; the bytes stay until they are collected.

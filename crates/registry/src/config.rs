@@ -1,10 +1,12 @@
 //! What can be set.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use lamina_image::IngestOptions;
 use lamina_store::GcConfig;
+use lamina_wire::Client;
 
 use crate::{Access, Tls};
 
@@ -31,8 +33,22 @@ pub struct RegistryConfig {
     pub access: Option<Arc<Access>>,
     /// TLS; plain HTTP where there is none.
     pub tls: Option<Arc<Tls>>,
+    /// Whose images are served beside those that are here; then nothing is pushed here.
+    pub upstream: Option<UpstreamConfig>,
     /// What time it is.
     pub clock: fn() -> SystemTime,
+}
+
+/// Another registry, whose images are passed on.
+#[derive(Clone, Debug)]
+pub struct UpstreamConfig {
+    /// How it is asked.
+    pub client: Client,
+    /// How long it counts what the upstream has said of a tag.
+    pub revalidate: Duration,
+    /// A directory for what is on its way: as much as the blobs that come at the same time, in files that vanish by
+    /// themselves.
+    pub spool: PathBuf,
 }
 
 impl Default for RegistryConfig {
@@ -48,6 +64,7 @@ impl Default for RegistryConfig {
             gc: None,
             access: None,
             tls: None,
+            upstream: None,
             clock: SystemTime::now,
         }
     }

@@ -1,8 +1,11 @@
 //! Every error a client can see, translated once: into a status and an OCI error document.
 
+use std::sync::Arc;
+
 use http::{HeaderValue, Response, StatusCode, header};
 use lamina_image::{Digest, DocumentError};
 use lamina_store::{ParseNameError, StoreError};
+use lamina_wire::WireError;
 use serde_json::json;
 
 use crate::body::{Body, full};
@@ -103,6 +106,21 @@ pub enum ApiError {
     /// Too many wrong passwords came from there.
     #[error("too many wrong passwords; try again in {0} s")]
     TooManyAttempts(u64),
+    /// The upstream did not answer as hoped.
+    #[error("{}", said(.0))]
+    Upstream(#[from] WireError),
+    /// What comes from the upstream cannot be kept while it comes.
+    #[error("what comes from the upstream cannot be kept in {path}: {error}")]
+    Spool {
+        /// The directory.
+        path: String,
+        /// What the file system says.
+        #[source]
+        error: std::io::Error,
+    },
+    /// What many waited for failed for all of them.
+    #[error(transparent)]
+    Shared(Arc<ApiError>),
     /// The store said no.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -115,6 +133,19 @@ impl From<DocumentError> for ApiError {
 }
 
 impl ApiError {
+    /// The error itself, however many wait for it.
+    pub(crate) fn root(&self) -> &Self {
+        match self {
+            Self::Shared(error) => error.root(),
+            other => other,
+        }
+    }
+
+    /// Whether the upstream may answer better later.
+    pub(crate) fn is_passing(&self) -> bool {
+        matches!(self.root(), Self::Upstream(error) if error.is_passing())
+    }
+
     /// The HTTP status and the code of the OCI error document.
     pub(crate) fn parts(&self) -> (StatusCode, &'static str) {
         match self {
@@ -138,6 +169,10 @@ impl ApiError {
             Self::Unauthorized { .. } => (StatusCode::UNAUTHORIZED, "UNAUTHORIZED"),
             Self::Denied(_) => (StatusCode::FORBIDDEN, "DENIED"),
             Self::TooManyAttempts(_) => (StatusCode::TOO_MANY_REQUESTS, "TOOMANYREQUESTS"),
+            Self::Upstream(error) => upstream_parts(error),
+            Self::Spool { error, .. } if is_full(error) => (StatusCode::INSUFFICIENT_STORAGE, "UNKNOWN"),
+            Self::Spool { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "UNKNOWN"),
+            Self::Shared(error) => error.parts(),
             Self::Store(error) => store_parts(error),
         }
     }
@@ -145,7 +180,7 @@ impl ApiError {
     /// What the client reads: one entry for each thing that is wrong.
     fn documents(&self, code: &str, request: &str) -> Vec<serde_json::Value> {
         let digest_of = |digest: &Digest| json!({ "digest": digest });
-        match self {
+        match self.root() {
             Self::ManifestBlobUnknown(absent) => {
                 let entries = absent.iter().map(|absent| {
                     json!({ "code": code, "message": absent.to_string(), "detail": digest_of(&absent.digest) })
@@ -155,6 +190,8 @@ impl ApiError {
             Self::BlobUnknown(digest) => {
                 vec![json!({ "code": code, "message": self.to_string(), "detail": digest_of(digest) })]
             }
+            // whoever asks can see to it at the upstream
+            Self::Upstream(_) => vec![json!({ "code": code, "message": self.to_string(), "detail": null })],
             // what goes wrong inside is for the log
             other if other.parts().0.is_server_error() => {
                 let text = "the registry failed; its log says more, under this request's id";
@@ -176,7 +213,7 @@ impl ApiError {
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         let ours = "digits and validated names are header values";
-        match self {
+        match self.root() {
             Self::OutOfOrder { received, location } => {
                 headers.insert(header::LOCATION, location.parse().expect(ours));
                 headers.insert(header::RANGE, crate::uploads::range_of(*received).parse().expect(ours));
@@ -200,6 +237,30 @@ impl ApiError {
     }
 }
 
+/// What a client is told of the upstream: not whose credential was sent, and where it is kept.
+fn said(error: &WireError) -> String {
+    match error {
+        WireError::Denied { url, status, message, .. } => format!(
+            "the upstream refuses: {url}: {status}: {message}; this registry has no credential there, or not one that may"
+        ),
+        WireError::Credential { host, .. } => {
+            format!("this registry cannot get at its credential for the upstream {host}; its log says why")
+        }
+        other => format!("the upstream does not answer as hoped: {other}"),
+    }
+}
+
+fn upstream_parts(error: &WireError) -> (StatusCode, &'static str) {
+    match error {
+        WireError::Denied { .. } => (StatusCode::FORBIDDEN, "DENIED"),
+        WireError::Status { status: 429, .. } => (StatusCode::TOO_MANY_REQUESTS, "TOOMANYREQUESTS"),
+        WireError::Unreachable { .. } | WireError::Timeout { .. } | WireError::Status { .. } => {
+            (StatusCode::SERVICE_UNAVAILABLE, "UNKNOWN")
+        }
+        _ => (StatusCode::BAD_GATEWAY, "UNKNOWN"),
+    }
+}
+
 fn store_parts(error: &StoreError) -> (StatusCode, &'static str) {
     match error {
         StoreError::Missing(_) => (StatusCode::NOT_FOUND, "BLOB_UNKNOWN"),
@@ -220,7 +281,7 @@ fn store_parts(error: &StoreError) -> (StatusCode, &'static str) {
 }
 
 /// Whether the disk below is full.
-fn is_full(error: &StoreError) -> bool {
+fn is_full(error: &(dyn std::error::Error + 'static)) -> bool {
     let mut cause: Option<&dyn std::error::Error> = Some(error);
     while let Some(error) = cause {
         if let Some(io) = error.downcast_ref::<std::io::Error>()

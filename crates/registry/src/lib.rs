@@ -5,6 +5,8 @@
 //! derived again from the recipes, and each new layer is rebuilt once. What nodes tell of starts becomes a profile and a
 //! boot pack, which hang on the image as well. The registry keeps no state of its own: jobs are in the store, and a
 //! restart goes on with them. Only uploads that were open are lost by it, and what waited to be learnt.
+//!
+//! Where there is an upstream, what is asked for and not here comes from it, and stays as if it had been pushed.
 
 mod access;
 mod admit;
@@ -33,9 +35,10 @@ mod server;
 mod stall;
 mod tls;
 mod uploads;
+mod upstream;
 
 pub use access::{Access, AccessConfig, Action, DedupScope, Rule, RuleError, Users, UsersError, Who};
-pub use config::RegistryConfig;
+pub use config::{RegistryConfig, UpstreamConfig};
 pub use error::{Absent, ApiError};
 pub use server::serve;
 pub use tls::{Tls, TlsError};

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use http::{HeaderValue, Method, Response, StatusCode, header};
 use lamina_image::{Descriptor, Digest, Document, media_type};
-use lamina_store::{Blob, Repo, StoreError};
+use lamina_store::{Blob, Referrer, Repo, StoreError};
 
 use crate::ApiError;
 use crate::api::{Answer, Api, Head, empty, etag_of, not_modified};
@@ -15,11 +15,17 @@ impl Api {
     /// `GET` and `HEAD`, by tag and by digest.
     pub(crate) async fn read_manifest(&self, head: &Head, repo: &Repo, target: &Target) -> Answer {
         let unknown = || ApiError::ManifestUnknown(format!("{repo} {target}"));
+        if let Some(upstream) = &self.upstream {
+            upstream.bring_manifest(repo, target).await?;
+        }
         let digest = match target {
             Target::Digest(digest) => *digest,
             Target::Tag(tag) => self.store.reference(repo, tag).await?.manifest.ok_or_else(unknown)?,
         };
         let link = self.store.manifest_link(repo, digest).await?.ok_or_else(unknown)?;
+        if let (Some(upstream), true) = (&self.upstream, head.method == Method::GET) {
+            upstream.images.want(repo, digest);
+        }
         if head.knows(digest) {
             return Ok(not_modified(digest));
         }
@@ -89,6 +95,17 @@ pub(crate) fn artifact_type_of(document: &Document) -> Option<&str> {
         Document::Index(it) => (&it.artifact_type, None),
     };
     said.as_deref().filter(|said| !said.is_empty()).or(config)
+}
+
+/// What a manifest hangs on, and what a referrers answer says of it there.
+pub(crate) fn referrer_of_document(
+    document: &Document,
+    media_type: &str,
+    digest: Digest,
+    size: u64,
+) -> Option<Referrer> {
+    let subject = document.subject()?.digest;
+    Some(Referrer { subject, descriptor: referrer_of(document, media_type, digest, size) })
 }
 
 /// What a referrers answer says of a manifest.

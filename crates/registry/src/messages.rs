@@ -67,7 +67,8 @@ impl Api {
     pub(crate) async fn image_status(&self, repo: &Repo, digest: Digest) -> Answer {
         let unknown = || ApiError::ManifestUnknown(format!("{repo} {digest}"));
         self.store.manifest_link(repo, digest).await?.ok_or_else(unknown)?;
-        let mut image = self.store.image(digest).await?.ok_or_else(unknown)?;
+        let coming = || self.upstream.as_ref()?.images.record(repo, digest, self.config().now());
+        let mut image = self.store.image(digest).await?.or_else(coming).ok_or_else(unknown)?;
         if let Some(counts) = self.converter.counts(digest) {
             image.counts = counts;
         }

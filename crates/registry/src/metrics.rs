@@ -44,6 +44,13 @@ struct Conversion {
     outcome: &'static str,
 }
 
+/// What a registry with an upstream was asked for, and where it found it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PassedOn {
+    what: &'static str,
+    outcome: &'static str,
+}
+
 /// All counters of one registry process. A handle: clones count together.
 #[derive(Clone, Debug)]
 pub(crate) struct Metrics {
@@ -51,6 +58,9 @@ pub(crate) struct Metrics {
     seconds: Family<Asked, Histogram>,
     refusals: Family<Refusal, Counter>,
     conversions: Family<Conversion, Counter>,
+    passed_on: Family<PassedOn, Counter>,
+    /// Bytes of manifests and blobs that came from the upstream.
+    pub(crate) upstream_received: Counter,
     /// Requests that are being answered; a body on its way does not count.
     pub(crate) running: Gauge,
     /// Open connections.
@@ -69,6 +79,8 @@ impl Default for Metrics {
             seconds: Family::new_with_constructor(|| Histogram::new(SECONDS)),
             refusals: Family::default(),
             conversions: Family::default(),
+            passed_on: Family::default(),
+            upstream_received: Counter::default(),
             running: Gauge::default(),
             connections: Gauge::default(),
             received: Counter::default(),
@@ -102,6 +114,13 @@ impl Metrics {
         self.conversions.get_or_create(&Conversion { outcome }).inc();
     }
 
+    /// Counts a manifest or a blob of a registry with an upstream: a `hit` was here, a `miss` came from the upstream, what
+    /// is `stale` was here and nobody said that it still counts, what is `absent` the upstream does not have, and an
+    /// `error` is all else.
+    pub(crate) fn passed_on(&self, what: &'static str, outcome: &'static str) {
+        self.passed_on.get_or_create(&PassedOn { what, outcome }).inc();
+    }
+
     /// Everything in the text format. `uploads` are open now.
     pub(crate) fn text(&self, uploads: usize) -> String {
         self.uploads.set(i64::try_from(uploads).unwrap_or(i64::MAX));
@@ -112,6 +131,10 @@ impl Metrics {
         registry.register("refusals", "Requests that were refused, by error code", self.refusals.clone());
         let help = "Conversions of pushed images that have ended";
         registry.register("conversions", help, self.conversions.clone());
+        let help = "Manifests and blobs that were asked for where there is an upstream";
+        registry.register("upstream", help, self.passed_on.clone());
+        let (help, came) = ("Bytes that came from the upstream", self.upstream_received.clone());
+        registry.register_with_unit("upstream_received", help, Unit::Bytes, came);
         registry.register("requests_running", "Requests that are being answered", self.running.clone());
         registry.register("connections", "Open connections", self.connections.clone());
         let help = "Bytes of bodies that came";

@@ -9,11 +9,11 @@ use lamina_image::{
     BOOT_ANNOTATION, Descriptor, Digest, Document, MANIFEST_BYTES_MAX, PROFILE_ANNOTATION, TREE_ANNOTATION,
     media_type,
 };
-use lamina_store::{ManifestPut, Referrer, Repo, Tag};
+use lamina_store::{ManifestPut, Repo, Store, Tag};
 
 use crate::api::{Answer, Api, Head, SMALL_MANIFEST_BYTES, empty};
 use crate::body::Inbound;
-use crate::manifests::{artifact_type_of, referrer_of};
+use crate::manifests::{artifact_type_of, referrer_of_document};
 use crate::route::Target;
 use crate::{Absent, ApiError};
 
@@ -63,7 +63,7 @@ impl Incoming {
                 tags.len()
             )));
         }
-        let media_type = media_type_of(head, &bytes)?;
+        let media_type = media_type_of(head.header(header::CONTENT_TYPE), &bytes)?;
         let document = Document::parse(&media_type, &bytes)?;
         Ok(Self { digest, media_type, document, bytes, tags, by_tag })
     }
@@ -85,7 +85,7 @@ impl Api {
         };
         let bytes = body.whole(MANIFEST_BYTES_MAX).await?;
         let incoming = Incoming::read(head, target, bytes)?;
-        self.check_claims(repo, incoming.digest, &incoming.document).await?;
+        check_claims(&self.store, repo, incoming.digest, &incoming.document).await?;
         // the layers of an image with its tree are here once its recipes are found good
         let image = match &incoming.document {
             Document::Manifest(manifest) if manifest.is_image() => {
@@ -100,10 +100,7 @@ impl Api {
         }
         let Incoming { digest, media_type, document, bytes, tags, .. } = incoming;
         let subject = document.subject().map(|subject| subject.digest);
-        let referrer = subject.map(|subject| Referrer {
-            subject,
-            descriptor: referrer_of(&document, &media_type, digest, bytes.len() as u64),
-        });
+        let referrer = referrer_of_document(&document, &media_type, digest, bytes.len() as u64);
         self.store.put_manifest(repo, ManifestPut { digest, media_type, bytes, referrer }).await?;
         match image {
             Some(image) => self.store.put_image(digest, &image).await?,
@@ -194,34 +191,37 @@ impl Api {
         }
         Ok(!incoming.by_tag || self.store.manifest_link(repo, incoming.digest).await?.is_some())
     }
+}
 
-    /// Nobody but this registry hangs a tree, a profile or a boot pack on an image: what reads them would trust them.
-    async fn check_claims(&self, repo: &Repo, digest: Digest, document: &Document) -> Result<(), ApiError> {
-        let (annotations, bound) = match document {
-            Document::Manifest(it) => (&it.annotations, it.is_image()),
-            Document::Index(it) => (&it.annotations, false),
-        };
-        // under the type that a referrers answer would give it
-        let kind = artifact_type_of(document);
-        let is_ours = kind.is_some_and(|kind| OUR_ARTIFACTS.contains(&kind));
-        let notes = OUR_ANNOTATIONS.iter().any(|note| annotations.contains_key(*note));
-        if !is_ours && (bound || !notes) {
-            return Ok(());
-        }
-        let own = match document.subject() {
-            Some(subject) => self.store.image(subject.digest).await?.and_then(|image| image.artifact),
-            None => None,
-        };
-        // what is in the repository was made here, or came by this check
-        if own.is_some_and(|own| own.digest == digest)
-            || self.store.manifest_link(repo, digest).await?.is_some()
-        {
-            return Ok(());
-        }
-        let text = "this registry makes the trees, profiles and boot packs of its images itself and takes none from \
-                    elsewhere; push the image, and a profile to /lamina/v1/<repository>/profiles/<digest>";
-        Err(ApiError::ManifestInvalid(text.to_owned()))
+/// Nobody but this registry hangs a tree, a profile or a boot pack on an image: what reads them would trust them.
+pub(crate) async fn check_claims(
+    store: &Store,
+    repo: &Repo,
+    digest: Digest,
+    document: &Document,
+) -> Result<(), ApiError> {
+    let (annotations, bound) = match document {
+        Document::Manifest(it) => (&it.annotations, it.is_image()),
+        Document::Index(it) => (&it.annotations, false),
+    };
+    // under the type that a referrers answer would give it
+    let kind = artifact_type_of(document);
+    let is_ours = kind.is_some_and(|kind| OUR_ARTIFACTS.contains(&kind));
+    let notes = OUR_ANNOTATIONS.iter().any(|note| annotations.contains_key(*note));
+    if !is_ours && (bound || !notes) {
+        return Ok(());
     }
+    let own = match document.subject() {
+        Some(subject) => store.image(subject.digest).await?.and_then(|image| image.artifact),
+        None => None,
+    };
+    // what is in the repository was made here, or came by this check
+    if own.is_some_and(|own| own.digest == digest) || store.manifest_link(repo, digest).await?.is_some() {
+        return Ok(());
+    }
+    let text = "this registry makes the trees, profiles and boot packs of its images itself and takes none from \
+                elsewhere; push the image, and a profile to /lamina/v1/<repository>/profiles/<digest>";
+    Err(ApiError::ManifestInvalid(text.to_owned()))
 }
 
 /// What a document names.
@@ -248,14 +248,20 @@ fn named_by(document: &Document) -> Vec<Named> {
     }
 }
 
+/// The blobs that a manifest names and that a registry must have.
+pub(crate) fn blobs_of(document: &Document) -> Vec<Digest> {
+    let blobs = named_by(document).into_iter().filter(|named| named.blob_size.is_some());
+    blobs.map(|named| named.digest).collect()
+}
+
 /// Layers that a registry need not have.
 fn is_foreign(media_type: &str) -> bool {
     media_type.contains("nondistributable") || media_type.contains(".foreign.")
 }
 
 /// The media type in the header, or where there is none, in the document.
-fn media_type_of(head: &Head, bytes: &Bytes) -> Result<String, ApiError> {
-    let header = head.header(header::CONTENT_TYPE).and_then(|text| text.split(';').next()).map(str::trim);
+pub(crate) fn media_type_of(header: Option<&str>, bytes: &Bytes) -> Result<String, ApiError> {
+    let header = header.and_then(|text| text.split(';').next()).map(str::trim);
     if let Some(media_type) = header.filter(|text| !text.is_empty() && *text != "application/octet-stream") {
         return Ok(media_type.to_owned());
     }

@@ -8,7 +8,7 @@ use uuid::Uuid;
 use crate::{Action, ApiError};
 
 /// How a manifest is asked for.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Target {
     Tag(Tag),
     Digest(Digest),
@@ -61,6 +61,15 @@ impl Route {
             // whoever starts an image may say what it touched: that moves pages, and brings none
             Self::Traces(repo, _) => Some((repo, Action::Pull)),
             Self::Profile(repo, _) => Some((repo, Action::Push)),
+        }
+    }
+
+    /// Whether it would bring in what others then pull.
+    pub(crate) fn is_push(&self, method: &Method) -> bool {
+        match self {
+            Self::Uploads(_) | Self::Upload(..) | Self::Chunks(_) | Self::Layers(_) => true,
+            Self::Manifest(..) => method == Method::PUT,
+            _ => false,
         }
     }
 

@@ -47,6 +47,7 @@ pub async fn serve(
     let (learns, counts) = (Arc::clone(&learner), metrics.clone());
     let converter = Arc::new(Converter::new(store.clone(), config.clone(), learns, counts));
     let api = Arc::new(Api::new(config.clone(), Arc::clone(&converter), Arc::clone(&learner), metrics));
+    let bringing = tokio::spawn(Arc::clone(&api).bring_images());
     let learning = tokio::spawn(Arc::clone(&learner).run());
     let converting = tokio::spawn(Arc::clone(&converter).run());
     let collecting = tokio::spawn(collect(store.clone(), config.clone()));
@@ -65,6 +66,10 @@ pub async fn serve(
     if timeout(drain_max, graceful.shutdown()).await.is_err() {
         tracing::warn!(?drain_max, "requests were still running and are cut off");
     }
+    bringing.abort();
+    if let Some(upstream) = &api.upstream {
+        upstream.stop().await;
+    }
     converter.stop();
     learner.stop();
     housekeeping.abort();
@@ -73,6 +78,8 @@ pub async fn serve(
     if let Some(watching) = watching {
         watching.abort();
     }
+    // it was told to end, and where it ended by itself there is no upstream
+    let _ = bringing.await;
     // it ends with the layer that it reads, or at once where it waits
     converting.await.map_err(io::Error::other)?;
     learning.await.map_err(io::Error::other)?;

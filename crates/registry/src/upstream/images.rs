@@ -1,0 +1,173 @@
+//! Images that somebody wants, of which everything is to come here: a bounded queue, and what became of each.
+//!
+//! An image whose parts are here is converted, or where it names its tree itself, checked, as if it had been pushed.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::stream::{self, StreamExt, TryStreamExt};
+use lamina_image::{Digest, Document, Manifest, RECIPE_ANNOTATION};
+use lamina_store::{ImageRecord, ImageState, Repo};
+use parking_lot::Mutex;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use super::Upstream;
+use crate::ApiError;
+use crate::api::Api;
+use crate::ingest::converts;
+use crate::put::blobs_of;
+
+/// Images that wait: whoever asks for one more asks again.
+const WAITING_MAX: usize = 256;
+/// Images of which it is known what became of them.
+const KNOWN_MAX: usize = 4096;
+/// Images that come at the same time: a small one does not wait for one of 20 GB.
+const IMAGES_AT_ONCE: usize = 2;
+/// Blobs of one of them that do: enough to fill a link, and most of [`FETCHES_MAX`](super::FETCHES_MAX) is left to clients.
+const BLOBS_AT_ONCE: usize = 3;
+/// An image that did not come is not tried again before.
+const PAUSE: Duration = Duration::from_secs(30);
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Images {
+    known: Mutex<HashMap<(Repo, Digest), State>>,
+    sender: mpsc::Sender<(Repo, Digest)>,
+    /// Whoever works takes it.
+    receiver: Mutex<Option<mpsc::Receiver<(Repo, Digest)>>>,
+}
+
+#[derive(Debug)]
+enum State {
+    Coming,
+    /// Everything is here.
+    Whole,
+    Failed {
+        reason: String,
+        at: Instant,
+    },
+}
+
+impl Default for Images {
+    fn default() -> Self {
+        let (sender, receiver) = mpsc::channel(WAITING_MAX);
+        Self { known: Mutex::default(), sender, receiver: Mutex::new(Some(receiver)) }
+    }
+}
+
+impl Images {
+    /// Somebody has asked for this image.
+    pub(crate) fn want(&self, repo: &Repo, image: Digest) {
+        let key = (repo.clone(), image);
+        let mut known = self.known.lock();
+        match known.get(&key) {
+            Some(State::Coming | State::Whole) => return,
+            Some(State::Failed { at, .. }) if at.elapsed() < PAUSE => return,
+            _ => {}
+        }
+        if known.len() >= KNOWN_MAX {
+            known.retain(|_, state| matches!(state, State::Coming));
+        }
+        match self.sender.try_send(key.clone()) {
+            Ok(()) => drop(known.insert(key, State::Coming)),
+            Err(_) => {
+                tracing::warn!(%repo, %image, "too many images are to come; this one waits to be asked for again")
+            }
+        }
+    }
+
+    /// What there is to say of an image that the store has no record of.
+    pub(crate) fn record(&self, repo: &Repo, image: Digest, now: u64) -> Option<ImageRecord> {
+        match self.known.lock().get(&(repo.clone(), image))? {
+            State::Coming => Some(ImageRecord::queued(now)),
+            State::Whole => None,
+            State::Failed { reason, .. } => {
+                let reason = Some(format!("it did not come from the upstream: {reason}"));
+                Some(ImageRecord { state: ImageState::Failed, reason, ..ImageRecord::queued(now) })
+            }
+        }
+    }
+
+    fn conclude(&self, key: (Repo, Digest), ended: Result<(), ApiError>) {
+        let state = match ended {
+            Ok(()) => State::Whole,
+            Err(error) => {
+                tracing::warn!(repo = %key.0, image = %key.1, %error, "an image did not come whole");
+                State::Failed { reason: error.to_string(), at: Instant::now() }
+            }
+        };
+        self.known.lock().insert(key, state);
+    }
+}
+
+impl Api {
+    /// Brings what is wanted, as long as it is polled. Returns at once where there is no upstream.
+    pub(crate) async fn bring_images(self: Arc<Self>) {
+        let Some(upstream) = &self.upstream else { return };
+        let mut wanted = upstream.images.receiver.lock().take().expect("one worker takes it");
+        let wanted = stream::poll_fn(move |context| wanted.poll_recv(context));
+        let api = &self;
+        let bring = |(repo, image)| async move {
+            let ended = api.bring_image(upstream, &repo, image).await;
+            upstream.images.conclude((repo, image), ended);
+        };
+        wanted.for_each_concurrent(IMAGES_AT_ONCE, bring).await;
+    }
+
+    async fn bring_image(
+        &self,
+        upstream: &Arc<Upstream>,
+        repo: &Repo,
+        image: Digest,
+    ) -> Result<(), ApiError> {
+        let Some((media_type, bytes)) = self.store.manifest(repo, image).await? else { return Ok(()) };
+        let document = Document::parse(&media_type, &bytes)?;
+        let manifest = match &document {
+            Document::Manifest(manifest) if converts(manifest) => manifest,
+            _ => return Ok(()),
+        };
+        let Some(tree) = manifest.bound_tree()? else {
+            upstream.bring_blobs(repo, blobs_of(&document)).await?;
+            return Ok(self.converter.want(repo, image, &document).await?);
+        };
+        self.bring_bound(upstream, repo, (image, manifest, tree)).await
+    }
+
+    /// Its layers are not fetched: recipes and packs make them.
+    async fn bring_bound(
+        &self,
+        upstream: &Arc<Upstream>,
+        repo: &Repo,
+        (image, manifest, tree): (Digest, &Manifest, Digest),
+    ) -> Result<(), ApiError> {
+        let recipes = manifest.layers.iter().filter_map(|layer| layer.annotations.get(RECIPE_ANNOTATION));
+        let recipes: BTreeSet<Digest> = recipes.filter_map(|recipe| recipe.parse().ok()).collect();
+        let small = recipes.iter().copied().chain([manifest.config.digest, tree]);
+        upstream.bring_blobs(repo, small).await?;
+        let mut packs = BTreeSet::new();
+        for recipe in recipes {
+            let recipe = self.store.recipe(recipe).await?;
+            packs.extend(recipe.frames().iter().map(|(_, place)| Digest::from(place.pack)));
+        }
+        upstream.bring_blobs(repo, packs).await?;
+        if let Some(record) = self.admit(repo, image, manifest).await? {
+            self.store.put_image(image, &record).await?;
+        }
+        self.learner.inherit(repo, image);
+        Ok(())
+    }
+}
+
+impl Upstream {
+    async fn bring_blobs(
+        self: &Arc<Self>,
+        repo: &Repo,
+        digests: impl IntoIterator<Item = Digest>,
+    ) -> Result<(), ApiError> {
+        let digests: BTreeSet<Digest> = digests.into_iter().collect();
+        let bring = digests.into_iter().map(|digest| self.bring_blob(repo, digest));
+        stream::iter(bring).buffer_unordered(BLOBS_AT_ONCE).try_collect().await
+    }
+}
