@@ -1,6 +1,7 @@
 //! The registry as its clients see it: raw requests, skopeo, podman, images that come with their tree, what is learnt of
 //! starts, and crashes.
 
+mod between;
 mod bound;
 mod clients;
 mod conversion;
@@ -16,3 +17,4 @@ mod learning;
 mod membership;
 mod protocol;
 mod support;
+mod upstream;
