@@ -13,3 +13,5 @@ mod learning;
 #[expect(dead_code, reason = "the tests of the command line use the rest")]
 #[path = "cli/rig.rs"]
 mod rig;
+#[path = "foreign/upstream.rs"]
+mod upstream;

@@ -15,8 +15,8 @@ use crate::rig::{DEADLINE, Rig, text};
 /// `alice` and `secret`, by bcrypt.
 const HTPASSWD: &str = "alice:$2b$05$xwugU7Y2yEN0A9Hdu6PhIO7upbuPROJSi6Mf6mzmXWQVTNXxZ8bdG\n";
 /// The base64 of `alice:secret` and `alice:wrong`.
-const GOOD: &str = "YWxpY2U6c2VjcmV0";
-const WRONG: &str = "YWxpY2U6d3Jvbmc=";
+pub(crate) const GOOD: &str = "YWxpY2U6c2VjcmV0";
+pub(crate) const WRONG: &str = "YWxpY2U6d3Jvbmc=";
 
 fn openssl(directory: &Path, arguments: &str) -> Result<()> {
     run(Command::new("openssl").args(arguments.split(' ')).current_dir(directory)).map(drop)
@@ -42,7 +42,7 @@ fn certificates(directory: &Path) -> Result<()> {
 }
 
 /// A registry with TLS, for `alice` only; with `clients`, for clients with a certificate only.
-fn guarded(rig: &Rig, clients: bool) -> Result<(DockerRegistry, PathBuf)> {
+pub(crate) fn guarded(rig: &Rig, clients: bool) -> Result<(DockerRegistry, PathBuf)> {
     let certs = rig.path("certs");
     certificates(&certs)?;
     std::fs::write(certs.join("htpasswd"), HTPASSWD)?;
@@ -62,11 +62,11 @@ fn write(path: &Path, text: &str) -> Result<String> {
     Ok(path.display().to_string())
 }
 
-fn auth_file(rig: &Rig, name: &str, host: &str, auth: &str) -> Result<String> {
+pub(crate) fn auth_file(rig: &Rig, name: &str, host: &str, auth: &str) -> Result<String> {
     write(&rig.path(name), &format!(r#"{{"auths":{{"{host}":{{"auth":"{auth}"}}}}}}"#))
 }
 
-fn small(rig: &Rig) -> Result<String> {
+pub(crate) fn small(rig: &Rig) -> Result<String> {
     rig.layout("layout", &Image::new().layer(|layer| layer.file("f", noise(200_000, 1)).gzip()))
 }
 
