@@ -36,6 +36,8 @@ use self::tags::Tags;
 
 /// Blobs that come at the same time: each holds up to 16 MiB of memory until it is stored.
 const FETCHES_MAX: usize = 32;
+/// Manifests that come at the same time: each may be 4 MiB long, and ten times that while it is parsed.
+const MANIFESTS_MAX: usize = 16;
 /// A tag that is known is not waited for longer than this, whatever the upstream does.
 const KNOWN_WAIT: Duration = Duration::from_secs(5);
 
@@ -52,6 +54,7 @@ pub(crate) struct Upstream {
     tags: Mutex<Tags>,
     asking: Flights<(Repo, Target), Asked>,
     coming: Flights<(Repo, Digest), Progress>,
+    manifests: Semaphore,
     fetches: Semaphore,
     pub(crate) images: Images,
     tasks: TaskTracker,
@@ -64,8 +67,22 @@ impl Upstream {
         let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
         let (asking, coming) =
             (Flights::new(tasks.clone(), stop.clone()), Flights::new(tasks.clone(), stop.clone()));
-        let (fetches, images) = (Semaphore::new(FETCHES_MAX), Images::default());
-        Arc::new(Self { store, client, config, metrics, tags, asking, coming, fetches, images, tasks, stop })
+        let [manifests, fetches] = [MANIFESTS_MAX, FETCHES_MAX].map(Semaphore::new);
+        let images = Images::default();
+        Arc::new(Self {
+            store,
+            client,
+            config,
+            metrics,
+            tags,
+            asking,
+            coming,
+            manifests,
+            fetches,
+            images,
+            tasks,
+            stop,
+        })
     }
 
     /// Ends what is under way. What had come of blobs is lost.
@@ -98,7 +115,7 @@ impl Upstream {
             Ok(()) => Ok(()),
             Err(error) if here && error.is_passing() => {
                 tracing::warn!(%repo, %target, %error, "nobody says what the tag means now; what it meant last is served");
-                self.tags.lock().note_away(now);
+                self.tags.lock().note_away(Instant::now());
                 self.metrics.passed_on("manifest", "stale");
                 Ok(())
             }
@@ -187,6 +204,7 @@ impl Upstream {
 
     /// Fetches a manifest and keeps it.
     async fn fetch(&self, repo: &Repo, version: &Version) -> Result<Digest, ApiError> {
+        let _place = self.manifests.acquire().await.expect("never closed");
         let Fetched { media_type, digest, bytes } = self.client.manifest(repo.as_str(), version).await?;
         let nonsense = |reason: String| {
             let url = format!("{}/v2/{repo}/manifests/{version}", self.client.base());
@@ -199,6 +217,7 @@ impl Upstream {
         let referrer = referrer_of_document(&document, &media_type, digest, bytes.len() as u64);
         let len = bytes.len() as u64;
         self.store.put_manifest(repo, ManifestPut { digest, media_type, bytes, referrer }).await?;
+        self.images.forget(repo, digest);
         self.metrics.passed_on("manifest", "miss");
         self.metrics.upstream_received.inc_by(len);
         tracing::info!(target: "audit", %repo, %digest, bytes = len, "a manifest came from the upstream");

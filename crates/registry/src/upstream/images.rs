@@ -78,6 +78,14 @@ impl Images {
         }
     }
 
+    /// The image is new here: what became of it before, if it was here, does not count.
+    pub(super) fn forget(&self, repo: &Repo, image: Digest) {
+        let (key, mut known) = ((repo.clone(), image), self.known.lock());
+        if !matches!(known.get(&key), Some(State::Coming)) {
+            known.remove(&key);
+        }
+    }
+
     /// What there is to say of an image that the store has no record of.
     pub(crate) fn record(&self, repo: &Repo, image: Digest, now: u64) -> Option<ImageRecord> {
         match self.known.lock().get(&(repo.clone(), image))? {

@@ -1,11 +1,14 @@
 //! Pull-through: a registry before another one, both real.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::{StreamExt, TryStreamExt};
 use http::{Method, StatusCode};
 use lamina_image::{Descriptor, Digest, Index, TREE_ANNOTATION, media_type};
-use lamina_registry::{RegistryConfig, UpstreamConfig};
+use lamina_registry::{
+    Access, AccessConfig, Action, DedupScope, RegistryConfig, Rule, UpstreamConfig, Users, Who,
+};
 use lamina_store::{GcConfig, ImageState, Repo};
 use lamina_testkit::noise;
 use lamina_wire::{Client, ClientConfig, WireError};
@@ -25,12 +28,16 @@ struct Chain {
 
 impl Chain {
     async fn start(revalidate: Duration) -> Self {
+        Self::guarded(revalidate, None).await
+    }
+
+    async fn guarded(revalidate: Duration, access: Option<Arc<Access>>) -> Self {
         let (upstream, spool) = (Registry::start().await, tempfile::tempdir().unwrap());
         let between = Between::start(upstream.address).await;
         let client = ClientConfig { tries: 2, ..ClientConfig::default() };
         let client = Client::new(&between.address.to_string(), client).unwrap();
         let passing = UpstreamConfig { client, revalidate, spool: spool.path().to_owned() };
-        let config = RegistryConfig { upstream: Some(passing), ..RegistryConfig::default() };
+        let config = RegistryConfig { upstream: Some(passing), access, ..RegistryConfig::default() };
         Self { upstream, between, registry: Registry::start_with(config).await, _spool: spool }
     }
 
@@ -403,4 +410,50 @@ async fn what_a_tag_leads_to_stays_and_what_it_has_left_is_collected() {
         assert!(registry.store.blob(digest).await.unwrap().is_some());
     }
     registry.get(&format!("/v2/app/manifests/{new}")).await.expect(StatusCode::OK);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_image_that_was_deleted_here_comes_again_and_has_its_tree() {
+    let chain = Chain::start(HOUR).await;
+    let digest = chain.upstream.push("app", "v1", &image()).await;
+    let path = format!("/v2/app/manifests/{digest}");
+    for _ in 0..2 {
+        chain.registry.get("/v2/app/manifests/v1").await.expect(StatusCode::OK);
+        let (repo, begun): (Repo, _) = ("app".parse().unwrap(), tokio::time::Instant::now());
+        while chain.registry.store.referrers(&repo, digest).await.unwrap().is_empty() {
+            assert!(begun.elapsed() < Duration::from_secs(60), "it gets no tree");
+            tokio::task::yield_now().await;
+        }
+        chain.registry.send(Method::DELETE, &path, &[], "").await.expect(StatusCode::ACCEPTED);
+    }
+}
+
+#[tokio::test]
+async fn who_may_not_read_here_has_nothing_asked_upstream() {
+    // alice, secret
+    let users = tempfile::NamedTempFile::new().unwrap();
+    let line = "alice:$2b$05$xwugU7Y2yEN0A9Hdu6PhIO7upbuPROJSi6Mf6mzmXWQVTNXxZ8bdG\n";
+    std::fs::write(users.path(), line).unwrap();
+    let rule = Rule::new(&["app".to_owned()], vec![Who::Users], vec![Action::Pull]).unwrap();
+    let access = Access::new(AccessConfig {
+        users: Users::open(users.path().to_owned()).unwrap(),
+        rules: vec![rule],
+        dedup: DedupScope::All,
+        token_lifetime: HOUR,
+        token_key: vec![7; 32],
+        external_url: None,
+        is_secure: false,
+    });
+    let chain = Chain::guarded(HOUR, Some(Arc::new(access))).await;
+    let digest = chain.upstream.push("app", "v1", &image()).await;
+    chain.upstream.push("other", "v1", &image()).await;
+    for path in ["/v2/app/manifests/v1".to_owned(), blob(digest)] {
+        chain.registry.get(&path).await.refused(StatusCode::UNAUTHORIZED, "UNAUTHORIZED");
+    }
+    let alice = [("authorization", "Basic YWxpY2U6c2VjcmV0")];
+    let other = chain.registry.send(Method::GET, "/v2/other/manifests/v1", &alice, "").await;
+    other.refused(StatusCode::FORBIDDEN, "DENIED");
+    assert_eq!(chain.between.asked("/v2/"), 0);
+    let app = chain.registry.send(Method::GET, "/v2/app/manifests/v1", &alice, "").await;
+    app.expect(StatusCode::OK);
 }
