@@ -149,7 +149,7 @@ impl Upstream {
         let mut asked = self.asking.join(key, None, |sender| async move {
             let ended = upstream.fetch_manifest(sender.key()).await;
             sender.send_modify(|asked| *asked = Some(ended.map_err(Arc::new)));
-        });
+        })?;
         let ended = asked.wait_for(Option::is_some).await.map_err(|_| StoreError::Closed)?;
         match ended.as_ref().expect("waited for") {
             Ok(()) => Ok(()),

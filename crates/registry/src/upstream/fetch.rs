@@ -80,7 +80,7 @@ impl Upstream {
                 upstream.metrics.passed_on("blob", outcome_of(error));
             }
             coming.send_modify(|progress| progress.ended = Some(ended.map_err(Arc::new)));
-        });
+        })?;
         loop {
             let Progress { spool, ended, .. } = progress.borrow_and_update().clone();
             match (ended, spool) {

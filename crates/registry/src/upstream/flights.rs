@@ -12,6 +12,12 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::ApiError;
+
+/// Flights of one kind: twice as many as there are connections by default. Beyond them, clients come and go faster than the
+/// upstream answers.
+const FLIGHTS_MAX: usize = 2048;
+
 type Running<K, P> = Arc<Mutex<HashMap<K, watch::Receiver<P>>>>;
 
 /// What is being done, by what it is about. `P` is how far it is, and at the end, how it ended.
@@ -39,25 +45,33 @@ where
 
     /// Joins whoever is at it, or begins with the state `first`. It runs to its end, whoever goes away, unless the
     /// registry stops: then the sender is gone without an end.
+    ///
+    /// # Errors
+    /// [`ApiError::Busy`] where too much is under way.
     pub(super) fn join<F>(
         &self,
         key: K,
         first: P,
         begin: impl FnOnce(Flight<K, P>) -> F,
-    ) -> watch::Receiver<P>
+    ) -> Result<watch::Receiver<P>, ApiError>
     where
         F: Future<Output = ()> + Send + 'static,
     {
         let mut running = self.running.lock();
         if let Some(receiver) = running.get(&key) {
-            return receiver.clone();
+            return Ok(receiver.clone());
+        }
+        if running.len() >= FLIGHTS_MAX {
+            return Err(ApiError::Busy);
         }
         let (sender, receiver) = watch::channel(first);
         running.insert(key.clone(), receiver.clone());
+        // a runtime that is going down drops what it is given at once, and a flight that ends takes the lock
+        drop(running);
         let flight = begin(Flight { key, sender, running: Arc::clone(&self.running) });
         let stop = self.stop.clone();
         self.tasks.spawn(async move { stop.run_until_cancelled(flight).await });
-        receiver
+        Ok(receiver)
     }
 }
 
