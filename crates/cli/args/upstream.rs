@@ -11,9 +11,9 @@ use super::gc::duration;
 #[derive(Args, Clone, Debug)]
 pub(crate) struct UpstreamArguments {
     /// Pass on the images of this registry, [http[s]://]host[:port]: what is asked for and not here is fetched there, checked,
-    /// kept, and converted, so that it can be mounted lazily from the second start on. Nothing can be pushed here then. Logins
-    /// are those of --auth-file, and whoever may read here reads by them: see the table [access]. Plain HTTP only to loopback,
-    /// or with --plain-http
+    /// kept, and converted in the background, so that it can be mounted lazily once all of it has come. Nothing can be pushed
+    /// here then. Logins are those of --auth-file, and whoever may read here reads by them: see the table [access]. Plain HTTP
+    /// only to loopback, or with --plain-http
     #[arg(long, env = "LAMINA_UPSTREAM", value_name = "URL", value_parser = parse)]
     pub(crate) upstream: Option<UpstreamUrl>,
     /// How long it counts what the upstream has said of a tag; after that it is asked whether the tag has moved. While it does
