@@ -57,6 +57,9 @@ pub const PROFILE_ANNOTATION: &str = "dev.lamina.profile";
 pub const BOOT_ANNOTATION: &str = "dev.lamina.boot";
 /// Annotation beside [`BOOT_ANNOTATION`]: how long the blob is, in bytes.
 pub const BOOT_BYTES_ANNOTATION: &str = "dev.lamina.boot.bytes";
+/// Annotation beside [`PROFILE_ANNOTATION`] or [`BOOT_ANNOTATION`]: the key of the command that it was made for. What has none
+/// is the image's general one.
+pub const COMMAND_ANNOTATION: &str = "dev.lamina.command";
 /// Annotation on a layer's descriptor: the digest of its recipe.
 pub const RECIPE_ANNOTATION: &str = "dev.lamina.recipe";
 

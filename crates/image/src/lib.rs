@@ -28,8 +28,9 @@ pub use ingest::{
 };
 pub use merge::{MergeError, derive_tree};
 pub use profile::{
-    PAGE_BYTES, PROFILE_BYTES_MAX, PROFILE_ITEMS_MAX, PROFILE_PAGES_MAX, Profile, ProfileError, ProfileRun,
-    Trace, TraceRun,
+    BootHad, COMMAND_KEY_BYTES_MAX, COMMANDS_MAX, CommandKey, PAGE_BYTES, PROFILE_BYTES_MAX,
+    PROFILE_ITEMS_MAX, PROFILE_PAGES_MAX, ParseCommandKeyError, Profile, ProfileError, ProfileRun, Start,
+    Starts, Trace, TraceRun,
 };
 pub use recipe::{Pieces, Recipe, RecipeError, RecipePiece};
 pub use tar::{EntryKind, Piece, Segment, TarEntry, TarError, TarSource, path_parts, read_tar};

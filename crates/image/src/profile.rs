@@ -16,11 +16,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::{FileKind, Ino, Tree, TreeError};
 
+mod command;
 mod merge;
 mod paths;
+mod start;
 
+pub use command::{COMMAND_KEY_BYTES_MAX, COMMANDS_MAX, CommandKey, ParseCommandKeyError};
 use paths::{PathBudget, Paths};
 pub(crate) use paths::{file_size, find, is_inside};
+pub use start::{BootHad, Start, Starts};
 
 /// Bytes of a page.
 pub const PAGE_BYTES: u64 = 4096;
@@ -149,6 +153,20 @@ impl Profile {
             left -= run.2;
             run.2 > 0
         });
+        self
+    }
+
+    /// The same profile, as if it came from at most so many starts.
+    #[must_use]
+    pub fn weighing(mut self, starts_max: u32) -> Self {
+        let starts = u64::from(self.starts.max(1));
+        if self.starts > starts_max {
+            for run in &mut self.runs {
+                let seen = (u64::from(run.3) * u64::from(starts_max)).div_ceil(starts);
+                run.3 = u32::try_from(seen).unwrap_or(starts_max).min(starts_max);
+            }
+            self.starts = starts_max;
+        }
         self
     }
 
