@@ -11,12 +11,16 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use lamina_image::CommandKey;
 use lamina_wire::Reference;
 
 pub(crate) use self::fsck::FsckArguments;
 pub(crate) use self::gc::{GcArguments, GcSettings};
 pub(crate) use self::limits::RegistryLimits;
-pub(crate) use self::profile::{ProfileArguments, ProfileCommand, ProfilePush, ProfileRecord, ProfileShow};
+pub(crate) use self::profile::{
+    ProfileArguments, ProfileCommand, ProfileDrop, ProfileExport, ProfileImport, ProfilePush, ProfileRecord,
+    ProfileShow,
+};
 pub(crate) use self::storage::StorageArguments;
 pub(crate) use self::upstream::UpstreamArguments;
 use crate::source::SourceName;
@@ -223,6 +227,10 @@ pub(crate) struct MountArguments {
     #[arg(long, env = "LAMINA_REQUIRE_BOUND", value_parser = clap::builder::BoolishValueParser::new(),
         action = clap::ArgAction::SetTrue)]
     pub(crate) require_bound: bool,
+    /// What is going to run there, by a key of up to 64 letters, digits and `._-`: its boot pack is used where there is one, and
+    /// its start is remembered under it [default: nobody knows; the boot pack of all starts together]
+    #[arg(long, env = "LAMINA_COMMAND", value_name = "KEY")]
+    pub(crate) command: Option<CommandKey>,
     /// Do without a boot pack: fetch what is read when it is read
     #[arg(long, env = "LAMINA_NO_BOOT", value_parser = clap::builder::BoolishValueParser::new(),
         action = clap::ArgAction::SetTrue)]

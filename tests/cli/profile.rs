@@ -128,6 +128,104 @@ fn a_profile_gets_a_boot_pack_and_a_mount_uses_it_unless_told_not_to() -> Result
     rig.unmount()
 }
 
+/// Records a command under a key of its own; the boot pack that follows.
+fn recorded(rig: &Rig, key: &str, command: &[&str]) -> Result<String> {
+    let name = rig.name("a:t");
+    let output = rig.lamina(&[&["profile", "record", &name, "--command", key, "--"], command].concat())?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success() && said.contains(&format!("for {key}")), "{said}");
+    until("the boot pack of the command", DEADLINE, || {
+        let shown = rig.json(&["profile", "show", &name, "--command", key])?;
+        Ok(shown["boot"]["digest"].as_str().filter(|_| !shown["profile"].is_null()).map(str::to_owned))
+    })
+}
+
+#[test]
+fn each_command_starts_with_its_own_boot_pack_and_all_others_with_the_general_one() -> Result<()> {
+    let rig = pushed()?;
+    let name = rig.name("a:t");
+    let first = recorded(&rig, "first", &["cat", "/data/first"])?;
+    let second = recorded(&rig, "second", &["cat", "/data/second"])?;
+    let shown = until("both in the general profile", DEADLINE, || {
+        let shown = rig.json(&["profile", "show", &name])?;
+        let whole = shown["profile"]["starts"] == 2 && shown["boot"].is_object();
+        Ok(whole.then_some(shown))
+    })?;
+    ensure!(shown["commands"] == serde_json::json!(["first", "second"]), "{shown}");
+    let general = shown["boot"]["digest"].as_str().context("a digest")?.to_owned();
+    ensure!(first != second && first != general && second != general);
+    let said = rig.ok(&["profile", "show", &name])?;
+    ensure!(said.contains("commands   first\n           second"), "{said}");
+    let said = rig.ok(&["profile", "show", &name, "--command", "first"])?;
+    ensure!(said.contains("data/first") && !said.contains("data/second"), "{said}");
+    for (key, boot) in
+        [(Some("first"), &first), (Some("second"), &second), (Some("third"), &general), (None, &general)]
+    {
+        let directory = text(&rig.path("mount"));
+        let mut arguments = vec!["mount", "--no-trace", &name, &directory];
+        arguments.extend(key.into_iter().flat_map(|key| ["--command", key]));
+        rig.ok(&arguments)?;
+        let mount = until("pages out of the boot pack", DEADLINE, || {
+            let mount = rig.json(&["stats"])?["mounts"][0].clone();
+            Ok((mount["counters"]["boot_us"].as_u64() > Some(0)).then_some(mount))
+        })?;
+        ensure!(mount["boot"] == *boot && mount["boot_own"] == (boot != &general), "{key:?}: {mount}");
+        ensure!(mount["command"].as_str() == key, "{mount}");
+        // what the boot pack has is in memory, and what only others read is not
+        let before = counter(&rig, "read_bytes")?;
+        fs::read(rig.path("mount/data/first"))?;
+        let came = counter(&rig, "read_bytes")? - before;
+        ensure!((came > 0) == (key == Some("second")), "{key:?}: {came} bytes came for a read");
+        rig.unmount()?;
+        rig.node_ended()?;
+    }
+    let said = rig.fails(&["profile", "show", &name, "--command", "third"])?;
+    ensure!(said.contains("no profile of the command third"), "{said}");
+    rig.ok(&["profile", "drop", &name, "--command", "first"])?;
+    until("one command to be forgotten", DEADLINE, || {
+        let shown = rig.json(&["profile", "show", &name])?;
+        Ok((shown["commands"] == serde_json::json!(["second"])).then_some(()))
+    })
+}
+
+#[test]
+fn a_mount_tells_the_registry_of_its_command() -> Result<()> {
+    let rig = pushed()?;
+    let name = rig.name("a:t");
+    rig.ok(&["mount", "--command", "reader", &name, &text(&rig.path("mount"))])?;
+    ensure!(fs::read(rig.path("mount/data/second"))? == noise(100_000, 2));
+    rig.unmount()?;
+    let own = until("a profile of the command", DEADLINE, || {
+        let shown = rig.json(&["profile", "show", &name, "--command", "reader"])?;
+        Ok((!shown["profile"].is_null() && !shown["boot"].is_null()).then_some(shown))
+    })?;
+    ensure!(own["profile"]["files"][0]["path"] == "data/second", "{own}");
+    // and the general one knows as well
+    shown(&rig, "boot").map(drop)
+}
+
+#[test]
+fn a_key_that_is_none_is_refused_before_anybody_is_asked() -> Result<()> {
+    let rig = Rig::new()?;
+    let (name, long) = (rig.name("a:t"), "x".repeat(65));
+    let directory = text(&rig.path("mount"));
+    for key in ["", "..", "../x", "a b", "a\n", "\u{1b}[2J", &long] {
+        let key = format!("--command={key}");
+        let commands: [&[&str]; 3] = [
+            &["mount", &key, &name, &directory],
+            &["profile", "show", &key, &name],
+            &["profile", "record", &key, &name, "--", "true"],
+        ];
+        for arguments in commands {
+            let output = rig.lamina(arguments)?;
+            let said = String::from_utf8_lossy(&output.stderr);
+            ensure!(output.status.code() == Some(2) && said.contains("command"), "{arguments:?}: {said}");
+            ensure!(!said.contains('\u{1b}'), "{said:?}");
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn what_is_exported_can_be_imported_after_a_drop() -> Result<()> {
     let rig = pushed()?;

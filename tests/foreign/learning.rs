@@ -31,6 +31,10 @@ fn a_recorded_start_becomes_a_boot_pack_that_the_next_start_uses() -> Result<()>
     rig.ok(&["profile", "push", &name])?;
 
     let shown = rig.json(&["profile", "show", &name])?;
+    let key = shown["commands"][0].as_str().unwrap_or_default();
+    ensure!(key.starts_with("python3-"), "{shown}");
+    let own = rig.json(&["profile", "show", &name, "--command", key])?;
+    ensure!(own["profile"] == shown["profile"] && own["boot"]["digest"].is_string(), "{own}");
     let pages = shown["profile"]["pages"].as_u64().unwrap_or_default();
     ensure!(
         pages > 500 && shown["profile"]["starts"] == 1 && shown["boot"]["bytes"].as_u64() > Some(1 << 20),
@@ -77,6 +81,16 @@ fn profiles_are_exchanged_and_dropped_there_as_anywhere() -> Result<()> {
     let exported = rig.path("exported.json");
     rig.ok(&["profile", "export", &name, &text(&exported)])?;
     ensure!(std::fs::read_to_string(&exported)?.contains("[[0,0,9,1]]"));
+    // a command has a profile of its own beside that
+    std::fs::write(&file, profile(3))?;
+    rig.ok(&["profile", "push", &name, &text(&file), "--command", "f"])?;
+    let shown = rig.json(&["profile", "show", &name, "--command", "f"])?;
+    ensure!(shown["profile"]["pages"] == 3 && shown["boot"]["digest"].is_string(), "{shown}");
+    let shown = rig.json(&["profile", "show", &name])?;
+    ensure!(shown["profile"]["pages"] == 9 && shown["commands"] == serde_json::json!(["f"]), "{shown}");
+    rig.ok(&["profile", "drop", &name, "--command", "f"])?;
+    let shown = rig.json(&["profile", "show", &name])?;
+    ensure!(shown["profile"]["pages"] == 9 && shown["commands"] == serde_json::json!([]), "{shown}");
     rig.ok(&["profile", "drop", &name])?;
     let shown = rig.json(&["profile", "show", &name])?;
     ensure!(shown["profile"].is_null() && shown["boot"].is_null(), "{shown}");

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
+use lamina_image::CommandKey;
 use lamina_wire::Reference;
 
 use super::{CacheArguments, NodeSettings};
@@ -23,10 +24,17 @@ pub(crate) enum ProfileCommand {
     Import(ProfileImport),
     /// Make the profile and the boot pack of an image here, and hang them on it in a registry that does not learn
     Push(ProfilePush),
-    /// Make the registry forget an image's profile and boot pack
+    /// Make the registry forget an image's profiles and boot packs, or those of one command
     Drop(ProfileDrop),
     /// Run a command in an image, and record exactly what it touches
     Record(ProfileRecord),
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct OfCommand {
+    /// What was learnt of one command, by its key, instead of what was of all starts together; `lamina profile show` lists keys
+    #[arg(long, value_name = "KEY")]
+    pub(crate) command: Option<CommandKey>,
 }
 
 #[derive(Args, Debug)]
@@ -39,6 +47,8 @@ pub(crate) struct ProfileShow {
     /// Print it as JSON
     #[arg(long)]
     pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) of: OfCommand,
 }
 
 #[derive(Args, Debug)]
@@ -47,6 +57,8 @@ pub(crate) struct ProfileExport {
     pub(crate) reference: Reference,
     /// Where to write it [default: stdout]
     pub(crate) file: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) of: OfCommand,
 }
 
 #[derive(Args, Debug)]
@@ -55,6 +67,8 @@ pub(crate) struct ProfileImport {
     pub(crate) reference: Reference,
     /// What `lamina profile export` wrote
     pub(crate) file: PathBuf,
+    #[command(flatten)]
+    pub(crate) of: OfCommand,
 }
 
 #[derive(Args, Debug)]
@@ -65,12 +79,17 @@ pub(crate) struct ProfilePush {
     pub(crate) file: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) cache: CacheArguments,
+    #[command(flatten)]
+    pub(crate) of: OfCommand,
 }
 
 #[derive(Args, Debug)]
 pub(crate) struct ProfileDrop {
     /// The image: [host[:port]/]repository[:tag|@digest]
     pub(crate) reference: Reference,
+    /// Only those of this command, by its key [default: all]
+    #[arg(long, value_name = "KEY")]
+    pub(crate) command: Option<CommandKey>,
 }
 
 #[derive(Args, Debug)]
@@ -85,6 +104,10 @@ pub(crate) struct ProfileRecord {
     pub(crate) cache: CacheArguments,
     #[command(flatten)]
     pub(crate) settings: NodeSettings,
+    /// The key under which the start is remembered, beside the image's general profile [default: made of the program's name and
+    /// a hash of its arguments]
+    #[arg(long = "command", value_name = "KEY")]
+    pub(crate) key: Option<CommandKey>,
     /// What to run, as root, in the image's environment and working directory; its exit code is passed on
     #[arg(last = true, required = true, value_name = "COMMAND")]
     pub(crate) command: Vec<String>,

@@ -41,6 +41,7 @@ pub(crate) async fn run(arguments: MountArguments, common: Common) -> Result<()>
         fill: if arguments.eager { "bulk".to_owned() } else { arguments.fill.clone() },
         fill_bytes_per_s: arguments.fill_rate.unwrap_or(0) << 20,
         require_lazy: arguments.require_lazy,
+        command: arguments.command.as_ref().map_or_else(String::new, ToString::to_string),
     };
     let controller = Controller::new(&arguments.cache.directory);
     if arguments.foreground && controller.stats().await.is_err_and(|error| is_absent(&error)) {

@@ -11,21 +11,21 @@ use std::path::Path;
 use anyhow::{Context, Result, anyhow};
 use bytes::Bytes;
 use lamina_image::{
-    Descriptor, Digest, Document, PROFILE_ANNOTATION, PROFILE_BYTES_MAX, Profile, media_type,
+    CommandKey, Descriptor, Digest, Document, PROFILE_ANNOTATION, PROFILE_BYTES_MAX, Profile, media_type,
 };
 use lamina_wire::{Client, Reference};
 
 use super::client_config;
-use crate::args::{Common, ProfileArguments, ProfileCommand};
+use crate::args::{Common, ProfileArguments, ProfileCommand, ProfileDrop, ProfileExport, ProfileImport};
 use crate::source::{Remote, host_platform};
 
 pub(crate) async fn run(arguments: ProfileArguments, common: Common) -> Result<()> {
     match arguments.command {
         ProfileCommand::Show(it) => show::run(it, &common).await,
-        ProfileCommand::Export(it) => export(&it.reference, it.file.as_deref(), &common).await,
-        ProfileCommand::Import(it) => import(&it.reference, &it.file, &common).await,
+        ProfileCommand::Export(it) => export(it, &common).await,
+        ProfileCommand::Import(it) => import(it, &common).await,
         ProfileCommand::Push(it) => push::run(it, &common).await,
-        ProfileCommand::Drop(it) => drop_profile(&it.reference, &common).await,
+        ProfileCommand::Drop(it) => drop_profile(it, &common).await,
         ProfileCommand::Record(it) => record::run(it, &common).await,
     }
 }
@@ -51,10 +51,16 @@ impl<'a> Image<'a> {
         &self.reference.repository
     }
 
-    /// The profile and its JSON as it is stored, where there is one.
-    async fn profile(&self) -> Result<Option<(Profile, Bytes)>> {
-        let referrers = self.client.referrers(self.repository(), self.manifest, media_type::PROFILE).await?;
-        let Some(text) = referrers.iter().find_map(|one| one.annotations.get(PROFILE_ANNOTATION)) else {
+    /// What of an artifact type hangs on the image.
+    async fn hung(&self, kind: &str) -> Result<Vec<Descriptor>> {
+        Ok(self.client.referrers(self.repository(), self.manifest, kind).await?)
+    }
+
+    /// The profile of a command, or the general one, and its JSON as it is stored, where there is one.
+    async fn profile(&self, command: Option<&CommandKey>) -> Result<Option<(Profile, Bytes)>> {
+        let hung = self.hung(media_type::PROFILE).await?;
+        let mut own = hung.iter().filter(|one| CommandKey::is_named(command, &one.annotations));
+        let Some(text) = own.find_map(|one| one.annotations.get(PROFILE_ANNOTATION)) else {
             return Ok(None);
         };
         let digest = text.parse().with_context(|| format!("the profile of {}", self.reference))?;
@@ -64,15 +70,22 @@ impl<'a> Image<'a> {
     }
 }
 
-fn no_profile(reference: &Reference) -> anyhow::Error {
-    anyhow!(
-        "{reference} has no profile yet; start it once, or `lamina profile record {reference} -- COMMAND`"
-    )
+fn no_profile(reference: &Reference, command: Option<&CommandKey>) -> anyhow::Error {
+    match command {
+        None => anyhow!(
+            "{reference} has no profile yet; start it once, or `lamina profile record {reference} -- COMMAND`"
+        ),
+        Some(command) => anyhow!(
+            "{reference} has no profile of the command {command}; `lamina profile show {reference}` lists those that have one"
+        ),
+    }
 }
 
-async fn export(reference: &Reference, file: Option<&Path>, common: &Common) -> Result<()> {
-    let found = Image::find(reference, common).await?.profile().await?;
-    let (_, json) = found.ok_or_else(|| no_profile(reference))?;
+async fn export(arguments: ProfileExport, common: &Common) -> Result<()> {
+    let ProfileExport { reference, file, of } = &arguments;
+    let command = of.command.as_ref();
+    let found = Image::find(reference, common).await?.profile(command).await?;
+    let (_, json) = found.ok_or_else(|| no_profile(reference, command))?;
     match file {
         Some(path) => std::fs::write(path, &json).with_context(|| path.display().to_string()),
         None => {
@@ -92,19 +105,21 @@ fn read_profile(path: &Path) -> Result<(Profile, Bytes)> {
     Ok((Profile::parse(&json).with_context(named)?, json.into()))
 }
 
-async fn import(reference: &Reference, path: &Path, common: &Common) -> Result<()> {
-    let (profile, json) = read_profile(path)?;
-    let image = Image::find(reference, common).await?;
-    match image.client.put_profile(image.repository(), image.manifest, json).await {
-        Err(error) if error.is_unserved() => push::push(&image, profile).await,
+async fn import(arguments: ProfileImport, common: &Common) -> Result<()> {
+    let (profile, json) = read_profile(&arguments.file)?;
+    let image = Image::find(&arguments.reference, common).await?;
+    let command = arguments.of.command.as_ref();
+    match image.client.put_profile(image.repository(), image.manifest, command, json).await {
+        Err(error) if error.is_unserved() => push::push(&image, &image.tree().await?, command, profile).await,
         put => Ok(put?),
     }
 }
 
-async fn drop_profile(reference: &Reference, common: &Common) -> Result<()> {
-    let image = Image::find(reference, common).await?;
-    match image.client.drop_profile(image.repository(), image.manifest).await {
-        Err(error) if error.is_unserved() => push::take_all_down(&image).await,
+async fn drop_profile(arguments: ProfileDrop, common: &Common) -> Result<()> {
+    let image = Image::find(&arguments.reference, common).await?;
+    let command = arguments.command.as_ref();
+    match image.client.drop_profile(image.repository(), image.manifest, command).await {
+        Err(error) if error.is_unserved() => push::take_all_down(&image, command).await,
         dropped => Ok(dropped?),
     }
 }

@@ -49,6 +49,13 @@ pub(crate) async fn run(arguments: StatsArguments) -> Result<()> {
         let restored =
             if mount.restored.is_empty() { String::new() } else { format!(", {}", mount.restored) };
         println!("\n{} at {}{restored}", mount.reference, mount.directory);
+        if !mount.command.is_empty() {
+            println!("  {:28} {}", "command", mount.command);
+        }
+        if !mount.boot.is_empty() {
+            let of = if mount.boot_own { "of the command" } else { "of all starts" };
+            println!("  {:28} {}, {of}", "boot pack", mount.boot);
+        }
         print_counters(&mount.counters);
     }
     Ok(())
@@ -61,6 +68,9 @@ fn json(stats: &StatsResponse) -> serde_json::Value {
             "reference": mount.reference,
             "manifest": mount.manifest,
             "counters": mount.counters,
+            "command": Some(&mount.command).filter(|command| !command.is_empty()),
+            "boot": Some(&mount.boot).filter(|boot| !boot.is_empty()),
+            "boot_own": mount.boot_own,
             "restored": Some(&mount.restored).filter(|how| !how.is_empty()),
         })
     });

@@ -3,13 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use futures_util::TryStreamExt;
 use lamina_cache::{Cache, CacheConfig, Source};
-use lamina_image::{Digest, Platform, Tree};
+use lamina_image::{CommandKey, Digest, Platform, Tree};
 use lamina_mount::{BootStream, Mount, MountConfig, MountError, Record, Terms};
 use lamina_wire::proto::{MountRecord, MountRequest, MountResponse, UnmountResponse};
 use lamina_wire::{Client, ClientConfig, Reference};
@@ -29,7 +29,7 @@ use crate::pins::Pins;
 use crate::records::{Records, image_record};
 use crate::resolve::{Resolved, resolve};
 use crate::sources::{Hosts, Mirrors, Sources};
-use crate::start::{Report, Starting};
+use crate::start::{Chosen, Report, Starting};
 use crate::trees::Trees;
 use crate::{Found, KeptTraces, NodeError};
 
@@ -106,6 +106,8 @@ pub(crate) struct Mounted {
     pub(crate) report: Option<watch::Receiver<Option<Report>>>,
     /// How it came here, if not by a request to this process.
     pub(crate) restored: &'static str,
+    /// The boot pack that was found for its start.
+    pub(crate) chosen: Arc<OnceLock<Chosen>>,
 }
 
 /// What a request asks of whom.
@@ -123,6 +125,12 @@ impl Drop for Reserved {
     fn drop(&mut self) {
         self.0.reserved.lock().remove(&self.1);
     }
+}
+
+/// The command that a mount is for.
+fn command_of(request: &MountRequest) -> Result<Option<CommandKey>, NodeError> {
+    let named = Some(request.command.as_str()).filter(|command| !command.is_empty());
+    Ok(named.map(str::parse).transpose()?)
 }
 
 /// What a mount's connection is called where it is kept.
@@ -206,6 +214,7 @@ impl Node {
             return Err(NodeError::TooManyMounts(MOUNTS_MAX));
         }
         Policy::of(&request.fill)?;
+        command_of(&request)?;
         let _reserved = self.reserve(Path::new(&request.directory))?;
         let mut asked = self.ask(&request)?;
         let Asked { sources, reference, .. } = &asked;
@@ -247,7 +256,7 @@ impl Node {
         record.mounted = false;
         self.remember(number, &record);
         let request = record.request.clone().unwrap_or_default();
-        let (starting, kept) = self.starting(asked, found, request.record);
+        let (starting, kept) = self.starting(asked, found, &request)?;
         // a boot pack is the registry's word, so an image that must be bound does without
         let boot = !request.no_boot && !request.record && !request.require_bound;
         let boot = boot.then(|| starting.find_boot());
@@ -264,7 +273,9 @@ impl Node {
         record = MountRecord { mounted: true, ..with_terms(record, &mount.terms()) };
         self.remember(number, &record);
         let report = request.record.then_some(None);
-        self.keep(Mounted { mount, number, record, report: None, restored }, report, starting, boot);
+        let chosen = Arc::clone(&starting.chosen);
+        let mounted = Mounted { mount, number, record, report: None, restored, chosen };
+        self.keep(mounted, report, starting, boot);
         Ok(())
     }
 
@@ -279,8 +290,8 @@ impl Node {
         &self,
         asked: &Asked,
         found: &Found,
-        until_unmount: bool,
-    ) -> (Starting, Arc<KeptBoot>) {
+        request: &MountRequest,
+    ) -> Result<(Starting, Arc<KeptBoot>), NodeError> {
         let Asked { sources, reference, .. } = asked;
         let kept = Arc::new(KeptBoot::new(sources.clone(), self.boot_files.clone()));
         let starting = Starting {
@@ -288,11 +299,13 @@ impl Node {
             repository: reference.repository.clone(),
             manifest: found.manifest,
             tree: found.tree,
-            until_unmount,
+            command: command_of(request)?,
+            until_unmount: request.record,
             kept: Arc::clone(&kept),
             traces: KeptTraces::new(self.config.cache.directory.join("traces")),
+            chosen: Arc::default(),
         };
-        (starting, kept)
+        Ok((starting, kept))
     }
 
     pub(crate) fn mount_config(&self, reference: &Reference, request: &MountRequest) -> MountConfig {

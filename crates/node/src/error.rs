@@ -4,7 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use lamina_cache::CacheError;
-use lamina_image::{DocumentError, TreeError};
+use lamina_image::{DocumentError, ParseCommandKeyError, TreeError};
 use lamina_mount::MountError;
 use lamina_wire::{ParseReferenceError, WireError};
 
@@ -14,6 +14,9 @@ pub enum NodeError {
     /// The reference does not parse.
     #[error(transparent)]
     Reference(#[from] ParseReferenceError),
+    /// The key of the command does not parse.
+    #[error(transparent)]
+    Command(#[from] ParseCommandKeyError),
     /// The registry did not answer as hoped.
     #[error(transparent)]
     Wire(#[from] WireError),

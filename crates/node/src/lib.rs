@@ -36,6 +36,6 @@ pub use metrics::serve_metrics;
 pub use restore::Restored;
 pub use server::serve;
 pub use sources::Mirrors;
-pub use traces::KeptTraces;
+pub use traces::{KeptTrace, KeptTraces};
 
 pub use lamina_cache::check_directory as check_cache_directory;

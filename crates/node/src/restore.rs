@@ -173,7 +173,8 @@ impl Node {
         let terms = Remembered::of(record).expect("looked at").terms;
         let mut asked = self.ask(&request)?;
         let tree = self.tree(&mut asked, image).await?;
-        let (starting, kept) = self.starting(&asked, image, false);
+        let (mut starting, kept) = self.starting(&asked, image, &request)?;
+        starting.until_unmount = false;
         let mut config = self.mount_config(&asked.reference, &request);
         // what a start touched before is not known here
         config.record = Record::Off;
@@ -191,7 +192,8 @@ impl Node {
         self.remember(number, &record);
         let refused = "the node died during the recording".to_owned();
         let report = request.record.then(|| Some(Report { refused: Some(refused), ..Report::default() }));
-        let mounted = Mounted { mount, number, record, report: None, restored: RESUMED };
+        let chosen = Arc::clone(&starting.chosen);
+        let mounted = Mounted { mount, number, record, report: None, restored: RESUMED, chosen };
         self.keep(mounted, report, starting, None);
         Ok(())
     }

@@ -1,10 +1,10 @@
 //! A mount's start: its boot pack in, its trace out. Nothing here is ever in the way of the mount.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use lamina_cache::Source;
-use lamina_image::{BootPack, Digest, Trace, media_type};
+use lamina_image::{BootPack, CommandKey, Descriptor, Digest, Trace, media_type};
 use lamina_mount::{BootFailure, BootStream, Mount};
 use lamina_wire::{Client, proto, write_trace};
 use tokio::task::JoinHandle;
@@ -41,12 +41,34 @@ pub(crate) struct Starting {
     pub(crate) repository: String,
     pub(crate) manifest: Digest,
     pub(crate) tree: Digest,
+    /// The command that starts, if that is known.
+    pub(crate) command: Option<CommandKey>,
     /// Whether the recording goes on until the unmount.
     pub(crate) until_unmount: bool,
     /// Where boot packs are kept.
     pub(crate) kept: Arc<KeptBoot>,
     /// Where traces stay that the registry does not want.
     pub(crate) traces: KeptTraces,
+    /// What was found for it.
+    pub(crate) chosen: Arc<OnceLock<Chosen>>,
+}
+
+/// A boot pack for a start.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Chosen {
+    pub(crate) pack: BootPack,
+    /// Whether it was made for the command that starts, and not for all of them.
+    pub(crate) own: bool,
+}
+
+/// The boot pack for a command among what hangs on an image with this tree: its own, else the general one.
+fn choose(found: &[Descriptor], tree: Digest, command: Option<&CommandKey>) -> Option<Chosen> {
+    let of = |command: Option<&CommandKey>| {
+        let named = found.iter().filter(|one| CommandKey::is_named(command, &one.annotations));
+        named.filter_map(|one| BootPack::named_by(&one.annotations)).find(|pack| pack.tree == tree)
+    };
+    let own = command.and_then(|command| of(Some(command))).map(|pack| Chosen { pack, own: true });
+    own.or_else(|| Some(Chosen { pack: of(None)?, own: false }))
 }
 
 impl Starting {
@@ -56,8 +78,8 @@ impl Starting {
         tokio::spawn(async move {
             let found = this.client.referrers(&this.repository, this.manifest, media_type::BOOT).await;
             let found = found.inspect_err(|error| debug!(%error, "no boot pack")).ok()?;
-            let mut named = found.iter().filter_map(|one| BootPack::named_by(&one.annotations));
-            named.find(|pack| pack.tree == this.tree)
+            let chosen = choose(&found, this.tree, this.command.as_ref())?;
+            Some(this.chosen.get_or_init(|| chosen).pack)
         })
     }
 
@@ -132,8 +154,10 @@ impl Starting {
         if trace.boot && pages < MISSED_PAGES_MIN {
             return report;
         }
-        let message = write_trace(self.tree, &trace);
-        let sent = self.client.send_trace(&self.repository, self.manifest, &message);
+        let boot_own = trace.boot && self.chosen.get().is_some_and(|chosen| chosen.own);
+        let message = proto::Trace { boot_own, ..write_trace(self.tree, &trace) };
+        let command = self.command.as_ref();
+        let sent = self.client.send_trace(&self.repository, self.manifest, command, &message);
         let told = timeout(REPORT, sent).await;
         report.refused = match told {
             Ok(Ok(())) => None,
@@ -153,9 +177,45 @@ impl Starting {
 
     /// Keeps a trace for `lamina profile push`, if that can be.
     async fn keep_trace(&self, message: proto::Trace) -> bool {
-        let (traces, manifest) = (self.traces.clone(), self.manifest);
-        let kept = tokio::task::spawn_blocking(move || traces.keep(manifest, &message)).await;
+        let (traces, manifest, command) = (self.traces.clone(), self.manifest, self.command.clone());
+        let kept = move || traces.keep(manifest, command.as_ref(), &message);
+        let kept = tokio::task::spawn_blocking(kept).await;
         let kept = kept.expect("keeping does not panic");
         kept.inspect_err(|error| warn!(%error, "a trace is not kept")).is_ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_gets_its_own_boot_pack_and_else_the_general_one() {
+        let (tree, other) = (Digest::of(b"tree"), Digest::of(b"other"));
+        let key = |text: &str| text.parse::<CommandKey>().expect("a key");
+        let boot = |command: Option<&CommandKey>, tree: Digest, bytes: u64| {
+            let mut artifact = Descriptor::of(media_type::OCI_MANIFEST, b"");
+            artifact.annotations = BootPack { blob: Digest::of(b"boot"), bytes, tree }.annotations();
+            artifact.annotations.extend(CommandKey::annotation(command));
+            artifact
+        };
+        let (a, b, c) = (key("a"), key("b"), key("c"));
+        let found = [
+            boot(Some(&a), tree, 1),
+            boot(Some(&b), tree, 2),
+            boot(Some(&c), other, 3),
+            boot(None, other, 4),
+            boot(None, tree, 5),
+        ];
+        let chosen = |command: Option<&CommandKey>, found: &[Descriptor]| {
+            choose(found, tree, command).map(|chosen| (chosen.pack.bytes, chosen.own))
+        };
+        assert_eq!(chosen(Some(&a), &found), Some((1, true)));
+        assert_eq!(chosen(Some(&b), &found), Some((2, true)));
+        for none in [Some(&c), Some(&key("d")), None] {
+            assert_eq!(chosen(none, &found), Some((5, false)), "{none:?}");
+        }
+        assert_eq!(chosen(None, &found[..4]), None, "no other command's, and no other image's");
+        assert_eq!(chosen(Some(&b), &found[..1]), None);
     }
 }

@@ -22,6 +22,9 @@ impl Node {
             reference: mounted.record.image.clone().unwrap_or_default().reference,
             manifest: mounted.record.image.clone().unwrap_or_default().manifest,
             restored: mounted.restored.to_owned(),
+            command: mounted.record.request.clone().unwrap_or_default().command,
+            boot: mounted.chosen.get().map_or_else(String::new, |chosen| chosen.pack.blob.to_string()),
+            boot_own: mounted.chosen.get().is_some_and(|chosen| chosen.own),
             counters: named(mounted.mount.snapshot().named()),
         });
         let mounts = mounts.collect();

@@ -16,6 +16,7 @@ use crate::convert::Converter;
 use crate::learn::Learner;
 use crate::metrics::{Metrics, Open};
 use crate::observe::{REQUEST_ID, Seen};
+use crate::profiles::about;
 use crate::query::Query;
 use crate::route::Route;
 use crate::upstream::Upstream;
@@ -186,9 +187,11 @@ impl Api {
             (Route::Chunks(repo), "POST") => self.find_chunks(&head, &repo, body).await,
             (Route::Layers(repo), "POST") => self.find_layers(&head, &repo, body).await,
             (Route::Image(repo, digest), "GET") => self.image_status(&repo, digest).await,
-            (Route::Traces(repo, digest), "POST") => self.take_trace(repo, digest, body).await,
-            (Route::Profile(repo, digest), "PUT") => self.put_profile(repo, digest, body).await,
-            (Route::Profile(repo, digest), "DELETE") => self.drop_profile(repo, digest).await,
+            (Route::Traces(repo, digest), "POST") => self.take_trace(about(&head, repo, digest)?, body).await,
+            (Route::Profile(repo, digest), "PUT") => {
+                self.put_profile(about(&head, repo, digest)?, body).await
+            }
+            (Route::Profile(repo, digest), "DELETE") => self.drop_profile(about(&head, repo, digest)?).await,
             _ => Err(ApiError::Unsupported("this method is not served here")),
         }
     }

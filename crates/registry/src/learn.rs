@@ -1,26 +1,30 @@
 //! Learning from starts: one worker that turns traces into profiles, and profiles into boot packs.
 //!
+//! An image has a general profile, of all its starts, and one for each command that starts say they are of, up to a bound.
+//!
 //! What waits is in memory only: a restart loses it, and the next start of the image tells it again. What was learnt is
 //! in the store: a profile and a boot pack hang on the image as artifacts. New ones are there before old ones go, so
 //! whoever looks in between finds one or both of them, and both are good. Whatever fails is logged and changes nothing.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
-use lamina_image::{Descriptor, Digest, Profile, ProfileError, Tree, TreeError, media_type};
+use bytes::Bytes;
+use lamina_image::{CommandKey, Descriptor, Digest, Profile, ProfileError, Tree, TreeError, media_type};
 use lamina_store::{Repo, Store, StoreError};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use crate::queue::{Job, Pushed, Queue, Work};
+use crate::queue::{Job, Of, Pushed, Queue, Work};
 
 mod hung;
 mod predecessor;
 mod revise;
 
 pub(crate) use hung::Hung;
+use hung::Slot;
 use revise::{Revised, Source};
 
 /// Why nothing was learnt.
@@ -48,9 +52,18 @@ pub(crate) enum LearnError {
 pub(crate) struct Learner {
     store: Store,
     trace_every: Duration,
+    /// What time it is.
+    clock: fn() -> SystemTime,
     queue: Mutex<Queue>,
     wake: Notify,
     stopped: Arc<AtomicBool>,
+}
+
+/// An image that has a tree, and what is known of it.
+struct Known {
+    subject: Subject,
+    tree: Tree,
+    hung: Hung,
 }
 
 /// An image that has a tree.
@@ -62,9 +75,9 @@ struct Subject {
 }
 
 impl Learner {
-    pub(crate) fn new(store: Store, trace_every: Duration) -> Self {
+    pub(crate) fn new(store: Store, trace_every: Duration, clock: fn() -> SystemTime) -> Self {
         let (queue, wake, stopped) = (Mutex::default(), Notify::new(), Arc::default());
-        Self { store, trace_every, queue, wake, stopped }
+        Self { store, trace_every, clock, queue, wake, stopped }
     }
 
     /// Makes the worker end. What waits is lost.
@@ -73,14 +86,15 @@ impl Learner {
         self.wake.notify_one();
     }
 
-    /// Whether a trace of this image would be dropped now.
-    pub(crate) fn was_traced(&self, repo: &Repo, image: Digest) -> bool {
-        self.queue.lock().was_traced(repo, image, Instant::now(), self.trace_every)
+    /// Whether a trace of this image and command would be dropped now.
+    pub(crate) fn was_traced(&self, of: &Of) -> bool {
+        self.queue.lock().was_traced(of, Instant::now(), self.trace_every)
     }
 
     /// Leaves something to do.
-    pub(crate) fn push(&self, repo: Repo, image: Digest, work: Work) -> Pushed {
-        let pushed = self.queue.lock().push(Job { repo, image, work }, Instant::now(), self.trace_every);
+    pub(crate) fn push(&self, of: Of, work: Work) -> Pushed {
+        let image = of.image;
+        let pushed = self.queue.lock().push(Job { of, work }, Instant::now(), self.trace_every);
         tracing::debug!(%image, ?pushed, "something to learn");
         self.wake.notify_one();
         pushed
@@ -89,59 +103,141 @@ impl Learner {
     /// Sees to it that the image takes over its predecessor's profile, where it has none. Where there is no room in the
     /// queue, its first start teaches the same.
     pub(crate) fn inherit(&self, repo: &Repo, image: Digest) {
-        self.push(repo.clone(), image, Work::Inherit);
+        self.push(Of { repo: repo.clone(), image, command: None }, Work::Inherit);
     }
 
     /// Works until it is stopped.
     pub(crate) async fn run(self: Arc<Self>) {
         while !self.stopped.load(Ordering::Acquire) {
             let job = self.queue.lock().pop();
-            let Some(Job { repo, image, work }) = job else {
+            let Some(job) = job else {
                 self.wake.notified().await;
                 continue;
             };
-            match self.work(&repo, image, work).await {
+            let (repo, image) = (job.of.repo.clone(), job.of.image);
+            match self.work(job).await {
                 Ok(()) | Err(LearnError::Stopped) => {}
                 Err(error) => tracing::warn!(%repo, %image, %error, "nothing was learnt"),
             }
         }
     }
 
-    async fn work(&self, repo: &Repo, image: Digest, work: Work) -> Result<(), LearnError> {
-        let hung = Hung::find(&self.store, repo, image).await?;
-        let source = match work {
-            Work::Forget => return Ok(hung.remove(&self.store, repo, image).await?),
-            Work::Inherit if !hung.profiles.is_empty() => return Ok(()),
-            Work::Inherit => match self.predecessor(repo, image).await? {
-                Some(json) => Source::Predecessor(json),
-                None => return Ok(()),
+    async fn work(&self, job: Job) -> Result<(), LearnError> {
+        let Job { of: Of { repo, image, command }, work } = job;
+        let hung = Hung::find(&self.store, &repo, image).await?;
+        let command = command.as_ref();
+        match work {
+            Work::Forget => {
+                let forgotten = if command.is_some() { hung.of(command) } else { hung };
+                Ok(forgotten.remove(&self.store, &repo, image).await?)
+            }
+            Work::Inherit if !hung.of(None).profiles.is_empty() => Ok(()),
+            Work::Inherit => self.take_over(&repo, image, hung).await,
+            Work::Trace(message) => match self.known(&repo, image, hung).await? {
+                Some(known) => self.hear(&known, command, message).await,
+                None => Ok(()),
             },
-            Work::Trace(message) => Source::Trace(message),
-            Work::Replace(json) => Source::Profile(json),
+            Work::Replace(json) => match self.known(&repo, image, hung).await? {
+                Some(known) => self.revise(&known, command, Source::Profile(json)).await,
+                None => Ok(()),
+            },
+        }
+    }
+
+    /// Takes over what was learnt of the image before. The general profile comes last: without it, all is tried again.
+    async fn take_over(&self, repo: &Repo, image: Digest, hung: Hung) -> Result<(), LearnError> {
+        let Some(before) = self.predecessor(repo, image).await? else { return Ok(()) };
+        let Some(known) = self.known(repo, image, hung).await? else { return Ok(()) };
+        for command in before.commands().iter().map(Some).chain([None]) {
+            if !known.hung.of(command).profiles.is_empty() {
+                continue;
+            }
+            if let Some(json) = before.of(command).profile(&self.store).await? {
+                self.revise(&known, command, Source::Predecessor(json)).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Learns from a start: of its command, and of the image in general.
+    async fn hear(
+        &self,
+        known: &Known,
+        command: Option<&CommandKey>,
+        message: Bytes,
+    ) -> Result<(), LearnError> {
+        let general = known.hung.of(None).profile(&self.store).await?;
+        let own = match command {
+            Some(command) => known.hung.of(Some(command)).profile(&self.store).await?,
+            None => None,
         };
-        let Some(subject) = self.subject(repo, image).await? else { return Ok(()) };
-        let tree = self.tree(&subject).await?;
-        let stored = hung.profile(&self.store).await?;
-        let revising = tree.clone();
+        let tree = known.tree.clone();
+        let starts = tokio::task::spawn_blocking(move || {
+            let (own, general) = (revise::stored(own), revise::stored(general));
+            revise::starts(&tree, message, own.as_ref(), general.as_ref())
+        });
+        let Some(starts) = starts.await.expect("merging does not panic")? else { return Ok(()) };
+        if let (Some(command), Some(start)) = (command, starts.own) {
+            self.revise(known, Some(command), Source::Start(start)).await?;
+        }
+        match starts.general {
+            Some(start) => self.revise(known, None, Source::Start(start)).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Revises the profile of a command, or the general one, and builds the boot pack that follows from it.
+    async fn revise(
+        &self,
+        known: &Known,
+        command: Option<&CommandKey>,
+        source: Source,
+    ) -> Result<(), LearnError> {
+        let hung = known.hung.of(command);
+        let (json, tree) = (hung.profile(&self.store).await?, known.tree.clone());
         let revised =
-            tokio::task::spawn_blocking(move || revise::revise(&revising, stored.as_deref(), source));
-        let Some(Revised { profile, json, pages_changed, steady }) =
-            revised.await.expect("merging does not panic")?
-        else {
-            return Ok(());
-        };
+            tokio::task::spawn_blocking(move || revise::revise(&tree, revise::stored(json).as_ref(), source));
+        let Some(revised) = revised.await.expect("merging does not panic")? else { return Ok(()) };
+        let Revised { profile, json, pages_changed, steady } = revised;
         let builds = pages_changed || hung.boots.is_empty();
         if steady && !builds {
             return Ok(());
         }
-        let (starts, pages) = (profile.starts, profile.pages());
+        let (starts, pages, slot) = (profile.starts, profile.pages(), Slot { command, now: self.now() });
         // the profile comes last: where the boot pack fails, the next start tries again
         if builds {
-            self.put_boot(&subject, tree, profile, &hung).await?;
+            self.put_boot(known, slot, profile, &hung).await?;
         }
-        subject.put_profile(&self.store, json, &hung).await?;
-        tracing::info!(%repo, %image, starts, pages, pages_changed, "a profile was learnt");
+        known.subject.put_profile(&self.store, slot, json, &hung).await?;
+        let (repo, image) = (&known.subject.repo, known.subject.image.digest);
+        let command = command.map_or("", CommandKey::as_str);
+        tracing::info!(%repo, %image, command, starts, pages, pages_changed, "a profile was learnt");
+        match slot.command {
+            Some(command) => self.make_room(&known.subject, command).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Takes down what is known of the commands that are too many beside `new`.
+    async fn make_room(&self, subject: &Subject, new: &CommandKey) -> Result<(), LearnError> {
+        let (repo, image) = (&subject.repo, subject.image.digest);
+        let hung = Hung::find(&self.store, repo, image).await?;
+        for command in hung.surplus(new) {
+            tracing::info!(%repo, %image, %command, "a profile was dropped: others of its image are newer");
+            hung.of(Some(&command)).remove(&self.store, repo, image).await?;
+        }
         Ok(())
+    }
+
+    /// Seconds since 1970.
+    fn now(&self) -> u64 {
+        (self.clock)().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
+    }
+
+    /// The image and its tree, beside what hangs on it.
+    async fn known(&self, repo: &Repo, image: Digest, hung: Hung) -> Result<Option<Known>, LearnError> {
+        let Some(subject) = self.subject(repo, image).await? else { return Ok(None) };
+        Ok(Some(Known { tree: self.tree(&subject).await?, subject, hung }))
     }
 
     /// The image, if it is still in the repository and has its tree.
@@ -165,12 +261,13 @@ impl Learner {
     /// Builds the boot pack of a profile and hangs it on the image.
     async fn put_boot(
         &self,
-        subject: &Subject,
-        tree: Tree,
+        known: &Known,
+        slot: Slot<'_>,
         profile: Profile,
         hung: &Hung,
     ) -> Result<(), LearnError> {
         let begun = Instant::now();
+        let (subject, tree) = (&known.subject, known.tree.clone());
         let (store, stopped) = (self.store.clone(), Arc::clone(&self.stopped));
         let (runtime, digest) = (tokio::runtime::Handle::current(), subject.tree.digest);
         let built = tokio::task::spawn_blocking(move || {
@@ -186,7 +283,7 @@ impl Learner {
         let bytes = boot.as_ref().map_or(0, Vec::len);
         let (repo, image, elapsed) = (&subject.repo, subject.image.digest, begun.elapsed());
         tracing::info!(%repo, %image, bytes, ?elapsed, "a boot pack was built");
-        Ok(subject.put_boot(&self.store, boot, hung).await?)
+        Ok(subject.put_boot(&self.store, slot, boot, hung).await?)
     }
 }
 
@@ -196,7 +293,8 @@ pub(crate) async fn status(
     repo: &Repo,
     image: Digest,
 ) -> Result<serde_json::Map<String, serde_json::Value>, StoreError> {
-    let hung = Hung::find(store, repo, image).await?;
+    let all = Hung::find(store, repo, image).await?;
+    let hung = all.of(None);
     let mut status = serde_json::Map::new();
     let json = hung.profile(store).await?;
     let parsed = tokio::task::spawn_blocking(move || json.and_then(|json| Profile::parse(&json).ok())).await;
@@ -206,9 +304,19 @@ pub(crate) async fn status(
         status.insert("profile".to_owned(), shown);
     }
     if let Some(boot) = hung.boot() {
-        let shown =
-            serde_json::json!({ "mediaType": media_type::BOOT, "digest": boot.digest, "size": boot.size });
-        status.insert("boot".to_owned(), shown);
+        status.insert("boot".to_owned(), boot_status(&boot));
+    }
+    let boots = all.commands().into_iter().map(|command| {
+        let boot = all.of(Some(&command)).boot();
+        (command.to_string(), serde_json::json!({ "boot": boot.as_ref().map(boot_status) }))
+    });
+    let commands: serde_json::Map<_, _> = boots.collect();
+    if !commands.is_empty() {
+        status.insert("commands".to_owned(), commands.into());
     }
     Ok(status)
+}
+
+fn boot_status(boot: &Descriptor) -> serde_json::Value {
+    serde_json::json!({ "mediaType": media_type::BOOT, "digest": boot.digest, "size": boot.size })
 }

@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use http::StatusCode;
-use lamina_image::{Digest, PROFILE_BYTES_MAX, Profile};
+use lamina_image::{Digest, PROFILE_BYTES_MAX, ParseCommandKeyError, Profile};
 use lamina_store::Repo;
 use lamina_wire::{proto, read_trace};
 use prost::Message;
@@ -10,9 +10,9 @@ use tokio::sync::SemaphorePermit;
 use tokio::task::spawn_blocking;
 
 use crate::ApiError;
-use crate::api::{Answer, Api, empty};
+use crate::api::{Answer, Api, Head, empty};
 use crate::body::Inbound;
-use crate::queue::{Pushed, Work};
+use crate::queue::{Of, Pushed, Work};
 
 /// A trace is at most this long, in bytes: half a million names and runs.
 const TRACE_BYTES_MAX: usize = 16 << 20;
@@ -26,9 +26,9 @@ enum Told {
 
 impl Api {
     /// `POST /lamina/v1/<repository>/traces/<digest>`.
-    pub(crate) async fn take_trace(&self, repo: Repo, image: Digest, body: Inbound) -> Answer {
-        let tree = self.tree_of(&repo, image).await?;
-        if self.learner.was_traced(&repo, image) {
+    pub(crate) async fn take_trace(&self, of: Of, body: Inbound) -> Answer {
+        let (image, tree) = (of.image, self.tree_of(&of).await?);
+        if self.learner.was_traced(&of) {
             tracing::debug!(%image, "a trace was dropped: the last one came just before");
             body.ignored(TRACE_BYTES_MAX).await?;
             return Ok(empty(StatusCode::ACCEPTED, &[]));
@@ -40,32 +40,32 @@ impl Api {
         let told =
             spawn_blocking(move || check_trace(checked, tree)).await.expect("checking does not panic")?;
         match told {
-            Told::Something => self.learn(repo, image, Work::Trace(bytes)),
+            Told::Something => self.learn(of, Work::Trace(bytes)),
             Told::Nothing => Ok(empty(StatusCode::ACCEPTED, &[])),
         }
     }
 
     /// `PUT /lamina/v1/<repository>/profiles/<digest>`.
-    pub(crate) async fn put_profile(&self, repo: Repo, image: Digest, body: Inbound) -> Answer {
-        self.tree_of(&repo, image).await?;
+    pub(crate) async fn put_profile(&self, of: Of, body: Inbound) -> Answer {
+        self.tree_of(&of).await?;
         let _permit = self.take_in()?;
         let bytes = body.whole(PROFILE_BYTES_MAX).await?;
         let checked = bytes.clone();
         let _turn = self.checks.acquire().await.expect("never closed");
         let parsed = spawn_blocking(move || Profile::parse(&checked).map(drop)).await;
         parsed.expect("parsing does not panic").map_err(|error| ApiError::Invalid(error.to_string()))?;
-        self.learn(repo, image, Work::Replace(bytes))
+        self.learn(of, Work::Replace(bytes))
     }
 
     /// `DELETE /lamina/v1/<repository>/profiles/<digest>`.
-    pub(crate) async fn drop_profile(&self, repo: Repo, image: Digest) -> Answer {
-        let unknown = || ApiError::ManifestUnknown(format!("{repo} {image}"));
-        self.store.manifest_link(&repo, image).await?.ok_or_else(unknown)?;
-        self.learn(repo, image, Work::Forget)
+    pub(crate) async fn drop_profile(&self, of: Of) -> Answer {
+        let unknown = || ApiError::ManifestUnknown(format!("{} {}", of.repo, of.image));
+        self.store.manifest_link(&of.repo, of.image).await?.ok_or_else(unknown)?;
+        self.learn(of, Work::Forget)
     }
 
-    fn learn(&self, repo: Repo, image: Digest, work: Work) -> Answer {
-        match self.learner.push(repo, image, work) {
+    fn learn(&self, of: Of, work: Work) -> Answer {
+        match self.learner.push(of, work) {
             Pushed::Queued | Pushed::Dropped => Ok(empty(StatusCode::ACCEPTED, &[])),
             Pushed::Full => Err(ApiError::Busy),
         }
@@ -76,12 +76,21 @@ impl Api {
     }
 
     /// The tree of an image in this repository.
-    async fn tree_of(&self, repo: &Repo, image: Digest) -> Result<Digest, ApiError> {
+    async fn tree_of(&self, of: &Of) -> Result<Digest, ApiError> {
+        let Of { repo, image, .. } = of;
+        let image = *image;
         let unknown = || ApiError::ManifestUnknown(format!("{repo} {image}"));
         self.store.manifest_link(repo, image).await?.ok_or_else(unknown)?;
         let record = self.store.image(image).await?;
         Ok(record.and_then(|record| record.tree).ok_or(ApiError::NoTree(image))?.digest)
     }
+}
+
+/// What a request is about: with `?command=KEY`, that command of the image.
+pub(crate) fn about(head: &Head, repo: Repo, image: Digest) -> Result<Of, ApiError> {
+    let command = head.query.value("command").map(str::parse).transpose();
+    let command = command.map_err(|error: ParseCommandKeyError| ApiError::Invalid(error.to_string()))?;
+    Ok(Of { repo, image, command })
 }
 
 fn check_trace(bytes: Bytes, tree: Digest) -> Result<Told, ApiError> {

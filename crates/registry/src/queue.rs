@@ -1,4 +1,4 @@
-//! What waits to be learnt: at most one job an image, and a bound on all of them.
+//! What waits to be learnt: at most one job an image and command, and a bound on all of them.
 //!
 //! A plain value that knows no clock. What people ask for goes before what nodes tell, and that before what another
 //! image knows; of the same rank, the later wish of people replaces the earlier one, and of traces the first stays.
@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use bytes::Bytes;
-use lamina_image::Digest;
+use lamina_image::{COMMANDS_MAX, CommandKey, Digest};
 use lamina_store::Repo;
 use tokio::time::Instant;
 
@@ -27,7 +27,7 @@ pub(crate) enum Work {
     Trace(Bytes),
     /// Take this profile, in JSON.
     Replace(Bytes),
-    /// Remove profile and boot pack.
+    /// Remove profile and boot pack of the command; of no command, all there are.
     Forget,
 }
 
@@ -48,11 +48,24 @@ impl Work {
     }
 }
 
-/// One image of one repository, and what there is to do for it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Job {
+/// One image of one repository, and one command of it, or none in particular.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Of {
     pub(crate) repo: Repo,
     pub(crate) image: Digest,
+    pub(crate) command: Option<CommandKey>,
+}
+
+impl Of {
+    fn is_same_image(&self, other: &Self) -> bool {
+        self.repo == other.repo && self.image == other.image
+    }
+}
+
+/// What there is to do, and for what.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Job {
+    pub(crate) of: Of,
     pub(crate) work: Work,
 }
 
@@ -72,23 +85,32 @@ pub(crate) enum Pushed {
 pub(crate) struct Queue {
     jobs: VecDeque<Job>,
     bytes: usize,
-    traced: BTreeMap<(Repo, Digest), Instant>,
+    traced: BTreeMap<Of, Instant>,
 }
 
 impl Queue {
-    /// Whether a trace of this image would be dropped, since one was taken less than `every` ago.
-    pub(crate) fn was_traced(&self, repo: &Repo, image: Digest, now: Instant, every: Duration) -> bool {
-        let last = self.traced.get(&(repo.clone(), image));
-        last.is_some_and(|last| now.saturating_duration_since(*last) < every)
+    /// Whether a trace of this image and command would be dropped: one was taken less than `every` ago, or one of each of so
+    /// many other commands as an image may have. Keys are whatever nodes say, and cost them nothing.
+    pub(crate) fn was_traced(&self, of: &Of, now: Instant, every: Duration) -> bool {
+        let recent = |last: &Instant| now.saturating_duration_since(*last) < every;
+        if of.command.is_none() || self.traced.get(of).is_some_and(recent) {
+            return self.traced.get(of).is_some_and(recent);
+        }
+        let image = Of { command: None, ..of.clone() };
+        let commands = self.traced.range(image..).take_while(|(other, _)| other.is_same_image(of));
+        commands.filter(|(other, last)| other.command.is_some() && recent(last)).count() >= COMMANDS_MAX
     }
 
-    /// Adds a job. Of traces of one image, one is taken for each `every`.
+    /// Adds a job. Of traces of one image and command, one is taken for each `every`.
     pub(crate) fn push(&mut self, job: Job, now: Instant, every: Duration) -> Pushed {
         let is_trace = matches!(job.work, Work::Trace(_));
-        if is_trace && self.was_traced(&job.repo, job.image, now, every) {
+        if is_trace && self.was_traced(&job.of, now, every) {
             return Pushed::Dropped;
         }
-        let waiting = self.jobs.iter().position(|old| old.repo == job.repo && old.image == job.image);
+        if job.work == Work::Forget && job.of.command.is_none() {
+            self.give_up(&job.of);
+        }
+        let waiting = self.jobs.iter().position(|old| old.of == job.of);
         let old_len = match waiting.map(|at| &self.jobs[at].work) {
             Some(old) if old.rank() > job.work.rank() => return Pushed::Dropped,
             Some(old) if old.rank() == job.work.rank() && old.rank() < 2 => return Pushed::Dropped,
@@ -102,7 +124,8 @@ impl Queue {
         }
         if job.work.rank() == 2 {
             // what nodes tell after people have spoken is new
-            self.traced.remove(&(job.repo.clone(), job.image));
+            let all = job.of.command.is_none();
+            self.traced.retain(|of, _| *of != job.of && !(all && of.is_same_image(&job.of)));
         }
         self.bytes = bytes;
         match waiting {
@@ -110,6 +133,12 @@ impl Queue {
             None => self.jobs.push_back(job),
         }
         Pushed::Queued
+    }
+
+    /// Drops all that waits for an image.
+    fn give_up(&mut self, of: &Of) {
+        self.jobs.retain(|job| !job.of.is_same_image(of));
+        self.bytes = self.jobs.iter().map(|job| job.work.len()).sum();
     }
 
     /// The job that waits longest.
@@ -126,7 +155,7 @@ impl Queue {
         }
         let room = self.traced.len() < TIMES_MAX;
         if room {
-            self.traced.insert((job.repo.clone(), job.image), now);
+            self.traced.insert(job.of.clone(), now);
         }
         room
     }
@@ -141,7 +170,15 @@ mod tests {
     fn job(image: u16, work: Work) -> Job {
         let mut digest = [0; 32];
         digest[..2].copy_from_slice(&image.to_le_bytes());
-        Job { repo: "app".parse().unwrap(), image: Digest::from_bytes(digest), work }
+        Job {
+            of: Of { repo: "app".parse().unwrap(), image: Digest::from_bytes(digest), command: None },
+            work,
+        }
+    }
+
+    fn job_of(command: &str, work: Work) -> Job {
+        let job = job(1, work);
+        Job { of: Of { command: Some(command.parse().unwrap()), ..job.of }, ..job }
     }
 
     fn trace(len: usize) -> Work {
@@ -181,6 +218,38 @@ mod tests {
             assert_eq!(queue.pop().unwrap().work, waits, "{first:?} {then:?}");
             assert_eq!((queue.pop(), queue.bytes), (None, 0));
         }
+    }
+
+    #[test]
+    fn each_command_of_an_image_is_heard_by_itself_but_not_any_number_of_them() {
+        let (mut queue, now) = (Queue::default(), Instant::now());
+        for number in 0..COMMANDS_MAX {
+            let job = job_of(&format!("c{number}"), trace(1));
+            assert_eq!(queue.push(job.clone(), now, EVERY), Pushed::Queued);
+            assert_eq!(queue.push(job, now, EVERY), Pushed::Dropped);
+        }
+        let more = job_of("more", trace(1));
+        assert_eq!(queue.push(more.clone(), now, EVERY), Pushed::Dropped);
+        assert_eq!(queue.push(job(1, trace(1)), now, EVERY), Pushed::Queued, "no command in particular");
+        assert_eq!(queue.push(job(2, trace(1)), now, EVERY), Pushed::Queued, "another image");
+        assert_eq!(queue.push(more, now + EVERY, EVERY), Pushed::Queued);
+    }
+
+    #[test]
+    fn who_forgets_all_gives_up_what_waits_of_every_command() {
+        let (mut queue, now) = (Queue::default(), Instant::now());
+        queue.push(job_of("a", Work::Replace(vec![0; 9].into())), now, EVERY);
+        queue.push(job(2, trace(5)), now, EVERY);
+        queue.push(job_of("b", trace(7)), now, EVERY);
+        assert_eq!(queue.push(job_of("a", Work::Forget), now, EVERY), Pushed::Queued);
+        assert_eq!(queue.jobs.len(), 3, "one command alone");
+        assert_eq!(queue.push(job(1, Work::Forget), now, EVERY), Pushed::Queued);
+        assert_eq!((queue.jobs.len(), queue.bytes), (2, 5));
+        assert_eq!(
+            queue.push(job_of("b", trace(7)), now, EVERY),
+            Pushed::Queued,
+            "a start after that is new"
+        );
     }
 
     #[test]

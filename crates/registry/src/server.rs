@@ -42,7 +42,7 @@ pub async fn serve(
     shutdown: impl Future<Output = ()>,
 ) -> io::Result<()> {
     let drain_max = config.drain_max;
-    let learner = Arc::new(Learner::new(store.clone(), config.trace_every));
+    let learner = Arc::new(Learner::new(store.clone(), config.trace_every, config.clock));
     let metrics = Metrics::default();
     let (learns, counts) = (Arc::clone(&learner), metrics.clone());
     let converter = Arc::new(Converter::new(store.clone(), config.clone(), learns, counts));

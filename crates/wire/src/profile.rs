@@ -2,17 +2,19 @@
 
 use bytes::Bytes;
 use http::{Method, Request, StatusCode, header};
-use lamina_image::{Digest, Ino, PROFILE_ITEMS_MAX, Trace, TraceRun, media_type};
+use lamina_image::{CommandKey, Digest, Ino, PROFILE_ITEMS_MAX, Trace, TraceRun, media_type};
 use prost::Message;
 
 use crate::http_call::Payload;
 use crate::{Client, WireError, proto};
 
-/// The message of a trace of a start on the tree with this digest.
+/// The message of a trace of a start on the tree with this digest. Whether its boot pack was its command's own is for the caller
+/// to add.
 pub fn write_trace(tree: Digest, trace: &Trace) -> proto::Trace {
     proto::Trace {
         tree: tree.to_string(),
         boot: trace.boot,
+        boot_own: false,
         name_dirs: trace.names.iter().map(|(dir, _)| dir.0).collect(),
         names: trace.names.iter().map(|(_, name)| name.clone()).collect(),
         run_inos: trace.runs.iter().map(|run| run.ino.0).collect(),
@@ -45,15 +47,16 @@ pub fn read_trace(message: &proto::Trace) -> Option<(Digest, Trace)> {
 }
 
 impl Client {
-    /// Hands a trace of a start of the image `manifest` to a registry that learns from them. It answers before it has built
-    /// anything. *Errors*: [`WireError::is_not_found`] from a registry that does not.
+    /// Hands a trace of a start of the image `manifest`, of `command` if that is known, to a registry that learns from them. It
+    /// answers before it has built anything. *Errors*: [`WireError::is_not_found`] from a registry that does not.
     pub async fn send_trace(
         &self,
         repository: &str,
         manifest: Digest,
+        command: Option<&CommandKey>,
         trace: &proto::Trace,
     ) -> Result<(), WireError> {
-        let url = format!("{}/lamina/v1/{repository}/traces/{manifest}", self.base());
+        let url = format!("{}/lamina/v1/{repository}/traces/{manifest}{}", self.base(), query(command));
         let body = Bytes::from(trace.encode_to_vec());
         self.retrying(|| async {
             let request = Request::post(&url)
@@ -65,14 +68,15 @@ impl Client {
         .await
     }
 
-    /// Replaces the profile of an image by this JSON. It answers before the boot pack is built.
+    /// Replaces the profile of a command of an image, or the image's general one, by this JSON. It answers before the boot pack is built.
     pub async fn put_profile(
         &self,
         repository: &str,
         manifest: Digest,
+        command: Option<&CommandKey>,
         json: Bytes,
     ) -> Result<(), WireError> {
-        let url = self.profile_url(repository, manifest);
+        let url = self.profile_url(repository, manifest, command);
         self.retrying(|| async {
             let request = Request::put(&url)
                 .header(header::CONTENT_TYPE, media_type::PROFILE)
@@ -83,9 +87,15 @@ impl Client {
         .await
     }
 
-    /// Makes a registry forget the profile and the boot pack of an image.
-    pub async fn drop_profile(&self, repository: &str, manifest: Digest) -> Result<(), WireError> {
-        let url = self.profile_url(repository, manifest);
+    /// Makes a registry forget the profile and the boot pack of a command of an image; without one, all profiles and boot packs
+    /// of the image.
+    pub async fn drop_profile(
+        &self,
+        repository: &str,
+        manifest: Digest,
+        command: Option<&CommandKey>,
+    ) -> Result<(), WireError> {
+        let url = self.profile_url(repository, manifest, command);
         self.retrying(|| async {
             let request = Request::builder().method(Method::DELETE).uri(&url);
             self.call(request, Payload::Empty).await?.expect(&[StatusCode::ACCEPTED]).await.map(drop)
@@ -93,7 +103,12 @@ impl Client {
         .await
     }
 
-    fn profile_url(&self, repository: &str, manifest: Digest) -> String {
-        format!("{}/lamina/v1/{repository}/profiles/{manifest}", self.base())
+    fn profile_url(&self, repository: &str, manifest: Digest, command: Option<&CommandKey>) -> String {
+        format!("{}/lamina/v1/{repository}/profiles/{manifest}{}", self.base(), query(command))
     }
+}
+
+/// A key needs no escapes.
+fn query(command: Option<&CommandKey>) -> String {
+    command.map_or_else(String::new, |command| format!("?command={command}"))
 }

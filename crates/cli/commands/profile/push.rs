@@ -1,6 +1,6 @@
 //! `lamina profile push`: a profile and its boot pack, made here, for a registry that does not learn.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::num::NonZeroUsize;
 use std::time::SystemTime;
 
@@ -8,10 +8,11 @@ use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
 use lamina_chunk::{Chunk, FrameId, PackId, Place, Sealed};
 use lamina_image::{
-    BootPack, Descriptor, Digest, Document, PROFILE_ANNOTATION, PROFILE_BYTES_MAX, Profile, TREE_ANNOTATION,
-    TREE_BYTES_MAX, Tree, build_boot, media_type, unpack_tree,
+    BootHad, BootPack, COMMANDS_MAX, CommandKey, Descriptor, Digest, Document, PROFILE_ANNOTATION,
+    PROFILE_BYTES_MAX, Profile, Start, Starts, TREE_ANNOTATION, TREE_BYTES_MAX, Tree, build_boot, media_type,
+    unpack_tree,
 };
-use lamina_node::KeptTraces;
+use lamina_node::{KeptTrace, KeptTraces};
 use lamina_wire::{CREATED_ANNOTATION, Client, read_trace};
 use lru::LruCache;
 use tokio::runtime::Handle;
@@ -31,15 +32,15 @@ const WINDOWS: NonZeroUsize = NonZeroUsize::new(32).expect("not zero");
 
 /// Pushes what this node has seen of an image's starts, or a profile from a file.
 pub(super) async fn run(arguments: ProfilePush, common: &Common) -> Result<()> {
-    let reference = &arguments.reference;
+    let (reference, command) = (&arguments.reference, arguments.of.command.as_ref());
     let image = Image::find(reference, common).await?;
     let learns = image.client.known_layers(image.repository(), &[]).await?.is_some();
     if let Some(path) = &arguments.file {
         let (profile, json) = read_profile(path)?;
         if learns {
-            return Ok(image.client.put_profile(image.repository(), image.manifest, json).await?);
+            return Ok(image.client.put_profile(image.repository(), image.manifest, command, json).await?);
         }
-        return push(&image, profile).await;
+        return push(&image, &image.tree().await?, command, profile).await;
     }
     ensure!(
         !learns,
@@ -47,48 +48,78 @@ pub(super) async fn run(arguments: ProfilePush, common: &Common) -> Result<()> {
         reference.host
     );
     let traces = KeptTraces::new(arguments.cache.directory.join("traces"));
-    let profile = seen(&image, &traces).await?;
-    push(&image, profile).await?;
-    traces.forget(image.manifest).with_context(|| arguments.cache.directory.display().to_string())
+    let mut kept = traces.find(image.manifest)?;
+    kept.retain(|one| command.is_none() || one.command.as_ref() == command);
+    let tree = image.tree().await?;
+    let seen = seen(&image, &tree, kept, command.is_none()).await?;
+    if seen.is_empty() {
+        bail!(
+            "no start of {reference} was recorded here since the last push; mount it without a boot pack and start it, or `lamina profile record {reference} -- COMMAND`"
+        );
+    }
+    for (command, profile) in seen {
+        push(&image, &tree, command.as_ref(), profile).await?;
+    }
+    let forgotten = traces.forget(image.manifest, command);
+    forgotten.with_context(|| arguments.cache.directory.display().to_string())
 }
 
-/// The profile of what this node has seen, and of what is there already.
-async fn seen(image: &Image<'_>, traces: &KeptTraces) -> Result<Profile> {
-    let kept = traces.find(image.manifest)?;
-    let tree = image.tree().await?;
-    let mut profile = image.profile().await?.map(|(profile, _)| profile);
-    for message in &kept {
-        let Some((of, trace)) = read_trace(message).filter(|(of, _)| *of == tree.digest) else {
+/// The profiles of what this node has seen, and of what is there already: those of commands, and with `general` the one of all
+/// of them.
+async fn seen(image: &Image<'_>, tree: &ImageTree, kept: Vec<KeptTrace>, general: bool) -> Result<Profiles> {
+    let mut known = Profiles::new();
+    for command in kept.iter().map(|one| one.command.as_ref()).chain([None]) {
+        if !known.contains_key(&command.cloned())
+            && let Some((profile, _)) = image.profile(command).await?
+        {
+            known.insert(command.cloned(), profile);
+        }
+    }
+    let mut revised = BTreeSet::new();
+    for KeptTrace { command, trace: message } in kept {
+        let Some((of, trace)) = read_trace(&message).filter(|(of, _)| *of == tree.digest) else {
             tracing::warn!("a trace of another tree is passed over");
             continue;
         };
         tracing::debug!(%of, boot = trace.boot, "a trace");
-        let new = Profile::of_trace(&tree.tree, &trace)?;
-        profile = match profile {
-            // only what a boot pack lacked, and that is gone
-            None if trace.boot => None,
-            None => Some(new),
-            Some(profile) if profile.inherited && !trace.boot => Some(new),
-            Some(profile) => Some(profile.merged(&new, trace.boot)),
-        };
+        let touched = Profile::of_trace(&tree.tree, &trace)?;
+        let had = BootHad::of(trace.boot, message.boot_own);
+        let starts = Starts::of(touched, had, known.get(&command), known.get(&None));
+        let own = command.is_some().then_some((command, starts.own));
+        for (command, start) in own.into_iter().chain(general.then_some((None, starts.general))) {
+            if let Some(next) = start.and_then(|start| next(known.get(&command), start)) {
+                known.insert(command.clone(), next);
+                revised.insert(command);
+            }
+        }
     }
-    match profile {
-        Some(profile) if !kept.is_empty() => Ok(profile),
-        _ => bail!(
-            "no start of {0} was recorded here since the last push; mount it without a boot pack and start it, or `lamina profile record {0} -- COMMAND`",
-            image.reference
-        ),
+    known.retain(|command, _| revised.contains(command));
+    Ok(known)
+}
+
+/// What a profile becomes by a start.
+fn next(known: Option<&Profile>, Start { touched, missed }: Start) -> Option<Profile> {
+    match known {
+        // only what a boot pack lacked, and that is gone
+        None if missed => None,
+        None => Some(touched),
+        Some(known) if known.inherited && !missed && !touched.inherited => Some(touched),
+        Some(known) => Some(known.merged(&touched, missed)),
     }
 }
 
+/// Profiles of commands, and under `None` the general one.
+type Profiles = BTreeMap<Option<CommandKey>, Profile>;
+
 /// An image's tree, opened.
+#[derive(Clone)]
 pub(super) struct ImageTree {
     digest: Digest,
     tree: Tree,
 }
 
 impl Image<'_> {
-    async fn tree(&self) -> Result<ImageTree> {
+    pub(super) async fn tree(&self) -> Result<ImageTree> {
         let bound = match &self.document {
             Document::Manifest(manifest) => manifest.bound_tree()?,
             Document::Index(_) => bail!("{} has no image for this machine", self.reference),
@@ -108,11 +139,6 @@ impl Image<'_> {
         Ok(ImageTree { digest, tree: tree.with_context(|| format!("the tree of {}", self.reference))? })
     }
 
-    /// What of an artifact type hangs on the image.
-    async fn hung(&self, kind: &str) -> Result<Vec<Descriptor>> {
-        Ok(self.client.referrers(self.repository(), self.manifest, kind).await?)
-    }
-
     /// Takes down what was listed, as far as the registry lets.
     pub(super) async fn take_down(&self, listed: Vec<Descriptor>, kept: Option<Digest>) -> Result<()> {
         for one in listed.into_iter().filter(|one| Some(one.digest) != kept) {
@@ -122,54 +148,78 @@ impl Image<'_> {
     }
 }
 
-/// Forgets profile and boot pack.
-pub(super) async fn take_all_down(image: &Image<'_>) -> Result<()> {
+/// Forgets profiles and boot packs: all, or those of one command.
+pub(super) async fn take_all_down(image: &Image<'_>, command: Option<&CommandKey>) -> Result<()> {
     // a boot pack without a profile would be no use to the next push
     for kind in [media_type::BOOT, media_type::PROFILE] {
-        image.take_down(image.hung(kind).await?, None).await?;
+        let mut listed = image.hung(kind).await?;
+        listed.retain(|one| command.is_none() || CommandKey::is_named(command, &one.annotations));
+        image.take_down(listed, None).await?;
     }
     Ok(())
 }
 
-/// Builds the boot pack of a profile, and hangs both on the image in place of those that are there.
-pub(super) async fn push(image: &Image<'_>, profile: Profile) -> Result<()> {
+/// Builds the boot pack of a profile, and hangs both on the image in place of those that are there of the same command.
+pub(super) async fn push(
+    image: &Image<'_>,
+    tree: &ImageTree,
+    command: Option<&CommandKey>,
+    profile: Profile,
+) -> Result<()> {
     let json = Bytes::from(profile.to_json());
     ensure!(json.len() <= PROFILE_BYTES_MAX, "the profile is longer than {PROFILE_BYTES_MAX} bytes");
-    let tree = image.tree().await?;
     let (starts, pages) = (profile.starts, profile.pages());
-    let boot = build(image, tree, profile).await?;
+    let boot = build(image, tree.clone(), profile).await?;
     let (digest, bytes) = config();
     image.client.push_blob(image.repository(), digest, bytes).await?;
     let mut size = 0;
+    let mut new = None;
     if let Some((boot, of)) = boot {
         size = boot.len() as u64;
         let pack = BootPack { blob: Digest::of(&boot), bytes: size, tree: of };
-        replace(image, media_type::BOOT, boot, pack.annotations()).await?;
-    } else {
-        image.take_down(image.hung(media_type::BOOT).await?, None).await?;
+        new = Some((boot, pack.annotations()));
     }
+    replace(image, media_type::BOOT, command, new).await?;
     let annotations = [(PROFILE_ANNOTATION.to_owned(), Digest::of(&json).to_string())];
-    replace(image, media_type::PROFILE, json, annotations.into()).await?;
-    println!("{}: {pages} pages of {starts} starts, a boot pack of {}", image.reference, mib(size));
+    replace(image, media_type::PROFILE, command, Some((json, annotations.into()))).await?;
+    make_room(image).await?;
+    let of = command.map_or_else(String::new, |command| format!(" for {command}"));
+    println!("{}{of}: {pages} pages of {starts} starts, a boot pack of {}", image.reference, mib(size));
     Ok(())
 }
 
-/// Pushes a blob and the artifact that hangs it on the image; then the old ones of its kind go.
+/// Pushes a blob and the artifact that hangs it on the image; then the old ones of its kind and command go.
 async fn replace(
     image: &Image<'_>,
     kind: &'static str,
-    blob: Bytes,
-    mut annotations: std::collections::BTreeMap<String, String>,
+    command: Option<&CommandKey>,
+    new: Option<(Bytes, BTreeMap<String, String>)>,
 ) -> Result<()> {
-    let old = image.hung(kind).await?;
+    let mut old = image.hung(kind).await?;
+    old.retain(|one| CommandKey::is_named(command, &one.annotations));
+    let Some((blob, mut annotations)) = new else { return image.take_down(old, None).await };
     let descriptor = Descriptor::of(kind, &blob);
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     annotations.insert(CREATED_ANNOTATION.to_owned(), now.as_secs().to_string());
+    annotations.extend(CommandKey::annotation(command));
     image.client.push_blob(image.repository(), descriptor.digest, blob).await?;
     let artifact = Artifact { kind, subject: image.subject.clone(), blobs: vec![descriptor], annotations };
     let new = artifact.push(&image.client, image.repository()).await?;
     if let Err(error) = image.take_down(old, Some(new.digest)).await {
         tracing::warn!(%error, "an old one stays listed beside the new one, which is newer and counts");
+    }
+    Ok(())
+}
+
+/// Takes down what hangs there of more commands than an image may have, the oldest.
+async fn make_room(image: &Image<'_>) -> Result<()> {
+    let mut commands = Vec::new();
+    // the newest first
+    for one in image.hung(media_type::PROFILE).await? {
+        commands.extend(CommandKey::named_by(&one.annotations).filter(|command| !commands.contains(command)));
+    }
+    for command in commands.iter().skip(COMMANDS_MAX) {
+        take_all_down(image, Some(command)).await?;
     }
     Ok(())
 }

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::ExitStatus;
 
 use anyhow::{Context, Result, bail};
-use lamina_image::{Document, MANIFEST_BYTES_MAX, PAGE_BYTES, parse_config};
+use lamina_image::{CommandKey, Document, MANIFEST_BYTES_MAX, PAGE_BYTES, parse_config};
 use lamina_node::Controller;
 use lamina_wire::proto::{MountRequest, UnmountRequest, UnmountResponse};
 use tokio::task::JoinHandle;
@@ -38,6 +38,7 @@ pub(super) async fn run(arguments: ProfileRecord, common: &Common) -> Result<()>
         environment: process.env,
         working_directory: process.working_dir,
     };
+    let key = arguments.key.clone().or_else(|| CommandKey::of(&arguments.command)).context("a command")?;
     let mount_point = inside.image();
     std::fs::create_dir(&mount_point)?;
     let request = MountRequest {
@@ -46,6 +47,7 @@ pub(super) async fn run(arguments: ProfileRecord, common: &Common) -> Result<()>
         plain_http: common.plain_http,
         require_bound: arguments.require_bound,
         record: true,
+        command: key.to_string(),
         ..MountRequest::default()
     };
     // from here on Ctrl-C is only a wish, so that the mount goes
@@ -65,7 +67,7 @@ pub(super) async fn run(arguments: ProfileRecord, common: &Common) -> Result<()>
         );
     }
     // the command has stdout for itself
-    eprintln!("recorded {names} names and {pages} pages ({})", mib(pages * PAGE_BYTES));
+    eprintln!("recorded {names} names and {pages} pages ({}) for {key}", mib(pages * PAGE_BYTES));
     if recorded.trace_kept {
         eprintln!("{}; `lamina profile push {reference}` makes the profile", recorded.trace_refused);
     }

@@ -1,9 +1,11 @@
 //! `lamina profile show`.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use anyhow::{Context, Result};
-use lamina_image::{BOOT_ANNOTATION, BOOT_HEAD_BYTES, BootHead, BootPack, PAGE_BYTES, Profile, media_type};
+use lamina_image::{
+    BOOT_ANNOTATION, BOOT_HEAD_BYTES, BootHead, BootPack, CommandKey, PAGE_BYTES, Profile, media_type,
+};
 
 use super::{Image, no_profile};
 use crate::args::{Common, ProfileShow};
@@ -15,26 +17,33 @@ const FILES_SHOWN: usize = 20;
 /// Prints what starts of an image touch, and what there is to make them faster.
 pub(super) async fn run(arguments: ProfileShow, common: &Common) -> Result<()> {
     let reference = &arguments.reference;
+    let command = arguments.of.command.as_ref();
     let image = Image::find(reference, common).await?;
-    let (profile, boot) = tokio::try_join!(image.profile(), boot(&image))?;
+    let (profile, boot, commands) =
+        tokio::try_join!(image.profile(command), boot(&image, command), commands(&image))?;
     let profile = profile.map(|(profile, _)| profile);
     if arguments.json {
         let boot = boot.map(|boot| serde_json::json!({ "digest": boot.blob, "bytes": boot.bytes }));
         let report = serde_json::json!({
             "reference": reference.to_string(),
             "manifest": image.manifest,
+            "command": command.map(CommandKey::as_str),
+            "commands": commands.iter().map(CommandKey::as_str).collect::<Vec<_>>(),
             "profile": profile.as_ref().map(to_json),
             "boot": boot,
         });
         println!("{report}");
         return Ok(());
     }
-    let profile = profile.ok_or_else(|| no_profile(reference))?;
+    let profile = profile.ok_or_else(|| no_profile(reference, command))?;
     let frames = match &boot {
         Some(boot) => Some(frames(&image, boot).await?),
         None => None,
     };
-    println!("{reference}");
+    match command {
+        Some(command) => println!("{reference} for {command}"),
+        None => println!("{reference}"),
+    }
     print_profile(&profile);
     match boot.zip(frames) {
         Some((boot, frames)) => {
@@ -42,14 +51,24 @@ pub(super) async fn run(arguments: ProfileShow, common: &Common) -> Result<()> {
         }
         None => println!("boot pack  none yet"),
     }
+    if command.is_none() && !commands.is_empty() {
+        let commands: Vec<_> = commands.iter().map(CommandKey::as_str).collect();
+        println!("commands   {}", commands.join("\n           "));
+    }
     print_files(&profile, if arguments.all { usize::MAX } else { FILES_SHOWN });
     Ok(())
 }
 
-async fn boot(image: &Image<'_>) -> Result<Option<BootPack>> {
-    let referrers = image.client.referrers(image.repository(), image.manifest, media_type::BOOT).await?;
-    let named = referrers.iter().find(|one| one.annotations.contains_key(BOOT_ANNOTATION));
-    let Some(named) = named else { return Ok(None) };
+/// The commands that have a profile of their own, in the order of their keys.
+async fn commands(image: &Image<'_>) -> Result<BTreeSet<CommandKey>> {
+    let hung = image.hung(media_type::PROFILE).await?;
+    Ok(hung.iter().filter_map(|one| CommandKey::named_by(&one.annotations)).collect())
+}
+
+async fn boot(image: &Image<'_>, command: Option<&CommandKey>) -> Result<Option<BootPack>> {
+    let hung = image.hung(media_type::BOOT).await?;
+    let mut own = hung.iter().filter(|one| CommandKey::is_named(command, &one.annotations));
+    let Some(named) = own.find(|one| one.annotations.contains_key(BOOT_ANNOTATION)) else { return Ok(None) };
     let wrong = || format!("what the registry says of the boot pack of {}", image.reference);
     BootPack::named_by(&named.annotations).with_context(wrong).map(Some)
 }

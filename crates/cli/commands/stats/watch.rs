@@ -204,6 +204,7 @@ mod tests {
                 reference: "r/a:t".into(),
                 manifest: String::new(),
                 counters: counters(&[("reads", reads)]),
+                ..MountStats::default()
             }],
             ..StatsResponse::default()
         };

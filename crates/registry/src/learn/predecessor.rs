@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 
-use bytes::Bytes;
 use lamina_image::{Digest, Document, Platform};
 use lamina_store::{Repo, StoreError, Tag};
 
@@ -21,18 +20,17 @@ struct Value {
 }
 
 impl Learner {
-    /// The profile, as JSON, of the image that this one follows. `None` where it is not tagged, or follows none with a
-    /// profile.
-    pub(super) async fn predecessor(&self, repo: &Repo, image: Digest) -> Result<Option<Bytes>, StoreError> {
+    /// What was learnt of the image that this one follows. `None` where it is not tagged, or follows none with a profile.
+    pub(super) async fn predecessor(&self, repo: &Repo, image: Digest) -> Result<Option<Hung>, StoreError> {
         let mut values = Vec::new();
         for (tag, digest) in self.store.tag_values(repo, VALUES_MAX).await? {
             values.push(Value { tag, images: self.images_under(repo, digest).await? });
         }
         for candidate in order(&values, image) {
             let hung = Hung::find(&self.store, repo, candidate).await?;
-            if let Some(json) = hung.profile(&self.store).await? {
-                tracing::info!(%repo, %image, %candidate, "an image takes a profile over");
-                return Ok(Some(json));
+            if hung.of(None).profile(&self.store).await?.is_some() || !hung.commands().is_empty() {
+                tracing::info!(%repo, %image, %candidate, "an image takes profiles over");
+                return Ok(Some(hung));
             }
         }
         Ok(None)

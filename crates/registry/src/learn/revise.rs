@@ -3,7 +3,9 @@
 
 use bytes::Bytes;
 use lamina_chunk::{Chunk, FrameId, Place};
-use lamina_image::{BuildError, Digest, PROFILE_BYTES_MAX, Profile, ProfileRun, Tree, build_boot};
+use lamina_image::{
+    BootHad, BuildError, Digest, PROFILE_BYTES_MAX, Profile, ProfileRun, Start, Starts, Tree, build_boot,
+};
 use lamina_wire::{proto, read_trace};
 use prost::Message;
 
@@ -22,8 +24,8 @@ const OLD_STARTS: u32 = 3;
 /// Where something new comes from.
 #[derive(Debug)]
 pub(super) enum Source {
-    /// A start, as a protobuf message.
-    Trace(Bytes),
+    /// What a start says.
+    Start(Start),
     /// Somebody who knows, as JSON.
     Profile(Bytes),
     /// The profile of the image before, as JSON.
@@ -41,23 +43,41 @@ pub(super) struct Revised {
     pub(super) steady: bool,
 }
 
+/// A profile that is stored, where there is one and it is not damaged.
+pub(super) fn stored(json: Option<Bytes>) -> Option<Profile> {
+    let parsed = Profile::parse(&json?);
+    parsed.inspect_err(|error| tracing::warn!(%error, "a stored profile is damaged")).ok()
+}
+
+/// What a trace, a protobuf message, says of the general profile and of its command's, which are stored like this. Nothing where
+/// it has no pages.
+pub(super) fn starts(
+    tree: &Tree,
+    message: Bytes,
+    own: Option<&Profile>,
+    general: Option<&Profile>,
+) -> Result<Option<Starts>, LearnError> {
+    // whoever queued it has read it once
+    let message = proto::Trace::decode(message).ok();
+    let Some((_, trace)) = message.as_ref().and_then(read_trace) else { return Ok(None) };
+    let had = BootHad::of(trace.boot, message.is_some_and(|message| message.boot_own));
+    let touched = Profile::of_trace(tree, &trace)?;
+    Ok((!touched.runs.is_empty()).then(|| Starts::of(touched, had, own, general)))
+}
+
 /// The next profile; `None` where what came changes nothing.
 pub(super) fn revise(
     tree: &Tree,
-    stored: Option<&[u8]>,
+    stored: Option<&Profile>,
     source: Source,
 ) -> Result<Option<Revised>, LearnError> {
-    let stored = stored.and_then(|json| {
-        let parsed = Profile::parse(json);
-        parsed.inspect_err(|error| tracing::warn!(%error, "a stored profile is damaged")).ok()
-    });
-    let is_trace = matches!(source, Source::Trace(_));
+    let is_start = matches!(source, Source::Start(_));
     let next = match source {
-        Source::Trace(message) => learnt(tree, stored.as_ref(), message)?,
+        Source::Start(start) => learnt(stored, start),
         Source::Profile(json) => Some(Profile::parse(&json)?),
         Source::Predecessor(json) => {
             // worth one start, however many there were: those of this image count
-            let inherited = weighing(Profile::parse(&json)?.inherited_by(tree)?, 1);
+            let inherited = Profile::parse(&json)?.inherited_by(tree)?.weighing(1);
             Some(inherited).filter(|profile| profile.pages() > 0)
         }
     };
@@ -66,48 +86,28 @@ pub(super) fn revise(
     if json.len() > PROFILE_BYTES_MAX {
         return Err(LearnError::TooLarge);
     }
-    let pages_changed = stored.as_ref().is_none_or(|stored| !same_pages(stored, &profile));
-    let steady = is_trace && stored.as_ref().is_some_and(is_steady);
+    let pages_changed = stored.is_none_or(|stored| !same_pages(stored, &profile));
+    let steady = is_start && stored.is_some_and(is_steady);
     Ok(Some(Revised { profile, json, pages_changed, steady }))
 }
 
-fn learnt(tree: &Tree, stored: Option<&Profile>, message: Bytes) -> Result<Option<Profile>, LearnError> {
-    // whoever queued it has read it once
-    let message = proto::Trace::decode(message).ok();
-    let Some((_, trace)) = message.as_ref().and_then(read_trace) else { return Ok(None) };
-    drop(message);
-    let new = Profile::of_trace(tree, &trace)?;
-    if new.runs.is_empty() {
-        return Ok(None);
-    }
-    Ok(match stored {
+fn learnt(stored: Option<&Profile>, start: Start) -> Option<Profile> {
+    let Start { touched, missed } = start;
+    match stored {
         // only what a boot pack lacked, and that is gone
-        None if trace.boot => None,
-        None => Some(new),
-        Some(stored) if stored.inherited && !trace.boot => Some(new),
-        Some(stored) if trace.boot && new.pages() * FEW_MISSED_PART >= stored.pages() => {
-            Some(weighing(stored.clone(), OLD_STARTS).merged(&new, true))
+        None if missed => None,
+        None => Some(touched),
+        Some(stored) if stored.inherited && !missed && !touched.inherited => Some(touched),
+        Some(stored) if missed && touched.pages() * FEW_MISSED_PART >= stored.pages() => {
+            Some(stored.clone().weighing(OLD_STARTS).merged(&touched, true))
         }
-        Some(stored) if trace.boot && is_steady(stored) => None,
-        Some(stored) => Some(stored.merged(&new, trace.boot)),
-    })
+        Some(stored) if missed && is_steady(stored) => None,
+        Some(stored) => Some(stored.merged(&touched, missed)),
+    }
 }
 
 fn is_steady(profile: &Profile) -> bool {
     profile.starts >= STEADY_STARTS && !profile.inherited
-}
-
-/// The same profile, as if it came from at most so many starts.
-fn weighing(mut profile: Profile, starts_max: u32) -> Profile {
-    let starts = u64::from(profile.starts.max(1));
-    if profile.starts > starts_max {
-        for run in &mut profile.runs {
-            let seen = (u64::from(run.3) * u64::from(starts_max)).div_ceil(starts);
-            run.3 = u32::try_from(seen).unwrap_or(starts_max).min(starts_max);
-        }
-        profile.starts = starts_max;
-    }
-    profile
 }
 
 /// Whether the same pages of the same files are read in the same order after the same names were looked up.

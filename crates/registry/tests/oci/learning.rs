@@ -17,6 +17,8 @@ use tokio::time::Instant;
 
 use crate::support::{Image, Registry, Reply};
 
+mod commands;
+
 /// Longer takes no step of a test on any machine.
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -290,6 +292,7 @@ async fn people_put_profiles_and_drop_them() {
         .send_trace(
             "app",
             pushed.digest,
+            None,
             &write_trace(pushed.tree_digest, &pushed.trace(&[("lib/one", 0, 9)])),
         )
         .await
@@ -297,7 +300,7 @@ async fn people_put_profiles_and_drop_them() {
     pushed.after_starts(&registry, 1).await;
     let json =
         r#"{"version":1,"starts":7,"names":["etc"],"files":["lib/two","gone"],"runs":[[0,1,2,7],[1,0,5,7]]}"#;
-    client.put_profile("app", pushed.digest, json.into()).await.unwrap();
+    client.put_profile("app", pushed.digest, None, json.into()).await.unwrap();
     let replaced = |status: &Value| status["profile"]["starts"] == 7 && status["profile"]["pages"] == 7;
     pushed.until(&registry, replaced).await;
     let begun = Instant::now();
@@ -310,14 +313,14 @@ async fn people_put_profiles_and_drop_them() {
         assert!(begun.elapsed() < DEADLINE, "{runs:?}");
     }
     for bad in ["", "{}", r#"{"version":1,"starts":1,"names":["../x"],"files":[],"runs":[]}"#] {
-        let refused = client.put_profile("app", pushed.digest, bad.into()).await;
+        let refused = client.put_profile("app", pushed.digest, None, bad.into()).await;
         assert!(refused.unwrap_err().to_string().contains("profile"), "{bad}");
     }
-    client.drop_profile("app", pushed.digest).await.unwrap();
+    client.drop_profile("app", pushed.digest, None).await.unwrap();
     let dropped = |status: &Value| status.get("profile").is_none() && status.get("boot").is_none();
     pushed.until(&registry, dropped).await;
     assert!(pushed.hung(&registry, media_type::PROFILE).await.is_empty());
-    assert!(client.drop_profile("app", Digest::of(b"")).await.unwrap_err().is_not_found());
+    assert!(client.drop_profile("app", Digest::of(b""), None).await.unwrap_err().is_not_found());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -344,7 +347,7 @@ async fn a_new_tag_inherits_and_its_first_start_corrects_it() {
         assert_eq!((&status["profile"]["starts"], &status["profile"]["pages"]), (&1.into(), &20.into()));
         // the next one inherits from the first again
         let client = Client::new(&registry.address.to_string(), ClientConfig::default()).unwrap();
-        client.drop_profile("app", new.digest).await.unwrap();
+        client.drop_profile("app", new.digest, None).await.unwrap();
         new.until(&registry, |status| status.get("profile").is_none()).await;
     }
 }
@@ -355,7 +358,7 @@ async fn however_many_starts_are_known_one_that_misses_much_is_heard() {
     let client = Client::new(&registry.address.to_string(), ClientConfig::default()).unwrap();
     let old = Pushed::new(&registry, "app", "v1", &image_of(&files)).await;
     let json = r#"{"version":1,"starts":16,"names":[],"files":["lib/one"],"runs":[[0,0,200,16]]}"#;
-    client.put_profile("app", old.digest, json.into()).await.unwrap();
+    client.put_profile("app", old.digest, None, json.into()).await.unwrap();
     let known = old.after_starts(&registry, 16).await;
     // the worker goes by the order of arrival: once the second is learnt, so is the first
     for (misses, pages) in [(3, 200), (4, 204)] {
@@ -369,7 +372,7 @@ async fn however_many_starts_are_known_one_that_misses_much_is_heard() {
         assert_eq!(status["boot"] == known["boot"], misses == 3);
     }
     // an inherited profile counts as one start
-    client.put_profile("app", old.digest, json.into()).await.unwrap();
+    client.put_profile("app", old.digest, None, json.into()).await.unwrap();
     old.until(&registry, |status| status["profile"]["starts"] == 16).await;
     let new = Pushed::new(&registry, "app", "v2", &image_of(&[files[0].clone(), files[1].clone()])).await;
     new.after_starts(&registry, 1).await;
