@@ -5,7 +5,7 @@
 //! believes a page of it, and each run against the tree before any page goes anywhere. Lengths of runs are
 //! not stored: they follow from the file's size in the tree.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use bytes::Bytes;
 
@@ -27,6 +27,8 @@ pub const BOOT_HEAD_BYTES: usize = 128;
 const FRAME_BYTES: u64 = 1 << 20;
 /// A run lies in one frame.
 const RUN_PAGES_MAX: u64 = FRAME_BYTES / PAGE_BYTES;
+/// Names of a table, twice those that are listed.
+const NAMES_MAX: usize = 2 * PROFILE_ITEMS_MAX;
 /// The table is not longer, compressed or plain, in bytes.
 const TABLE_BYTES_MAX: u32 = 64 << 20;
 /// No boot pack is longer, in bytes of the blob.
@@ -136,6 +138,8 @@ pub struct BootTable {
     pub runs: Vec<BootRun>,
     /// Paths to look up before any page is stored, without a leading slash.
     pub names: Vec<String>,
+    /// Those of them that are to be listed, as directories.
+    pub dirs: Vec<String>,
 }
 
 impl BootHead {
@@ -161,7 +165,7 @@ impl BootHead {
             && head.table_plain <= TABLE_BYTES_MAX
             && head.frames <= items_max
             && head.runs <= pages_max
-            && head.names <= 2 * items_max;
+            && head.names as usize <= NAMES_MAX;
         match bounded {
             false => Err(BootError::Head),
             true if head.tree != tree => Err(BootError::OtherImage),
@@ -214,11 +218,11 @@ impl BootHead {
         if plain.len() != plain_len || plain.len() < runs_end {
             return Err(damaged());
         }
-        let names = names(&plain[runs_end..], self.names as usize)?;
+        let (names, dirs) = names(&plain[runs_end..], self.names as usize)?;
         let mut runs = columns(&plain[frames_end..runs_end], runs, tree)?;
         let frames = self.frames_of(&plain[..frames_end], &mut runs)?;
         check_overlaps(&runs)?;
-        Ok(BootTable { frames, runs, names })
+        Ok(BootTable { frames, runs, names, dirs })
     }
 
     /// The frames, and for each run where in its frame it lies.
@@ -299,9 +303,9 @@ fn check_overlaps(runs: &[BootRun]) -> Result<(), BootError> {
     overlap.map_or(Ok(()), |pair| Err(BootError::Run(pair[1])))
 }
 
-/// Paths, each after its length in 16 bits.
-fn names(mut bytes: &[u8], count: usize) -> Result<Vec<String>, BootError> {
-    let mut names = Vec::new();
+/// Paths, each after its length in 16 bits, and of these the ones that come again.
+fn names(mut bytes: &[u8], count: usize) -> Result<(Vec<String>, Vec<String>), BootError> {
+    let (mut names, mut again, mut seen) = (Vec::new(), Vec::new(), HashSet::new());
     for number in 0..count {
         let damaged = || BootError::Damaged("name", number);
         let (len, rest) = bytes.split_first_chunk::<2>().ok_or_else(damaged)?;
@@ -310,8 +314,8 @@ fn names(mut bytes: &[u8], count: usize) -> Result<Vec<String>, BootError> {
             .ok()
             .filter(|name| crate::profile::is_inside(name))
             .ok_or_else(damaged)?;
-        names.push(name.to_owned());
+        if seen.insert(name) { &mut names } else { &mut again }.push(name.to_owned());
         bytes = rest;
     }
-    if bytes.is_empty() { Ok(names) } else { Err(BootError::Damaged("name", count)) }
+    if bytes.is_empty() { Ok((names, again)) } else { Err(BootError::Damaged("name", count)) }
 }

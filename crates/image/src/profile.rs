@@ -50,7 +50,7 @@ pub struct TraceRun {
 /// What one start touched, in order.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Trace {
-    /// Names looked up, found or not, by directory.
+    /// Names looked up, found or not, by directory. The name `.` says that the directory was listed.
     pub names: Vec<(Ino, Vec<u8>)>,
     /// Pages read.
     pub runs: Vec<TraceRun>,
@@ -94,6 +94,9 @@ pub struct Profile {
     /// Paths to look up, found or not, in order; without a leading slash.
     #[serde(deserialize_with = "bounded")]
     pub names: Vec<String>,
+    /// Directories that are listed, in order.
+    #[serde(default, deserialize_with = "bounded", skip_serializing_if = "Vec::is_empty")]
+    pub dirs: Vec<String>,
     /// The files that are read, by path.
     #[serde(deserialize_with = "bounded")]
     pub files: Vec<String>,
@@ -112,14 +115,18 @@ impl Profile {
         if profile.version != 1 {
             return Err(ProfileError::Version(profile.version));
         }
-        for (items, what) in
-            [(profile.names.len(), "names"), (profile.files.len(), "files"), (profile.runs.len(), "runs")]
-        {
+        for (items, what) in [
+            (profile.names.len(), "names"),
+            (profile.dirs.len(), "dirs"),
+            (profile.files.len(), "files"),
+            (profile.runs.len(), "runs"),
+        ] {
             if items > PROFILE_ITEMS_MAX {
                 return Err(ProfileError::TooMany(what));
             }
         }
-        if let Some(path) = profile.names.iter().chain(&profile.files).find(|path| !is_inside(path)) {
+        let mut paths = profile.names.iter().chain(&profile.dirs).chain(&profile.files);
+        if let Some(path) = paths.find(|path| !is_inside(path)) {
             return Err(ProfileError::Path(path.chars().take(100).collect()));
         }
         let mut pages = 0u64;
@@ -176,7 +183,7 @@ impl Profile {
     pub fn of_trace(tree: &Tree, trace: &Trace) -> Result<Self, TreeError> {
         let paths = Paths::of(tree)?;
         let mut profile = Self::empty(1);
-        profile.names = names_of(tree, &paths, trace);
+        (profile.names, profile.dirs) = names_of(tree, &paths, trace);
         let (mut numbers, mut budget, mut pages) = (HashMap::new(), PathBudget::full(), HashSet::new());
         for run in trace.runs.iter().take(PROFILE_ITEMS_MAX) {
             let Some(size) = file_size(tree, run.ino) else { continue };
@@ -214,7 +221,8 @@ impl Profile {
         let sizes = self.files.iter().map(|path| Ok(find(tree, path)?.and_then(|ino| file_size(tree, ino))));
         let sizes: Vec<Option<u64>> = sizes.collect::<Result<_, TreeError>>()?;
         let mut numbers = vec![None; self.files.len()];
-        let mut inherited = Self { inherited: true, names: self.names.clone(), ..Self::empty(self.starts) };
+        let (names, dirs) = (self.names.clone(), self.dirs.clone());
+        let mut inherited = Self { inherited: true, names, dirs, ..Self::empty(self.starts) };
         for ProfileRun(file, first, pages, seen) in self.runs.iter().copied() {
             let Some(size) = sizes[file as usize] else { continue };
             let end = (first + pages).min(size.div_ceil(PAGE_BYTES));
@@ -229,7 +237,8 @@ impl Profile {
     }
 
     fn empty(starts: u32) -> Self {
-        Self { version: 1, starts, inherited: false, names: Vec::new(), files: Vec::new(), runs: Vec::new() }
+        let (names, dirs, files) = (Vec::new(), Vec::new(), Vec::new());
+        Self { version: 1, starts, inherited: false, names, dirs, files, runs: Vec::new() }
     }
 
     /// Appends a page; false where there is no room for another run.
@@ -249,9 +258,10 @@ impl Profile {
     }
 }
 
-/// The paths that a trace looked up, each once.
-fn names_of(tree: &Tree, paths: &Paths<'_>, trace: &Trace) -> Vec<String> {
-    let (mut names, mut seen, mut budget) = (Vec::new(), HashSet::new(), PathBudget::full());
+/// The paths that a trace looked up, each once, and the directories that it listed.
+fn names_of(tree: &Tree, paths: &Paths<'_>, trace: &Trace) -> (Vec<String>, Vec<String>) {
+    let (mut names, mut dirs, mut seen) = (Vec::new(), Vec::new(), HashSet::new());
+    let mut budget = PathBudget::full();
     for (dir, name) in trace.names.iter().take(PROFILE_ITEMS_MAX) {
         // a name with a slash would be a path of its own
         let Some(name) = std::str::from_utf8(name).ok().filter(|name| !name.contains('/')) else { continue };
@@ -259,6 +269,12 @@ fn names_of(tree: &Tree, paths: &Paths<'_>, trace: &Trace) -> Vec<String> {
             continue;
         }
         let Some(mut path) = paths.path(*dir) else { continue };
+        if name == "." {
+            if is_inside(&path) && budget.take(&path) {
+                dirs.push(path);
+            }
+            continue;
+        }
         if !path.is_empty() {
             path.push('/');
         }
@@ -267,7 +283,7 @@ fn names_of(tree: &Tree, paths: &Paths<'_>, trace: &Trace) -> Vec<String> {
             names.push(path);
         }
     }
-    names
+    (names, dirs)
 }
 
 fn is_directory(tree: &Tree, ino: Ino) -> bool {
@@ -323,9 +339,14 @@ mod tests {
         for path in
             ["", "/", "/a", "a/", "a//b", ".", "..", "../a", "a/..", "a/./b", "a\0b", &long, &long_part]
         {
-            for list in ["names", "files"] {
+            for list in ["names", "dirs", "files"] {
                 let mut profile = Profile::empty(1);
-                if list == "names" { &mut profile.names } else { &mut profile.files }.push(path.to_owned());
+                let paths = match list {
+                    "names" => &mut profile.names,
+                    "dirs" => &mut profile.dirs,
+                    _ => &mut profile.files,
+                };
+                paths.push(path.to_owned());
                 let read = Profile::parse(&profile.to_json());
                 assert!(matches!(read, Err(ProfileError::Path(_))), "{path:?} in {list}");
             }
@@ -396,12 +417,13 @@ mod tests {
     pub(super) fn profile() -> impl Strategy<Value = Profile> {
         let path = "[a-c\n\"\\\\é]{1,3}(/[a-c]{1,2}){0,2}";
         let run = (0u32..6, prop_oneof![0u64..40, Just((1 << 52) - 100)], 1u64..40, any::<u32>());
+        let dirs = prop::collection::vec(path, 0..4);
         let paths = prop::collection::vec(path, 6);
-        (any::<(u32, bool)>(), paths.clone(), paths, prop::collection::vec(run, 0..20)).prop_map(
-            |((starts, inherited), names, files, runs)| {
+        (any::<(u32, bool)>(), paths.clone(), dirs, paths, prop::collection::vec(run, 0..20)).prop_map(
+            |((starts, inherited), names, dirs, files, runs)| {
                 let runs =
                     runs.into_iter().map(|(file, first, pages, seen)| ProfileRun(file, first, pages, seen));
-                Profile { version: 1, starts, inherited, names, files, runs: runs.collect() }
+                Profile { version: 1, starts, inherited, names, dirs, files, runs: runs.collect() }
             },
         )
     }

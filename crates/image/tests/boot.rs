@@ -196,6 +196,17 @@ proptest! {
 }
 
 #[test]
+fn directories_that_are_listed_are_looked_up_once_like_all_names() {
+    let mut profile = profile(&["etc", "a/small"], &[]);
+    profile.dirs = ["a", "etc", "a"].map(str::to_owned).to_vec();
+    let boot = build(image(), &profile).unwrap();
+    let table = table(image(), &boot).unwrap();
+    assert_eq!(table.dirs, ["a", "etc"]);
+    assert_eq!(table.names.iter().filter(|name| *name == "etc").count(), 1);
+    assert!(table.names.iter().any(|name| name == "a"));
+}
+
+#[test]
 fn names_survive_with_and_without_pages() {
     let names = ["etc/ld.so.preload", "a/é", "a/small"];
     for runs in [&[][..], &[(1, 0, 1)]] {

@@ -76,6 +76,7 @@ fn what_is_not_in_the_tree_is_left_out_of_a_trace() {
     ];
     let profile = Profile::of_trace(&image.tree, &trace(&names, &runs)).unwrap();
     assert!(profile.names.is_empty(), "{:?}", profile.names);
+    assert_eq!(profile.dirs, ["a"], "a dot says that it was listed");
     assert_eq!(profile.files, ["a/big"]);
     // and each page once
     assert_eq!(profile.runs, [ProfileRun(0, 12, 1, 1), ProfileRun(0, 11, 1, 1)]);

@@ -158,6 +158,14 @@ impl Fuse {
         Ok(attributes(ino, &self.tree().inode(ino)?))
     }
 
+    /// A directory is listed, from its beginning or from further on.
+    fn listing(&self, dir: INodeNo, offset: u64) {
+        one(&self.files.ahead.counters.readdirs);
+        if offset == 0 {
+            self.files.recorder.name(Ino(dir.0), b".");
+        }
+    }
+
     fn found(&self, parent: Ino, name: &OsStr) -> Result<FileAttr, FsError> {
         match self.tree().lookup(parent, name.as_bytes())? {
             Some(ino) => self.attributes(ino),
@@ -306,7 +314,7 @@ impl Filesystem for Fuse {
     }
 
     fn readdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        one(&self.files.ahead.counters.readdirs);
+        self.listing(ino, offset);
         let listed = list(self.tree(), Ino(ino.0), offset, |name, ino, of, next| {
             Ok(reply.add(INodeNo(ino.0), next, kind(of), OsStr::from_bytes(name)))
         });
@@ -324,7 +332,7 @@ impl Filesystem for Fuse {
         offset: u64,
         mut reply: ReplyDirectoryPlus,
     ) {
-        one(&self.files.ahead.counters.readdirs);
+        self.listing(ino, offset);
         let listed = list(self.tree(), Ino(ino.0), offset, |name, ino, _, next| {
             let attr = self.attributes(ino)?;
             Ok(reply.add(INodeNo(ino.0), next, OsStr::from_bytes(name), &TTL, &attr, Generation(0)))

@@ -66,6 +66,8 @@ counters! {
     boot_bytes,
     /// Names that it looked up.
     boot_names,
+    /// Directories that it listed.
+    boot_dirs,
     /// Runs of pages that it stored in the kernel's page cache.
     boot_stored_runs,
     /// Their bytes.

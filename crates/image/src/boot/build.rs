@@ -7,7 +7,7 @@ use lamina_chunk::{Chunk, FrameId, Place};
 use lru::LruCache;
 
 use super::plan::{PlannedRun, plan};
-use super::{BOOT_BYTES_MAX, BootHead, FRAME_RECORD_BYTES, RUN_RECORD_BYTES, TABLE_BYTES_MAX};
+use super::{BOOT_BYTES_MAX, BootHead, FRAME_RECORD_BYTES, NAMES_MAX, RUN_RECORD_BYTES, TABLE_BYTES_MAX};
 use crate::profile::PAGE_BYTES;
 use crate::{Digest, Profile, Tree, TreeError};
 
@@ -125,13 +125,25 @@ fn columns(runs: &[PlannedRun]) -> Vec<u8> {
     bytes
 }
 
-/// What is looked up: the profile's names, and the files that a start knew from listing their directory. Each after its length.
+/// What is looked up: the profile's names, and the files that a start knew from listing their directory; then the directories
+/// that are listed, again. Each after its length.
 fn names(profile: &Profile) -> (Vec<u8>, usize) {
-    let (mut bytes, mut seen) = (Vec::new(), HashSet::new());
-    for name in profile.names.iter().chain(&profile.files).filter(|name| seen.insert(name.as_str())) {
+    let mut seen = HashSet::new();
+    let mut names: Vec<&str> = Vec::new();
+    let once = profile.names.iter().chain(&profile.files).map(String::as_str);
+    names.extend(once.filter(|name| seen.insert(*name)));
+    let mut listed = HashSet::new();
+    for dir in profile.dirs.iter().map(String::as_str).filter(|dir| listed.insert(*dir)) {
+        if names.len() + 2 > NAMES_MAX {
+            break;
+        }
+        names.extend(seen.insert(dir).then_some(dir).into_iter().chain([dir]));
+    }
+    let mut bytes = Vec::new();
+    for name in &names {
         let len = u16::try_from(name.len()).expect("a profile's paths have at most 4096 bytes");
         bytes.extend_from_slice(&len.to_le_bytes());
         bytes.extend_from_slice(name.as_bytes());
     }
-    (bytes, seen.len())
+    (bytes, names.len())
 }

@@ -50,7 +50,9 @@ pub(super) fn merged(old: &Profile, new: &Profile, missed: bool) -> Profile {
     ranked.sort_unstable();
     let mut merged = Profile::empty(starts);
     merged.inherited = old.inherited && new.inherited;
-    merged.names = names(old, new);
+    let mut budget = PathBudget::full();
+    merged.names = paths(&old.names, &new.names, &mut budget);
+    merged.dirs = paths(&old.dirs, &new.dirs, &mut budget);
     add_pages(&mut merged, &files, ranked.into_iter().map(|(_, page, seen)| (page, seen)));
     merged
 }
@@ -84,11 +86,11 @@ fn touches(profile: &Profile, numbers: &[u32]) -> HashMap<Page, Touch> {
     pages
 }
 
-/// The names of both, each once.
-fn names(old: &Profile, new: &Profile) -> Vec<String> {
-    let (mut seen, mut budget) = (HashSet::new(), PathBudget::full());
-    let names = old.names.iter().chain(&new.names).filter(|name| seen.insert(name.as_str()));
-    names.filter(|name| budget.take(name)).cloned().collect()
+/// The paths of both lists, each once.
+fn paths(old: &[String], new: &[String], budget: &mut PathBudget) -> Vec<String> {
+    let mut seen = HashSet::new();
+    let paths = old.iter().chain(new).filter(|path| seen.insert(path.as_str()));
+    paths.filter(|path| budget.take(path)).cloned().collect()
 }
 
 /// Appends pages as runs, until the profile is full.

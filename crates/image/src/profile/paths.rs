@@ -7,7 +7,7 @@ use crate::{FileKind, Ino, Tree, TreeError};
 const PATH_BYTES_MAX: usize = 4096;
 /// No longer part of one.
 const NAME_BYTES_MAX: usize = 255;
-/// Bytes of JSON that the names or the files of a profile made here may have: 42,000 files with paths of 80
+/// Bytes of JSON that the names and directories, or the files, of a profile made here may have: 42,000 files with paths of 80
 /// bytes have 3.5 MB.
 const PATHS_JSON_BYTES_MAX: usize = 6 << 20;
 

@@ -9,9 +9,10 @@ use bytes::Bytes;
 use fuser::{INodeNo, Notifier};
 use futures_util::stream::{FuturesOrdered, StreamExt};
 use lamina_image::{BOOT_BYTES_MAX, BOOT_HEAD_BYTES, BootError, BootHead, BootRun, BootTable, Ino, Tree};
-use rustix::fs::{AtFlags, CWD, Mode, OFlags};
+use rustix::fs::{AtFlags, CWD, Dir, Mode, OFlags, ResolveFlags};
 use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, spawn_blocking};
+use tracing::trace;
 
 use super::known::{Finishing, Known};
 use super::{Boot, BootFailure, BootStream, Coming, KEPT, OPENED};
@@ -44,7 +45,7 @@ impl Booting<'_> {
         }
         let _ended = Ended(Arc::clone(&coming));
         let known = Arc::new(Known::new(self.tree.inodes()));
-        let looking = self.look_up(table.names, Arc::clone(&known));
+        let looking = self.look_up(table.names, table.dirs, Arc::clone(&known));
         let (frames, queue) = mpsc::channel(OPENED);
         let storing = self.store(&coming, table.runs, known, queue);
         let opened = self.open(&mut stream, &coming, frames).await;
@@ -76,11 +77,12 @@ impl Booting<'_> {
         if frames_end == pack.bytes { Ok(table) } else { Err(BootFailure::Length(pack.bytes)) }
     }
 
-    /// Looks names up through the mount, found or not: the kernel then knows them and the inodes.
-    fn look_up(&self, names: Vec<String>, known: Arc<Known>) -> JoinHandle<()> {
+    /// Looks names up through the mount, found or not: the kernel then knows them and the inodes. Then lists directories,
+    /// which it keeps as well.
+    fn look_up(&self, names: Vec<String>, dirs: Vec<String>, known: Arc<Known>) -> JoinHandle<()> {
         let (path, counters) = (self.mountpoint.to_owned(), self.counters.clone());
         spawn_blocking(move || {
-            let _finishing = Finishing(&known);
+            let finishing = Finishing(&known);
             let Ok(root) = rustix::fs::openat(CWD, &path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
             else {
                 return;
@@ -92,6 +94,12 @@ impl Booting<'_> {
                     known.add(Ino(found.st_ino));
                 }
                 one(&counters.boot_names);
+            }
+            // pages wait for no listing
+            drop(finishing);
+            for dir in dirs.iter().filter(|dir| list(&root, dir).is_ok()) {
+                trace!(dir, "listed");
+                one(&counters.boot_dirs);
             }
         })
     }
@@ -166,6 +174,14 @@ impl Booting<'_> {
             Ok(())
         })
     }
+}
+
+/// Has the kernel read a directory below `root`. A boot pack's word leads out of the mount by no link and no other mount.
+fn list(root: &OwnedFd, dir: &str) -> rustix::io::Result<()> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let inside = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
+    let opened = rustix::fs::openat2(root, dir, flags, Mode::empty(), inside)?;
+    Dir::new(opened)?.try_for_each(|entry| entry.map(drop))
 }
 
 /// Tells waiting reads when a boot pack has ended, however.

@@ -55,6 +55,30 @@ fn what_a_boot_pack_brought_is_read_without_asking() {
 }
 
 #[test]
+fn directories_that_a_start_listed_are_known_when_the_next_one_lists_them() {
+    let files = ["d/one", "d/two", "d/sub/three", "e/four"];
+    let rig =
+        Rig::with(files.iter().fold(Layer::new(), |layer, path| layer.file(path, b"x")), Packs::default());
+    let pack = rig.boot_pack_listing(&["d/one"], &["d", "d/sub"]);
+    rig.boot(&pack).expect("booted");
+    let before = rig.mount().snapshot();
+    assert_eq!((before.boot_dirs, before.boot_failed), (2, 0));
+    let names = |dir: &str| {
+        let entries = fs::read_dir(rig.path(dir)).expect("listed");
+        let mut names: Vec<_> = entries.map(|entry| entry.expect("an entry").file_name()).collect();
+        names.sort();
+        names
+    };
+    assert_eq!(
+        (names("d"), names("d/sub")),
+        (vec!["one".into(), "sub".into(), "two".into()], vec!["three".into()])
+    );
+    assert_eq!(rig.mount().snapshot().readdirs, before.readdirs, "the kernel knows them");
+    assert_eq!(names("e"), ["four"]);
+    assert!(rig.mount().snapshot().readdirs > before.readdirs);
+}
+
+#[test]
 fn pages_that_the_kernel_drops_come_from_the_boot_pack_again() {
     let rig = rig(Packs::default());
     let pack = rig.boot_pack(&["text", "large", "small"]);
@@ -160,6 +184,7 @@ fn a_start_is_recorded_page_by_page_and_in_order() {
     });
     assert!(mount.quiet() < Some(Duration::from_secs(20)));
     fs::metadata(rig.path("absent")).expect_err("absent");
+    fs::read_dir(rig.path("")).expect("listed").for_each(drop);
     let trace = mount.end_start().expect("recorded");
     let ino = rig.tree.lookup(lamina_image::Ino::ROOT, b"other").expect("sound").expect("there");
     let pages: Vec<u64> = trace
@@ -170,6 +195,7 @@ fn a_start_is_recorded_page_by_page_and_in_order() {
         .collect();
     assert_eq!(pages, touched);
     assert!(trace.names.iter().any(|(_, name)| name == b"absent"));
+    assert!(trace.names.contains(&(lamina_image::Ino::ROOT, b".".to_vec())), "it was listed");
     assert_eq!(mount.end_start(), None);
 }
 

@@ -197,11 +197,18 @@ impl Rig {
 
     /// A boot pack of these files, whole and in this order, served beside the packs.
     pub(crate) fn boot_pack(&self, files: &[&str]) -> Bytes {
+        self.boot_pack_listing(files, &[])
+    }
+
+    /// The same of a start that listed these directories.
+    pub(crate) fn boot_pack_listing(&self, files: &[&str], dirs: &[&str]) -> Bytes {
         let runs = files.iter().map(|path| {
             let inode = fs::metadata(self.path(path)).expect("there");
             TraceRun { ino: Ino(inode.ino()), first: 0, pages: inode.len().div_ceil(4096) }
         });
-        let names = vec![(Ino::ROOT, b"not there".to_vec())];
+        let mut names = vec![(Ino::ROOT, b"not there".to_vec())];
+        let ino = |path: &&str| Ino(fs::metadata(self.path(path)).expect("there").ino());
+        names.extend(dirs.iter().map(|dir| (ino(dir), b".".to_vec())));
         let trace = Trace { runs: runs.collect(), names, boot: false };
         let profile = Profile::of_trace(&self.tree, &trace).expect("a profile");
         let open = |id: FrameId, place: Place| {

@@ -110,13 +110,13 @@ fn is_steady(profile: &Profile) -> bool {
     profile.starts >= STEADY_STARTS && !profile.inherited
 }
 
-/// Whether the same pages of the same files are read in the same order after the same names were looked up.
+/// Whether the same pages of the same files are read in the same order, and the same names looked up and directories listed.
 fn same_pages(one: &Profile, other: &Profile) -> bool {
     fn pages(profile: &Profile) -> impl Iterator<Item = (&str, u64)> {
         let file = |run: &ProfileRun| profile.files[run.0 as usize].as_str();
         profile.runs.iter().flat_map(move |run| (run.1..run.1 + run.2).map(move |page| (file(run), page)))
     }
-    one.names == other.names && pages(one).eq(pages(other))
+    one.names == other.names && one.dirs == other.dirs && pages(one).eq(pages(other))
 }
 
 /// The boot pack of a profile, of its first 1 GiB.
