@@ -12,7 +12,7 @@ mod locations;
 mod open;
 mod segment;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -31,6 +31,10 @@ use self::index::{BATCH_MAX, Index, Location};
 use self::locations::Locations;
 use self::segment::{Kind, RECORD_HEADER_BYTES, RecordHeader, SEGMENT_HEADER_BYTES, Segment};
 use crate::metrics::{Counters, add};
+
+/// Frames go to a segment in writes of up to so many bytes: a file system takes one long one several times as fast as many
+/// that are as long as a frame.
+const WRITE_BYTES: u64 = 1 << 20;
 
 /// The directory of frames.
 pub(crate) struct Disk {
@@ -119,17 +123,40 @@ impl Disk {
     /// are left out. The index learns of them a batch at a time, and of the last by [`settle`](Self::settle).
     pub(crate) fn append(&self, frames: &[(FrameId, Sealed)]) {
         let mut writing = self.writer.lock();
+        let (mut run, mut run_len, mut seen) = (Vec::new(), 0, HashSet::new());
+        let run_max = WRITE_BYTES.min(self.segment_bytes / 8);
         for (id, sealed) in frames {
-            if self.contains(*id) {
+            if self.contains(*id) || !seen.insert(*id) {
                 continue;
             }
-            let kind = if writing.ghosts.remove(*id) { Kind::Kept } else { Kind::New };
-            if self.make_room(&mut writing, record_len(sealed)) {
-                let written = self.append_one(&mut writing, kind, (*id, sealed), 0);
-                add(&self.counters.written_frames, written.into());
-            } else {
-                add(&self.counters.write_dropped, 1);
+            if writing.ghosts.remove(*id) {
+                self.append_or_drop(&mut writing, Kind::Kept, &[(*id, sealed)]);
+                continue;
             }
+            if run_len + record_len(sealed) > run_max {
+                self.append_or_drop(&mut writing, Kind::New, &run);
+                run.clear();
+                run_len = 0;
+            }
+            run.push((*id, sealed));
+            run_len += record_len(sealed);
+        }
+        self.append_or_drop(&mut writing, Kind::New, &run);
+    }
+
+    /// Appends frames with one write where there is room for all, else one by one, and drops those for which there is none.
+    fn append_or_drop(&self, writing: &mut Writing, kind: Kind, frames: &[(FrameId, &Sealed)]) {
+        if frames.is_empty() {
+            return;
+        }
+        let len = frames.iter().map(|(_, sealed)| record_len(sealed)).sum();
+        if self.make_room(writing, len) {
+            let written = if self.append_run(writing, kind, frames, 0) { frames.len() } else { 0 };
+            add(&self.counters.written_frames, written);
+        } else if let [_] = frames {
+            add(&self.counters.write_dropped, 1);
+        } else {
+            frames.chunks(1).for_each(|alone| self.append_or_drop(writing, kind, alone));
         }
     }
 
@@ -150,38 +177,46 @@ impl Disk {
         self.lock.as_fd().try_clone_to_owned()
     }
 
-    /// Appends a record if it fits under the cap; whether it is on disk now.
-    fn append_one(
-        &self,
-        writing: &mut Writing,
-        kind: Kind,
-        (id, sealed): (FrameId, &Sealed),
-        heat: u8,
-    ) -> bool {
-        let record_len = record_len(sealed);
-        self.roll_if_full(writing, kind, record_len);
+    /// Appends a record for each frame, all with one write, if they fit under the cap; whether they are on disk now.
+    fn append_run(&self, writing: &mut Writing, kind: Kind, frames: &[(FrameId, &Sealed)], heat: u8) -> bool {
+        let records_len: u64 = frames.iter().map(|(_, sealed)| record_len(sealed)).sum();
+        let mut records = Vec::with_capacity(usize::try_from(records_len).unwrap_or(0));
+        frames.iter().for_each(|(id, sealed)| RecordHeader::write(*id, sealed, &mut records));
+        self.roll_if_full(writing, kind, records_len);
         let header = if writing.of(kind).active.is_none() { SEGMENT_HEADER_BYTES } else { 0 };
-        if self.used() + header + record_len > self.bytes_max {
+        if self.used() + header + records_len > self.bytes_max {
             return false;
         }
         if header > 0 && !self.begin(writing, kind) {
             return false;
         }
         let Some((number, segment)) = writing.of(kind).active.clone() else { return false };
-        let (offset, record) = (segment.len.load(Ordering::Relaxed), RecordHeader::record(id, sealed));
-        if let Err(error) = segment.file.write_all_at(&record, offset) {
+        let offset = segment.len.load(Ordering::Relaxed);
+        if let Err(error) = segment.file.write_all_at(&records, offset) {
             self.write_failed(&error);
             if segment.file.set_len(offset).is_err() {
                 // what lies behind is unknown: count it and begin another segment
-                let len = segment.file.metadata().map_or(offset + record_len, |meta| meta.len());
+                let len = segment.file.metadata().map_or(offset + records_len, |meta| meta.len());
                 segment.len.store(len.max(offset), Ordering::Relaxed);
                 self.counters.disk_used_bytes.fetch_add(len.saturating_sub(offset), Ordering::Relaxed);
                 self.roll(writing, kind);
             }
             return false;
         }
-        segment.len.store(offset + record_len, Ordering::Relaxed);
-        self.counters.disk_used_bytes.fetch_add(record_len, Ordering::Relaxed);
+        self.counters.disk_used_bytes.fetch_add(records_len, Ordering::Relaxed);
+        frames.iter().for_each(|frame| self.take_in(writing.of(kind), (number, &segment), *frame, heat));
+        true
+    }
+
+    /// Takes note of a record that was written to the end of a segment.
+    fn take_in(
+        &self,
+        growing: &mut Growing,
+        (number, segment): (u32, &Segment),
+        (id, sealed): (FrameId, &Sealed),
+        heat: u8,
+    ) {
+        let offset = segment.len.fetch_add(record_len(sealed), Ordering::Relaxed);
         let small = |len: usize| u32::try_from(len).expect("frames are at most 256 KiB");
         let location = Location {
             segment: number,
@@ -190,12 +225,10 @@ impl Disk {
             plain_len: small(sealed.plain_len()),
         };
         self.locations.insert(id, location, heat);
-        let growing = writing.of(kind);
         growing.unindexed.push((id, location));
         if growing.unindexed.len() == BATCH_MAX - 1 {
             self.index_active(growing);
         }
-        true
     }
 
     fn roll_if_full(&self, writing: &mut Writing, kind: Kind, record_len: u64) {

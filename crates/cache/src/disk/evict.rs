@@ -197,7 +197,7 @@ impl Disk {
         let mut gone = Vec::new();
         for (location, id, sealed, heat) in batch {
             debug_assert_eq!(location.segment, number);
-            if self.append_one(writing, Kind::Kept, (id, &sealed), heat) {
+            if self.append_run(writing, Kind::Kept, &[(id, &sealed)], heat) {
                 add(&self.counters.kept_frames, 1);
                 continue;
             }

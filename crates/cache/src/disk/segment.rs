@@ -55,18 +55,19 @@ pub(crate) struct RecordHeader {
 }
 
 impl RecordHeader {
-    /// The whole record of `sealed`. Panics where a frame is longer than any frame can be; such were never opened.
-    pub(crate) fn record(id: FrameId, sealed: &Sealed) -> Vec<u8> {
+    /// Appends the whole record of `sealed` to `records`. Panics where a frame is longer than any frame can be; such were
+    /// never opened.
+    pub(crate) fn write(id: FrameId, sealed: &Sealed, records: &mut Vec<u8>) {
         let small = |len: usize| u32::try_from(len).expect("frames are at most 256 KiB");
-        let mut record = Vec::with_capacity(RECORD_HEADER_BYTES + sealed.bytes().len());
-        record.extend_from_slice(&RECORD_MAGIC);
-        record.extend_from_slice(id.as_bytes());
-        record.extend_from_slice(&small(sealed.bytes().len()).to_le_bytes());
-        record.extend_from_slice(&small(sealed.plain_len()).to_le_bytes());
-        let check = check(&record);
-        record.extend_from_slice(&check);
-        record.extend_from_slice(sealed.bytes());
-        record
+        let start = records.len();
+        records.reserve(RECORD_HEADER_BYTES + sealed.bytes().len());
+        records.extend_from_slice(&RECORD_MAGIC);
+        records.extend_from_slice(id.as_bytes());
+        records.extend_from_slice(&small(sealed.bytes().len()).to_le_bytes());
+        records.extend_from_slice(&small(sealed.plain_len()).to_le_bytes());
+        let check = check(&records[start..]);
+        records.extend_from_slice(&check);
+        records.extend_from_slice(sealed.bytes());
     }
 
     /// Reads a header; `None` where these 64 bytes are not one.
@@ -148,7 +149,8 @@ mod tests {
     #[test]
     fn a_record_header_is_these_bytes() {
         let sealed = Sealed::new(Bytes::from_static(b"abc"), 5);
-        let record = RecordHeader::record(FrameId::from_bytes([7; 32]), &sealed);
+        let mut record = Vec::new();
+        RecordHeader::write(FrameId::from_bytes([7; 32]), &sealed, &mut record);
         assert_eq!(record.len(), 67);
         assert_eq!(record[..8], *b"LAMFRM01");
         assert_eq!(record[8..40], [7; 32]);
@@ -162,7 +164,8 @@ mod tests {
         #[test]
         fn a_header_with_any_bit_changed_is_none(at in 0usize..64, bit in 0u8..8) {
             let sealed = Sealed::new(Bytes::from_static(b"abc"), 5);
-            let mut record = RecordHeader::record(FrameId::of(b"x"), &sealed);
+            let mut record = Vec::new();
+            RecordHeader::write(FrameId::of(b"x"), &sealed, &mut record);
             record[at] ^= 1 << bit;
             prop_assert_eq!(RecordHeader::read(&record[..64]), None);
         }
