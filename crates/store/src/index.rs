@@ -56,13 +56,21 @@ impl Index {
 
     /// Opens the index, or makes an empty one where what is there cannot be used. Blocks.
     pub(crate) fn open(directory: &Path, within: Duration) -> Result<Self, StoreError> {
+        Self::open_unlocked(directory, within, UNLOCKS_WITHIN)
+    }
+
+    fn open_unlocked(
+        directory: &Path,
+        within: Duration,
+        unlocks_within: Duration,
+    ) -> Result<Self, StoreError> {
         if directory.join(BROKEN).exists() {
             discard(directory)?;
         }
         let is_locked = |reason: &String| reason.contains("could not acquire lock");
         let mut opened = open_guarded(directory, within);
         if opened.as_ref().is_err_and(is_locked) {
-            wait_until_unlocked(directory);
+            wait_until_unlocked(directory, unlocks_within);
             opened = open_guarded(directory, within);
         }
         let first = match opened {
@@ -206,7 +214,7 @@ fn open_guarded(directory: &Path, within: Duration) -> Result<Index, String> {
 }
 
 /// Waits for whoever has the database open, as long as closing it may take.
-fn wait_until_unlocked(directory: &Path) {
+fn wait_until_unlocked(directory: &Path, within: Duration) {
     let Ok(file) = std::fs::File::open(directory.join("db")) else { return };
     let (free, freed) = sync_channel(1);
     let waiter = std::thread::Builder::new().name("lamina-index-lock".to_owned());
@@ -217,7 +225,7 @@ fn wait_until_unlocked(directory: &Path) {
         let _ = free.send(());
     });
     if waiting.is_ok() {
-        let _ = freed.recv_timeout(UNLOCKS_WITHIN);
+        let _ = freed.recv_timeout(within);
     }
 }
 
@@ -325,10 +333,11 @@ mod tests {
         let last = std::fs::File::open(directory.path().join("db")).unwrap();
         last.lock().unwrap();
         let path = directory.path().to_owned();
-        let opening = std::thread::spawn(move || Index::open(&path, WITHIN));
-        std::thread::park_timeout(UNLOCKS_WITHIN / 10);
+        let waiting = std::thread::spawn(move || Index::open_unlocked(&path, WITHIN, WITHIN));
+        let locked = Index::open_unlocked(directory.path(), WITHIN, Duration::ZERO);
+        assert!(matches!(locked, Err(StoreError::Index { .. })), "{locked:?}");
         drop(last);
-        opening.join().unwrap().unwrap();
+        waiting.join().unwrap().unwrap();
     }
 
     #[test]
@@ -336,7 +345,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let first = Index::open(directory.path(), WITHIN).unwrap();
         first.add(PACK, &records(3));
-        assert!(matches!(Index::open(directory.path(), WITHIN), Err(StoreError::Index { .. })));
+        let second = Index::open_unlocked(directory.path(), WITHIN, Duration::ZERO);
+        assert!(matches!(second, Err(StoreError::Index { .. })));
         assert!(first.has(PACK));
     }
 }
