@@ -226,6 +226,12 @@ impl Files {
                 _ => return,
             }
         }
+        let small = (in_stream && !is_recording).then(|| self.ahead.small_files());
+        let small = match small {
+            // they are being looked for: the next read in the frame finds them
+            Some(None) => return,
+            small => small.flatten(),
+        };
         let read = offset..offset.saturating_add(u64::from(size));
         // a frame of which all was read has no rest
         let partly = touched.iter().filter(|touch| touch.len < u64::from(touch.plain_len));
@@ -234,8 +240,7 @@ impl Files {
             if let Some(chunk) = here {
                 // a damaged tree is found, and told, by reading
                 let _ = self.pages.store_rest(tree, ino, read.clone(), *touch, chunk.bytes());
-                if let Some(small) = (in_stream && !is_recording).then(|| self.ahead.small_files()).flatten()
-                {
+                if let Some(small) = small {
                     let others = small.in_frame(touch.frame).filter(|other| *other != ino);
                     let _ = self.pages.store_whole(tree, others, chunk.bytes());
                 }

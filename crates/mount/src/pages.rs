@@ -22,6 +22,8 @@ use crate::order::Touch;
 const PAGE_BYTES: u64 = 4096;
 /// Frames whose runs wait for the thread: some milliseconds of its work, and at most 8 MiB. What does not fit is left out.
 const QUEUE_FRAMES: usize = 32;
+/// Small files in a frame of which each may take a page more than it has bytes.
+const RUNS_MAX: u64 = 256;
 /// A file's part of a frame lies within this many bytes of every byte of it: the longest frame.
 const FRAME_BYTES_MAX: u64 = 256 << 10;
 
@@ -87,16 +89,19 @@ impl Pages {
         Ok(())
     }
 
-    /// Stores all of the small files `inos`, which lie in the frame that is `plain`. Returns at once, as above.
+    /// Stores all of the small files `inos`, which lie in the frame that is `plain`, as far as they are together no longer than
+    /// a frame can be: files with the same contents lie there once, and may be any number. Returns at once, as above.
     pub(crate) fn store_whole(
         &self,
         tree: &Tree,
         inos: impl Iterator<Item = Ino>,
         plain: &Bytes,
     ) -> Result<(), TreeError> {
-        let mut runs = Vec::new();
+        let (mut runs, mut room) = (Vec::new(), FRAME_BYTES_MAX + RUNS_MAX * PAGE_BYTES);
         for ino in inos {
             let size = tree.inode(ino)?.size;
+            let Some(left) = room.checked_sub(size.next_multiple_of(PAGE_BYTES)) else { break };
+            room = left;
             for extent in tree.extents(ino, 0, size)? {
                 let skip = extent?.skip as usize;
                 let end = usize::try_from(size).ok().and_then(|size| skip.checked_add(size));
