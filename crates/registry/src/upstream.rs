@@ -232,3 +232,22 @@ fn outcome_of(error: &ApiError) -> &'static str {
         _ => "error",
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use lamina_store::StoreConfig;
+    use lamina_wire::ClientConfig;
+
+    use super::*;
+
+    /// An upstream where nobody answers.
+    pub(super) async fn away(directory: &Path) -> Arc<Upstream> {
+        let store = StoreConfig::new(directory.join("index"));
+        let store = Store::open_directory(directory, store).await.unwrap();
+        let client = Client::new("127.0.0.1:1", ClientConfig { tries: 1, ..ClientConfig::default() }).unwrap();
+        let config = UpstreamConfig { client, revalidate: Duration::ZERO, spool: directory.to_owned() };
+        Upstream::new(store, config, Metrics::default())
+    }
+}

@@ -99,7 +99,9 @@ impl Upstream {
     async fn store_blob(&self, coming: &Coming) -> Result<(), ApiError> {
         let (repo, digest) = coming.key();
         let _place = self.fetches.acquire().await.expect("never closed");
-        if self.link_known(repo, *digest).await? {
+        // it may have come since whoever asks looked for it
+        if self.store.take_blob_in(repo, *digest).await?.is_some() || self.link_known(repo, *digest).await?
+        {
             self.metrics.passed_on("blob", "hit");
             return Ok(());
         }
@@ -224,4 +226,22 @@ fn follow(progress: watch::Receiver<Progress>, spool: Arc<File>, digest: Digest)
         Ok(Some((frame, (progress, spool, offset + len as u64))))
     })
     .boxed()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::away;
+    use super::*;
+
+    #[tokio::test]
+    async fn a_blob_that_has_come_meanwhile_is_not_asked_for_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let (upstream, repo) = (away(directory.path()).await, "app".parse().unwrap());
+        let digest = Digest::of(b"bytes");
+        let mut session = upstream.store.begin_upload_by(&repo, digest.algorithm()).unwrap();
+        session.write(Bytes::from_static(b"bytes")).await.unwrap();
+        session.finish(digest).await.unwrap();
+        let brought = upstream.fetch_blob(&repo, digest, false).await.unwrap();
+        assert!(matches!(brought, Brought::Here));
+    }
 }
