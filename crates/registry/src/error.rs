@@ -177,6 +177,15 @@ impl ApiError {
         }
     }
 
+    /// What is kept of it for whoever asks later: nothing of the inside.
+    pub(crate) fn reason(&self) -> String {
+        match self.root() {
+            Self::Upstream(_) => self.to_string(),
+            other if other.parts().0.is_server_error() => "the registry failed; its log says more".to_owned(),
+            other => other.to_string(),
+        }
+    }
+
     /// What the client reads: one entry for each thing that is wrong.
     fn documents(&self, code: &str, request: &str) -> Vec<serde_json::Value> {
         let digest_of = |digest: &Digest| json!({ "digest": digest });
@@ -237,9 +246,10 @@ impl ApiError {
     }
 }
 
-/// What a client is told of the upstream: not whose credential was sent, and where it is kept.
+/// What a client is told of the upstream: not whose credential was sent, and where it is kept, nor what a URL that it
+/// led to is signed with.
 fn said(error: &WireError) -> String {
-    match error {
+    without_queries(&match error {
         WireError::Denied { url, status, message, .. } => format!(
             "the upstream refuses: {url}: {status}: {message}; this registry has no credential there, or not one that may"
         ),
@@ -247,7 +257,19 @@ fn said(error: &WireError) -> String {
             format!("this registry cannot get at its credential for the upstream {host}; its log says why")
         }
         other => format!("the upstream does not answer as hoped: {other}"),
-    }
+    })
+}
+
+/// The text, its URLs up to their `?`.
+fn without_queries(text: &str) -> String {
+    let cut = |word: &str| match (word.find("://"), word.find('?')) {
+        (Some(scheme), Some(query)) if scheme < query => {
+            let url = word.trim_end_matches(|end: char| end.is_whitespace() || ":;,)\"'".contains(end));
+            [&word[..query], &word[url.len().max(query + 1)..]].concat()
+        }
+        _ => word.to_owned(),
+    };
+    text.split_inclusive(char::is_whitespace).map(cut).collect()
 }
 
 fn upstream_parts(error: &WireError) -> (StatusCode, &'static str) {
@@ -292,4 +314,34 @@ fn is_full(error: &(dyn std::error::Error + 'static)) -> bool {
         cause = error.source();
     }
     false
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_url_is_signed_with_is_not_told() {
+        for (text, told) in [
+            ("https://a/b?sig=1: 403: no; why?", "https://a/b: 403: no; why?"),
+            ("see (https://a/b?x=http://c?d) there", "see (https://a/b) there"),
+            ("https://a/b?\nnext", "https://a/b\nnext"),
+            ("is it? https://a/b is", "is it? https://a/b is"),
+        ] {
+            assert_eq!(without_queries(text), told);
+        }
+        let (url, message) = ("https://cdn/blob?signature=secret".to_owned(), "expired".to_owned());
+        let denied = WireError::Denied { url, status: 403, message, credential: "the file".to_owned() };
+        let told = ApiError::from(denied).reason();
+        assert!(told.contains("https://cdn/blob: 403") && !told.contains("secret"), "{told}");
+    }
+
+    #[test]
+    fn what_goes_wrong_inside_is_not_kept_as_a_reason() {
+        let error = std::io::Error::other("broken");
+        let spool = ApiError::Shared(Arc::new(ApiError::Spool { path: "/inside".to_owned(), error }));
+        assert!(!spool.reason().contains("inside") && spool.to_string().contains("inside"));
+        let absent = ApiError::BlobUnknown(Digest::of(b"absent"));
+        assert_eq!(absent.reason(), absent.to_string());
+    }
 }

@@ -246,7 +246,8 @@ mod tests {
     pub(super) async fn away(directory: &Path) -> Arc<Upstream> {
         let store = StoreConfig::new(directory.join("index"));
         let store = Store::open_directory(directory, store).await.unwrap();
-        let client = Client::new("127.0.0.1:1", ClientConfig { tries: 1, ..ClientConfig::default() }).unwrap();
+        let client =
+            Client::new("127.0.0.1:1", ClientConfig { tries: 1, ..ClientConfig::default() }).unwrap();
         let config = UpstreamConfig { client, revalidate: Duration::ZERO, spool: directory.to_owned() };
         Upstream::new(store, config, Metrics::default())
     }

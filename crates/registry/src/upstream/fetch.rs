@@ -100,8 +100,7 @@ impl Upstream {
         let (repo, digest) = coming.key();
         let _place = self.fetches.acquire().await.expect("never closed");
         // it may have come since whoever asks looked for it
-        if self.store.take_blob_in(repo, *digest).await?.is_some() || self.link_known(repo, *digest).await?
-        {
+        if self.store.take_blob_in(repo, *digest).await?.is_some() || self.link_known(repo, *digest).await? {
             self.metrics.passed_on("blob", "hit");
             return Ok(());
         }

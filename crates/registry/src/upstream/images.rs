@@ -103,7 +103,7 @@ impl Images {
             Ok(()) => State::Whole,
             Err(error) => {
                 tracing::warn!(repo = %key.0, image = %key.1, %error, "an image did not come whole");
-                State::Failed { reason: error.to_string(), at: Instant::now() }
+                State::Failed { reason: error.reason(), at: Instant::now() }
             }
         };
         self.known.lock().insert(key, state);
