@@ -24,7 +24,7 @@ impl Api {
         };
         let link = self.store.manifest_link(repo, digest).await?.ok_or_else(unknown)?;
         if let (Some(upstream), true) = (&self.upstream, head.method == Method::GET) {
-            upstream.images.want(repo, digest);
+            upstream.want_image(repo, digest).await?;
         }
         if head.knows(digest) {
             return Ok(not_modified(digest));

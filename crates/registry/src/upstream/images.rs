@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use lamina_image::{Digest, Document, Manifest, RECIPE_ANNOTATION};
-use lamina_store::{ImageRecord, ImageState, Repo};
+use lamina_store::{ImageRecord, ImageState, Repo, StoreError};
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -29,6 +29,8 @@ const IMAGES_AT_ONCE: usize = 2;
 const BLOBS_AT_ONCE: usize = 3;
 /// An image that did not come is not tried again before.
 const PAUSE: Duration = Duration::from_secs(30);
+/// One that came and was queued for conversion is not looked at again before: to convert costs more than to ask.
+const LOOK_AGAIN: Duration = Duration::from_secs(600);
 
 /// See the module.
 #[derive(Debug)]
@@ -42,8 +44,10 @@ pub(crate) struct Images {
 #[derive(Debug)]
 enum State {
     Coming,
-    /// Everything is here.
-    Whole,
+    /// Everything is here since then, or was when somebody looked what became of it.
+    Whole {
+        at: Instant,
+    },
     Failed {
         reason: String,
         at: Instant,
@@ -59,11 +63,11 @@ impl Default for Images {
 
 impl Images {
     /// Somebody has asked for this image.
-    pub(crate) fn want(&self, repo: &Repo, image: Digest) {
+    fn want(&self, repo: &Repo, image: Digest) {
         let key = (repo.clone(), image);
         let mut known = self.known.lock();
         match known.get(&key) {
-            Some(State::Coming | State::Whole) => return,
+            Some(State::Coming | State::Whole { .. }) => return,
             Some(State::Failed { at, .. }) if at.elapsed() < PAUSE => return,
             _ => {}
         }
@@ -75,6 +79,17 @@ impl Images {
             Err(_) => {
                 tracing::warn!(%repo, %image, "too many images are to come; this one waits to be asked for again")
             }
+        }
+    }
+
+    /// Whether it is time to look what became of an image that came. Who hears so looks, and nobody else for a while.
+    fn is_due(&self, repo: &Repo, image: Digest) -> bool {
+        match self.known.lock().get_mut(&(repo.clone(), image)) {
+            Some(State::Whole { at }) if at.elapsed() >= LOOK_AGAIN => {
+                *at = Instant::now();
+                true
+            }
+            _ => false,
         }
     }
 
@@ -90,7 +105,7 @@ impl Images {
     pub(crate) fn record(&self, repo: &Repo, image: Digest, now: u64) -> Option<ImageRecord> {
         match self.known.lock().get(&(repo.clone(), image))? {
             State::Coming => Some(ImageRecord::queued(now)),
-            State::Whole => None,
+            State::Whole { .. } => None,
             State::Failed { reason, .. } => {
                 let reason = Some(format!("it did not come from the upstream: {reason}"));
                 Some(ImageRecord { state: ImageState::Failed, reason, ..ImageRecord::queued(now) })
@@ -100,7 +115,7 @@ impl Images {
 
     fn conclude(&self, key: (Repo, Digest), ended: Result<(), ApiError>) {
         let state = match ended {
-            Ok(()) => State::Whole,
+            Ok(()) => State::Whole { at: Instant::now() },
             Err(error) => {
                 tracing::warn!(repo = %key.0, image = %key.1, %error, "an image did not come whole");
                 State::Failed { reason: error.reason(), at: Instant::now() }
@@ -169,6 +184,18 @@ impl Api {
 }
 
 impl Upstream {
+    /// Somebody has asked for this image: it is to come, once more where it came and its conversion has failed.
+    pub(crate) async fn want_image(&self, repo: &Repo, image: Digest) -> Result<(), StoreError> {
+        if self.images.is_due(repo, image) {
+            let known = self.store.image(image).await?;
+            if known.is_some_and(|known| known.state == ImageState::Failed) {
+                self.images.forget(repo, image);
+            }
+        }
+        self.images.want(repo, image);
+        Ok(())
+    }
+
     async fn bring_blobs(
         self: &Arc<Self>,
         repo: &Repo,
@@ -177,5 +204,28 @@ impl Upstream {
         let digests: BTreeSet<Digest> = digests.into_iter().collect();
         let bring = digests.into_iter().map(|digest| self.bring_blob(repo, digest));
         stream::iter(bring).buffer_unordered(BLOBS_AT_ONCE).try_collect().await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::away;
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn an_image_that_came_is_wanted_again_after_a_while_where_its_conversion_has_failed() {
+        let directory = tempfile::tempdir().unwrap();
+        let (upstream, repo): (_, Repo) = (away(directory.path()).await, "app".parse().unwrap());
+        for (state, again) in [(ImageState::Failed, true), (ImageState::Converting, false)] {
+            let image = Digest::of(format!("{state:?}").as_bytes());
+            let record = ImageRecord { state, ..ImageRecord::queued(0) };
+            upstream.store.put_image(image, &record).await.unwrap();
+            upstream.images.conclude((repo.clone(), image), Ok(()));
+            upstream.want_image(&repo, image).await.unwrap();
+            assert!(upstream.images.record(&repo, image, 0).is_none(), "it is too early");
+            tokio::time::advance(LOOK_AGAIN).await;
+            upstream.want_image(&repo, image).await.unwrap();
+            assert_eq!(upstream.images.record(&repo, image, 0).is_some(), again, "{state:?}");
+        }
     }
 }
