@@ -17,7 +17,7 @@ use lamina_image::{Digest, Document};
 use lamina_store::{ManifestPut, Repo, Store, StoreError, Tag};
 use lamina_wire::{Client, Fetched, Version, WireError};
 use parking_lot::Mutex;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -43,6 +43,20 @@ const KNOWN_WAIT: Duration = Duration::from_secs(5);
 
 /// How one question about a manifest ended; `None` before.
 type Asked = Option<Result<(), Arc<ApiError>>>;
+
+/// A manifest that came, and its place among those that do.
+struct Came<'a> {
+    fetched: Fetched,
+    _place: SemaphorePermit<'a>,
+}
+
+/// What a tag means upstream.
+enum Meant<'a> {
+    /// A manifest that is here.
+    Here(Digest),
+    /// This one.
+    Came(Came<'a>),
+}
 
 /// The upstream, as seen from a registry that passes on what it has.
 #[derive(Debug)]
@@ -159,7 +173,7 @@ impl Upstream {
 
     async fn fetch_manifest(&self, (repo, target): &(Repo, Target)) -> Result<(), ApiError> {
         let asked = match target {
-            Target::Digest(digest) => self.fetch(repo, &Version::Digest(*digest)).await.map(drop),
+            Target::Digest(digest) => self.fetch_digest(repo, *digest).await,
             Target::Tag(tag) => self.fetch_tag(repo, tag).await,
         };
         asked.map_err(|error| match error {
@@ -170,30 +184,28 @@ impl Upstream {
         })
     }
 
-    /// Asks what the tag means, and for the manifest only where that is not here.
+    async fn fetch_digest(&self, repo: &Repo, digest: Digest) -> Result<(), ApiError> {
+        let came = self.fetch(repo, &Version::Digest(digest)).await?;
+        self.keep(repo, came).await.map(drop)
+    }
+
     async fn fetch_tag(&self, repo: &Repo, tag: &Tag) -> Result<(), ApiError> {
         let known = self.here(repo, &Target::Tag(tag.clone())).await?;
-        let version = Version::Tag(tag.to_string());
-        let asking = self.client.manifest_digest(repo.as_str(), &version);
-        let said = match known {
-            None => asking.await,
+        let asking = self.ask_tag(repo, tag);
+        // what has come is kept in any case: half of it would be taken for all of it
+        let meant = match known {
+            None => asking.await?,
             Some(_) => timeout(KNOWN_WAIT, asking).await.unwrap_or_else(|_| {
-                Err(WireError::Timeout { url: self.client.base().to_owned(), waited: KNOWN_WAIT })
-            }),
+                let url = self.client.base().to_owned();
+                Err(WireError::Timeout { url, waited: KNOWN_WAIT }.into())
+            })?,
         };
-        let said = match said {
-            // one that knows no HEAD, or no such header, is asked for the document
-            Err(error) if error.is_unserved() && !error.is_not_found() => None,
-            said => said?,
-        };
-        let digest = match said {
-            Some(digest) if self.store.manifest_link(repo, digest).await?.is_some() => {
+        let digest = match meant {
+            Meant::Here(digest) => {
                 self.metrics.passed_on("manifest", "hit");
                 digest
             }
-            // by the digest that was said, so that nothing else is taken for it
-            Some(digest) => self.fetch(repo, &Version::Digest(digest)).await?,
-            None => self.fetch(repo, &version).await?,
+            Meant::Came(came) => self.keep(repo, came).await?,
         };
         if self.store.set_tag(repo, tag, Some(digest)).await? {
             tracing::info!(target: "audit", %repo, %tag, %digest, "the tag is what it is upstream");
@@ -202,12 +214,35 @@ impl Upstream {
         Ok(())
     }
 
-    /// Fetches a manifest and keeps it.
-    async fn fetch(&self, repo: &Repo, version: &Version) -> Result<Digest, ApiError> {
-        let _place = self.manifests.acquire().await.expect("never closed");
-        let Fetched { media_type, digest, bytes } = self.client.manifest(repo.as_str(), version).await?;
+    /// Asks what the tag means, and for the manifest only where that is not here.
+    async fn ask_tag(&self, repo: &Repo, tag: &Tag) -> Result<Meant<'_>, ApiError> {
+        let version = Version::Tag(tag.to_string());
+        let version = match self.client.manifest_digest(repo.as_str(), &version).await {
+            // one that knows no HEAD, or no such header, is asked for the document
+            Err(error) if error.is_unserved() && !error.is_not_found() => version,
+            said => match said? {
+                Some(digest) if self.store.manifest_link(repo, digest).await?.is_some() => {
+                    return Ok(Meant::Here(digest));
+                }
+                // by the digest that was said, so that nothing else is taken for it
+                Some(digest) => Version::Digest(digest),
+                None => version,
+            },
+        };
+        self.fetch(repo, &version).await.map(Meant::Came)
+    }
+
+    async fn fetch(&self, repo: &Repo, version: &Version) -> Result<Came<'_>, ApiError> {
+        let place = self.manifests.acquire().await.expect("never closed");
+        let fetched = self.client.manifest(repo.as_str(), version).await?;
+        Ok(Came { fetched, _place: place })
+    }
+
+    /// Keeps a manifest, where it is one.
+    async fn keep(&self, repo: &Repo, came: Came<'_>) -> Result<Digest, ApiError> {
+        let Came { fetched: Fetched { media_type, digest, bytes }, _place } = came;
         let nonsense = |reason: String| {
-            let url = format!("{}/v2/{repo}/manifests/{version}", self.client.base());
+            let url = format!("{}/v2/{repo}/manifests/{digest}", self.client.base());
             ApiError::Upstream(WireError::Answer { url, reason })
         };
         let media_type =

@@ -274,6 +274,19 @@ async fn a_tag_that_has_moved_is_seen_once_what_was_said_of_it_is_old() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tag_that_is_known_does_not_wait_for_a_manifest_that_does_not_end() {
+    let chain = Chain::start(Duration::ZERO).await;
+    let old = chain.upstream.push("app", "v1", &image()).await;
+    chain.registry.get("/v2/app/manifests/v1").await.expect(StatusCode::OK);
+    chain.upstream.push("app", "v1", &image().relabelled("second")).await;
+    chain.between.treat(|line| if line.starts_with("GET") { Fault::Hold } else { Fault::None });
+    let begun = tokio::time::Instant::now();
+    let now = chain.registry.get("/v2/app/manifests/v1").await.expect(StatusCode::OK);
+    assert_eq!(now.header("docker-content-digest"), old.to_string());
+    assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
+}
+
 #[tokio::test]
 async fn pushes_are_refused_and_change_nothing() {
     let chain = Chain::start(HOUR).await;
