@@ -1,6 +1,9 @@
-//! Images that come with their tree: everything they claim is derived again before any of it can be seen.
+//! Images that come with their tree: everything they claim is derived again before any of it can be seen, where it is pushed.
 //!
 //! Otherwise a scanner, which reads layers, would see one file system, and a program, which reads the tree, another.
+//!
+//! An image that is passed on can be seen before: it is checked once all of it has come. Until then its tree is the
+//! upstream's word, and one that is found false is taken out.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;

@@ -2,12 +2,16 @@
 //!
 //! Nothing of it is believed. A manifest or a blob is here once its bytes hash to its digest; what a tag means is the
 //! upstream's word, which is asked for again when it is old. While nobody answers, what was said last counts. Many who
-//! want the same cause one question. What is kept in memory (when tags were asked for, which images are to come) is
-//! only there to ask less: whoever restarts asks again.
+//! want the same cause one question. What is kept in memory (when tags were asked for, which images are to come, which
+//! were found false) is only there to ask less: whoever restarts asks again.
+//!
+//! An image that names its tree is served before it was checked, since only what has come can be. One that is found
+//! false then is taken out, and not brought again while this process lives.
 
 mod fetch;
 mod flights;
 mod images;
+mod refused;
 mod tags;
 
 use std::sync::Arc;
@@ -32,6 +36,7 @@ pub(crate) use self::fetch::Brought;
 use self::fetch::Progress;
 use self::flights::Flights;
 pub(crate) use self::images::Images;
+use self::refused::Refused;
 use self::tags::Tags;
 
 /// Blobs that come at the same time: each holds up to 16 MiB of memory until it is stored.
@@ -66,6 +71,7 @@ pub(crate) struct Upstream {
     config: UpstreamConfig,
     metrics: Metrics,
     tags: Mutex<Tags>,
+    refused: Mutex<Refused>,
     asking: Flights<(Repo, Target), Asked>,
     coming: Flights<(Repo, Digest), Progress>,
     manifests: Semaphore,
@@ -89,6 +95,7 @@ impl Upstream {
             config,
             metrics,
             tags,
+            refused: Mutex::default(),
             asking,
             coming,
             manifests,
@@ -109,7 +116,8 @@ impl Upstream {
     /// Sees to it that a manifest is here, and that a tag means what it means upstream.
     ///
     /// # Errors
-    /// [`ApiError::ManifestUnknown`] where the upstream does not have it; [`ApiError::Upstream`] where it does not
+    /// [`ApiError::ManifestUnknown`] where the upstream does not have it; [`ApiError::ManifestInvalid`] where it was found
+    /// false; [`ApiError::Upstream`] where it does not
     /// answer as hoped, and nothing is known from before.
     pub(crate) async fn bring_manifest(
         self: &Arc<Self>,
@@ -140,13 +148,13 @@ impl Upstream {
         }
     }
 
-    /// Which manifest of this repository the name leads to.
+    /// Which manifest of this repository the name leads to, unless it was found false.
     async fn here(&self, repo: &Repo, target: &Target) -> Result<Option<Digest>, StoreError> {
         let digest = match target {
             Target::Digest(digest) => Some(*digest),
             Target::Tag(tag) => self.store.reference(repo, tag).await?.manifest,
         };
-        let Some(digest) = digest else { return Ok(None) };
+        let Some(digest) = digest.filter(|digest| !self.refused.lock().has(*digest)) else { return Ok(None) };
         Ok(self.store.manifest_link(repo, digest).await?.map(|_| digest))
     }
 
@@ -185,6 +193,9 @@ impl Upstream {
     }
 
     async fn fetch_digest(&self, repo: &Repo, digest: Digest) -> Result<(), ApiError> {
+        if self.refused.lock().has(digest) {
+            return Err(refusal(digest));
+        }
         let came = self.fetch(repo, &Version::Digest(digest)).await?;
         self.keep(repo, came).await.map(drop)
     }
@@ -221,6 +232,7 @@ impl Upstream {
             // one that knows no HEAD, or no such header, is asked for the document
             Err(error) if error.is_unserved() && !error.is_not_found() => version,
             said => match said? {
+                Some(digest) if self.refused.lock().has(digest) => return Err(refusal(digest)),
                 Some(digest) if self.store.manifest_link(repo, digest).await?.is_some() => {
                     return Ok(Meant::Here(digest));
                 }
@@ -241,6 +253,9 @@ impl Upstream {
     /// Keeps a manifest, where it is one.
     async fn keep(&self, repo: &Repo, came: Came<'_>) -> Result<Digest, ApiError> {
         let Came { fetched: Fetched { media_type, digest, bytes }, _place } = came;
+        if self.refused.lock().has(digest) {
+            return Err(refusal(digest));
+        }
         let nonsense = |reason: String| {
             let url = format!("{}/v2/{repo}/manifests/{digest}", self.client.base());
             ApiError::Upstream(WireError::Answer { url, reason })
@@ -258,6 +273,11 @@ impl Upstream {
         tracing::info!(target: "audit", %repo, %digest, bytes = len, "a manifest came from the upstream");
         Ok(digest)
     }
+}
+
+fn refusal(digest: Digest) -> ApiError {
+    let text = "is not what it says it is: this registry has checked it, and refuses it; its log says why";
+    ApiError::ManifestInvalid(format!("the upstream's image {digest} {text}"))
 }
 
 /// What a failure is called where it is counted.

@@ -1,6 +1,7 @@
 //! Images that somebody wants, of which everything is to come here: a bounded queue, and what became of each.
 //!
-//! An image whose parts are here is converted, or where it names its tree itself, checked, as if it had been pushed.
+//! An image whose parts are here is converted, or where it names its tree itself, checked, as if it had been pushed. One
+//! that is found false is taken out.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -18,6 +19,7 @@ use crate::ApiError;
 use crate::api::Api;
 use crate::ingest::converts;
 use crate::put::blobs_of;
+use crate::route::Target;
 
 /// Images that wait: whoever asks for one more asks again.
 const WAITING_MAX: usize = 256;
@@ -134,6 +136,9 @@ impl Api {
         let api = &self;
         let bring = |(repo, image)| async move {
             let ended = api.bring_image(upstream, &repo, image).await;
+            if ended.as_ref().is_err_and(is_false) {
+                api.refuse(upstream, &repo, image).await;
+            }
             upstream.images.conclude((repo, image), ended);
         };
         wanted.for_each_concurrent(IMAGES_AT_ONCE, bring).await;
@@ -156,6 +161,16 @@ impl Api {
             return Ok(self.converter.want(repo, image, &document).await?);
         };
         self.bring_bound(upstream, repo, (image, manifest, tree)).await
+    }
+
+    /// An image that was found false is not served any more, under no name.
+    async fn refuse(&self, upstream: &Upstream, repo: &Repo, image: Digest) {
+        // first, so that nobody brings it again meanwhile
+        upstream.refused.lock().note(image);
+        match self.delete_manifest(repo, Target::Digest(image)).await {
+            Ok(_) => tracing::info!(target: "audit", %repo, %image, "a false image was taken out"),
+            Err(error) => tracing::error!(%repo, %image, %error, "a false image cannot be taken out"),
+        }
     }
 
     /// Its layers are not fetched: recipes and packs make them.
@@ -181,6 +196,11 @@ impl Api {
         self.learner.inherit(repo, image);
         Ok(())
     }
+}
+
+/// Whether an image is not what it says, which no other try makes it.
+fn is_false(error: &ApiError) -> bool {
+    matches!(error.root(), ApiError::ManifestInvalid(_) | ApiError::Store(StoreError::Recipe(_)))
 }
 
 impl Upstream {

@@ -49,16 +49,16 @@ fn cut(tars: &[Bytes], sink: &dyn ChunkSink) -> Vec<Recipe> {
 }
 
 /// Everything that a push sends, to be sent as it is or changed first.
-struct Bound {
+pub(crate) struct Bound {
     packs: Vec<Bytes>,
     recipes: Vec<Bytes>,
-    tree: Bytes,
+    pub(crate) tree: Bytes,
     config: Bytes,
     layers: Vec<Descriptor>,
 }
 
 impl Bound {
-    fn new(tars: &[Bytes]) -> Self {
+    pub(crate) fn new(tars: &[Bytes]) -> Self {
         let sink = Sink { packs: Mutex::default(), known: |_, _| None };
         let recipes = cut(tars, &sink);
         let tree = pack_tree(&derive_tree(&recipes).unwrap()).into();
@@ -72,6 +72,13 @@ impl Bound {
     }
 
     async fn push(&self, registry: &Registry, tag: &str) -> (Digest, Reply) {
+        let bytes = self.push_blobs(registry).await;
+        let reply = registry.put_manifest("app", tag, media_type::OCI_MANIFEST, &bytes).await;
+        (Digest::of(&bytes), reply)
+    }
+
+    /// Pushes everything but the manifest, and gives that.
+    pub(crate) async fn push_blobs(&self, registry: &Registry) -> Bytes {
         for blob in self.packs.iter().chain(&self.recipes).chain([&self.tree, &self.config]) {
             registry.push_blob("app", blob).await;
         }
@@ -82,9 +89,7 @@ impl Bound {
         let mut manifest = manifest_of(&self.config, layers);
         manifest.annotations.insert(TREE_ANNOTATION.to_owned(), Digest::of(&self.tree).to_string());
         manifest.annotations.insert(TREE_BYTES_ANNOTATION.to_owned(), self.tree.len().to_string());
-        let bytes = serde_json::to_vec(&manifest).unwrap();
-        let reply = registry.put_manifest("app", tag, media_type::OCI_MANIFEST, &bytes).await;
-        (Digest::of(&bytes), reply)
+        serde_json::to_vec(&manifest).unwrap().into()
     }
 
     /// Pushes it and wants it refused, with nothing to be seen afterwards. Gives the message.

@@ -9,11 +9,12 @@ use lamina_image::{Descriptor, Digest, Index, TREE_ANNOTATION, media_type};
 use lamina_registry::{
     Access, AccessConfig, Action, DedupScope, RegistryConfig, Rule, UpstreamConfig, Users, Who,
 };
-use lamina_store::{GcConfig, ImageState, Repo};
+use lamina_store::{GcConfig, ImageState, ManifestPut, Repo};
 use lamina_testkit::noise;
 use lamina_wire::{Client, ClientConfig, WireError};
 
 use crate::between::{Between, Fault};
+use crate::bound::Bound;
 use crate::support::{Image, Registry};
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -393,6 +394,35 @@ async fn a_tree_that_the_upstream_has_made_is_not_taken_for_one_that_was_made_he
     chain.registry.get(&path).await.refused(StatusCode::BAD_REQUEST, "MANIFEST_INVALID");
     let hung = chain.registry.get(&format!("/v2/app/referrers/{digest}")).await.json();
     assert_eq!(hung["manifests"], serde_json::json!([]));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_image_whose_own_tree_is_false_is_deleted_and_does_not_come_again() {
+    let chain = Chain::start(Duration::ZERO).await;
+    let image = image();
+    let mut bound = Bound::new(&image.tars);
+    bound.tree = Bound::new(&image.tars[..1]).tree;
+    let bytes = bound.push_blobs(&chain.upstream).await;
+    // a registry of ours would not take it
+    let (repo, digest): (Repo, _) = ("app".parse().unwrap(), Digest::of(&bytes));
+    let manifest =
+        ManifestPut { digest, media_type: media_type::OCI_MANIFEST.to_owned(), bytes, referrer: None };
+    chain.upstream.store.put_manifest(&repo, manifest).await.unwrap();
+    chain.upstream.store.set_tag(&repo, &"v1".parse().unwrap(), Some(digest)).await.unwrap();
+    chain.registry.get("/v2/app/manifests/v1").await.expect(StatusCode::OK);
+    let begun = tokio::time::Instant::now();
+    while chain.registry.store.manifest_link(&repo, digest).await.unwrap().is_some() {
+        assert!(begun.elapsed() < Duration::from_secs(60), "it stays");
+        tokio::task::yield_now().await;
+    }
+    assert!(chain.registry.store.tags(&repo).await.unwrap().is_empty());
+    for target in ["v1".to_owned(), digest.to_string()] {
+        let path = format!("/v2/app/manifests/{target}");
+        let said = chain.registry.get(&path).await.refused(StatusCode::BAD_REQUEST, "MANIFEST_INVALID");
+        assert!(said.contains("refuses") && said.contains(&digest.to_string()), "{said}");
+    }
+    assert_eq!(chain.between.asked("GET /v2/app/manifests"), 1);
+    assert!(chain.registry.store.manifest_link(&repo, digest).await.unwrap().is_none());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
