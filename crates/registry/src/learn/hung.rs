@@ -1,5 +1,6 @@
 //! Profiles and boot packs as artifacts: which hang on an image, and how new ones take their place.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
@@ -12,8 +13,8 @@ use lamina_wire::CREATED_ANNOTATION;
 use super::Subject;
 use crate::artifact::{Artifact, hang};
 
-/// What was learnt of an image, as a referrers answer lists it: of each command, and of all together, one of each kind, and
-/// more only after a crash.
+/// What was learnt of an image, as a referrers answer lists it, but the newest first: of each command, and of all together, one
+/// of each kind, and more only after a crash.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Hung {
     pub(super) profiles: Vec<Descriptor>,
@@ -32,15 +33,22 @@ pub(super) struct Slot<'a> {
 impl Hung {
     /// Looks what hangs on an image. Cost: a listing, and one small read a referrer.
     pub(crate) async fn find(store: &Store, repo: &Repo, image: Digest) -> Result<Self, StoreError> {
+        Ok(Self::among(store.referrers(repo, image).await?))
+    }
+
+    /// What of an image's referrers is a profile or a boot pack.
+    fn among(referrers: Vec<Descriptor>) -> Self {
         let mut hung = Self::default();
-        for artifact in store.referrers(repo, image).await? {
+        for artifact in referrers {
             match artifact.artifact_type.as_deref() {
                 Some(media_type::PROFILE) => hung.profiles.push(artifact),
                 Some(media_type::BOOT) => hung.boots.push(artifact),
                 _ => {}
             }
         }
-        Ok(hung)
+        hung.profiles.sort_by_key(|artifact| Reverse(created(artifact)));
+        hung.boots.sort_by_key(|artifact| Reverse(created(artifact)));
+        hung
     }
 
     /// Only what is of this command, or of all of them together.
@@ -71,8 +79,7 @@ impl Hung {
     /// When the profile of a command was last written, in seconds since 1970.
     fn revised(&self, command: &CommandKey) -> u64 {
         let own = self.of(Some(command));
-        let times = own.profiles.iter().filter_map(|artifact| artifact.annotations.get(CREATED_ANNOTATION));
-        times.filter_map(|time| time.parse().ok()).max().unwrap_or(0)
+        own.profiles.iter().filter_map(created).max().unwrap_or(0)
     }
 
     /// The profile's JSON, not parsed. What is lost or far too long is no profile: the next start makes another.
@@ -99,6 +106,11 @@ impl Hung {
         }
         Ok(())
     }
+}
+
+/// When an artifact says that it was made, in seconds since 1970.
+fn created(artifact: &Descriptor) -> Option<u64> {
+    artifact.annotations.get(CREATED_ANNOTATION)?.parse().ok()
 }
 
 impl Slot<'_> {
@@ -194,6 +206,23 @@ mod tests {
         // a boot pack that a crash left without a profile goes first, as it was never finished
         assert_eq!(more.surplus(&key(99)).len(), 2);
         assert!(more.surplus(&key(99)).contains(&key(50)));
+    }
+
+    #[test]
+    fn of_several_that_a_crash_left_the_newest_counts() {
+        let of_kind = |kind: &str, now| {
+            let kind = Some(kind.to_owned());
+            Descriptor { artifact_type: kind, ..artifact(None, now) }
+        };
+        let mut undated = of_kind(media_type::PROFILE, 0);
+        undated.annotations.remove(CREATED_ANNOTATION);
+        let dated = [9, 100, 20]
+            .into_iter()
+            .flat_map(|now| [media_type::PROFILE, media_type::BOOT].map(|kind| of_kind(kind, now)));
+        let hung = Hung::among([undated].into_iter().chain(dated).collect());
+        let times = |artifacts: &[Descriptor]| artifacts.iter().map(created).collect::<Vec<_>>();
+        assert_eq!(times(&hung.profiles), [Some(100), Some(20), Some(9), None]);
+        assert_eq!(times(&hung.boots), [Some(100), Some(20), Some(9)]);
     }
 
     #[test]
