@@ -303,9 +303,10 @@ fn check_overlaps(runs: &[BootRun]) -> Result<(), BootError> {
     overlap.map_or(Ok(()), |pair| Err(BootError::Run(pair[1])))
 }
 
-/// Paths, each after its length in 16 bits, and of these the ones that come again.
+/// Paths, each after its length in 16 bits, and of these the ones that come again. None comes a third time: each costs a listing.
 fn names(mut bytes: &[u8], count: usize) -> Result<(Vec<String>, Vec<String>), BootError> {
-    let (mut names, mut again, mut seen) = (Vec::new(), Vec::new(), HashSet::new());
+    let (mut names, mut again) = (Vec::new(), Vec::new());
+    let (mut seen, mut listed) = (HashSet::new(), HashSet::new());
     for number in 0..count {
         let damaged = || BootError::Damaged("name", number);
         let (len, rest) = bytes.split_first_chunk::<2>().ok_or_else(damaged)?;
@@ -314,7 +315,13 @@ fn names(mut bytes: &[u8], count: usize) -> Result<(Vec<String>, Vec<String>), B
             .ok()
             .filter(|name| crate::profile::is_inside(name))
             .ok_or_else(damaged)?;
-        if seen.insert(name) { &mut names } else { &mut again }.push(name.to_owned());
+        if seen.insert(name) {
+            names.push(name.to_owned());
+        } else if listed.insert(name) {
+            again.push(name.to_owned());
+        } else {
+            return Err(damaged());
+        }
         bytes = rest;
     }
     if bytes.is_empty() { Ok((names, again)) } else { Err(BootError::Damaged("name", count)) }

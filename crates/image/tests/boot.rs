@@ -354,6 +354,14 @@ fn a_table_that_lies_about_frames_and_names_is_refused() {
 }
 
 #[test]
+fn a_name_comes_at_most_twice() {
+    let table = ByHand::new(&[], &[], &[b"a", b"etc", b"a", b"etc"]).read().unwrap();
+    assert_eq!((table.names, table.dirs), (vec!["a".into(), "etc".into()], vec!["a".into(), "etc".into()]));
+    let thrice = ByHand::new(&[], &[], &[b"a", b"etc", b"a", b"a"]).read();
+    assert_eq!(thrice, Err(BootError::Damaged("name", 3)));
+}
+
+#[test]
 fn counts_that_contradict_the_table_are_refused() {
     let sound = ByHand::new(&[[1, 1, 1]], &[[index("a/small"), 0, 1]], &[b"a"]);
     let plain = sound.plain_table();
