@@ -10,8 +10,8 @@
 //! and for everything else, the read goes the ordinary way. So whatever happens to a boot pack, reads are answered.
 
 use std::collections::HashMap;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -82,7 +82,11 @@ struct Coming {
 
 /// The boot pack of one mount, if it has one.
 #[derive(Default)]
-pub(crate) struct Boot(std::sync::OnceLock<Arc<Coming>>);
+pub(crate) struct Boot {
+    coming: OnceLock<Arc<Coming>>,
+    /// The thread that looks up what the boot pack names, by its number; 0 where there is none.
+    asker: AtomicU32,
+}
 
 /// What a boot pack has of a read.
 pub(crate) enum Booted {
@@ -112,9 +116,15 @@ pub(crate) struct Waiting {
 }
 
 impl Boot {
+    /// Whether a request of the kernel is the boot's own, and so none of the start's. `pid` is the request's, which is the
+    /// number of the thread that asks, or 0 where that is in no process namespace of the mount's.
+    pub(crate) fn asks(&self, pid: u32) -> bool {
+        pid != 0 && pid == self.asker.load(Ordering::Relaxed)
+    }
+
     /// What it has of `ino` from `offset` to before `end`, which must not lie behind the end of the file. Never waits.
     pub(crate) fn read(&self, ino: Ino, offset: u64, end: u64) -> Booted {
-        let Some(coming) = self.0.get() else { return Booted::Not };
+        let Some(coming) = self.coming.get() else { return Booted::Not };
         let Some(parts) = coming.parts(ino, offset, end) else { return Booted::Not };
         if let Some(bytes) = coming.assemble(&parts) {
             return Booted::Here(bytes);

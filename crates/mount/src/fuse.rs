@@ -159,10 +159,17 @@ impl Fuse {
     }
 
     /// A directory is listed, from its beginning or from further on.
-    fn listing(&self, dir: INodeNo, offset: u64) {
+    fn listing(&self, req: &Request, dir: INodeNo, offset: u64) {
         one(&self.files.ahead.counters.readdirs);
         if offset == 0 {
-            self.files.recorder.name(Ino(dir.0), b".");
+            self.name(req, dir, b".");
+        }
+    }
+
+    /// A name is looked up. What the boot asks for itself is not recorded: a start's trace would have all that its boot pack has.
+    fn name(&self, req: &Request, dir: INodeNo, name: &[u8]) {
+        if !self.files.boot.asks(req.pid()) {
+            self.files.recorder.name(Ino(dir.0), name);
         }
     }
 
@@ -221,10 +228,10 @@ impl Filesystem for Fuse {
         Ok(())
     }
 
-    fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+    fn lookup(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let counters = &self.files.ahead.counters;
         one(&counters.lookups);
-        self.files.recorder.name(Ino(parent.0), name.as_bytes());
+        self.name(req, parent, name.as_bytes());
         match self.found(Ino(parent.0), name) {
             Ok(attr) => {
                 if attr.ino.0 == 0 {
@@ -313,8 +320,8 @@ impl Filesystem for Fuse {
         reply.error(Errno::ENOSYS);
     }
 
-    fn readdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        self.listing(ino, offset);
+    fn readdir(&self, req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        self.listing(req, ino, offset);
         let listed = list(self.tree(), Ino(ino.0), offset, |name, ino, of, next| {
             Ok(reply.add(INodeNo(ino.0), next, kind(of), OsStr::from_bytes(name)))
         });
@@ -326,13 +333,13 @@ impl Filesystem for Fuse {
 
     fn readdirplus(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         offset: u64,
         mut reply: ReplyDirectoryPlus,
     ) {
-        self.listing(ino, offset);
+        self.listing(req, ino, offset);
         let listed = list(self.tree(), Ino(ino.0), offset, |name, ino, _, next| {
             let attr = self.attributes(ino)?;
             Ok(reply.add(INodeNo(ino.0), next, OsStr::from_bytes(name), &TTL, &attr, Generation(0)))

@@ -28,7 +28,7 @@ pub(crate) struct Booting<'a> {
     pub(crate) counters: &'a Arc<Counters>,
     pub(crate) notifier: Notifier,
     pub(crate) mountpoint: &'a Path,
-    pub(crate) boot: &'a Boot,
+    pub(crate) boot: &'a Arc<Boot>,
     /// Where the files are noted that it has a part of.
     pub(crate) touched: &'a Arc<Bits>,
 }
@@ -40,7 +40,7 @@ impl Booting<'_> {
         self.count(&stream, 0);
         let table = table?;
         let coming = Arc::new(Coming::new(stream.pack().pack(), &table));
-        if self.boot.0.set(Arc::clone(&coming)).is_err() {
+        if self.boot.coming.set(Arc::clone(&coming)).is_err() {
             return Ok(());
         }
         let _ended = Ended(Arc::clone(&coming));
@@ -81,7 +81,9 @@ impl Booting<'_> {
     /// which it keeps as well.
     fn look_up(&self, names: Vec<String>, dirs: Vec<String>, known: Arc<Known>) -> JoinHandle<()> {
         let (path, counters) = (self.mountpoint.to_owned(), self.counters.clone());
+        let boot = Arc::clone(self.boot);
         spawn_blocking(move || {
+            let _asking = Asking::begin(&boot);
             let finishing = Finishing(&known);
             let Ok(root) = rustix::fs::openat(CWD, &path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
             else {
@@ -182,6 +184,23 @@ fn list(root: &OwnedFd, dir: &str) -> rustix::io::Result<()> {
     let inside = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
     let opened = rustix::fs::openat2(root, dir, flags, Mode::empty(), inside)?;
     Dir::new(opened)?.try_for_each(|entry| entry.map(drop))
+}
+
+/// Says that this thread asks for the boot, as long as it lives.
+struct Asking<'a>(&'a Boot);
+
+impl<'a> Asking<'a> {
+    fn begin(boot: &'a Boot) -> Self {
+        let thread = rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs();
+        boot.asker.store(thread, Ordering::Relaxed);
+        Self(boot)
+    }
+}
+
+impl Drop for Asking<'_> {
+    fn drop(&mut self) {
+        self.0.asker.store(0, Ordering::Relaxed);
+    }
 }
 
 /// Tells waiting reads when a boot pack has ended, however.

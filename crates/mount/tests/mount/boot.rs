@@ -200,6 +200,23 @@ fn a_start_is_recorded_page_by_page_and_in_order() {
 }
 
 #[test]
+fn what_a_boot_looks_up_and_lists_itself_is_not_recorded_as_the_starts() {
+    let files = ["d/one", "d/two", "e/three"];
+    let rig =
+        Rig::with(files.iter().fold(Layer::new(), |layer, path| layer.file(path, b"x")), Packs::default());
+    let pack = rig.boot_pack_listing(&["d/one"], &["d"]);
+    let rig = rig.recording();
+    rig.boot(&pack).expect("booted");
+    until("it is listed", || rig.mount().snapshot().boot_dirs == 1);
+    fs::read(rig.path("e/three")).expect("read");
+    fs::metadata(rig.path("absent")).expect_err("absent");
+    let trace = rig.mount().end_start().expect("recorded");
+    let mut names: Vec<_> = trace.names.iter().map(|(_, name)| name.escape_ascii().to_string()).collect();
+    names.sort();
+    assert_eq!(names, ["absent", "e", "three"]);
+}
+
+#[test]
 fn of_a_long_stream_only_the_beginning_is_recorded() {
     let rig = Rig::new(Layer::new().file("other", &noise(10, 8192)).file("weights", &noise(9, 4 << 20)));
     rig.mount().unmount(false).expect("unmounted");

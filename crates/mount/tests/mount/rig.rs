@@ -18,7 +18,7 @@ use lamina_image::{
     BootPack, ChunkSink, Digest, IngestOptions, Ino, LayerInput, Profile, Progress, SinkError, Trace,
     TraceRun, Tree, build_boot, derive_tree, ingest,
 };
-use lamina_mount::{BootFailure, BootStream, Mount, MountConfig, MountError};
+use lamina_mount::{BootFailure, BootStream, Mount, MountConfig, MountError, Record};
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 
@@ -187,6 +187,15 @@ impl Rig {
     pub(crate) fn start(&self, config: MountConfig) -> Result<Mount, MountError> {
         let handle = self.runtime.handle().clone();
         Mount::start(self.tree.clone(), self.cache.clone(), self.packs.clone(), config, handle)
+    }
+
+    /// The same, mounted anew, to record its start.
+    pub(crate) fn recording(mut self) -> Self {
+        self.mount().unmount(false).expect("unmounted");
+        self.ended();
+        let config = MountConfig { record: Record::Start, ..MountConfig::new(self.path("")) };
+        self.mount = Some(self.start(config).expect("mounted again"));
+        self
     }
 
     /// A path in the mount.
