@@ -3,13 +3,14 @@
 //! It comes in one stream ([`BootStream`]), which begins before there is a mount. The table is first, so that it is known which
 //! pages will come and with which frame. Then, at the same time: names are looked up through the mount, since the kernel takes
 //! pages only for inodes that it knows; frames are opened and verified, a few side by side; one thread stores the runs of one
-//! frame after the other, each as soon as its file is known.
+//! frame after the other, each as soon as its file is known. After the names, directories are listed, for which nothing waits.
 //!
 //! A read of pages that are on their way waits for their frame if that is near, and is answered from the opened frame, never by
 //! way of the thread that stores: that may be waiting for this very read, which holds the pages' locks. A wait has a bound; then,
 //! and for everything else, the read goes the ordinary way. So whatever happens to a boot pack, reads are answered.
 
 use std::collections::HashMap;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -86,6 +87,19 @@ pub(crate) struct Boot {
     coming: OnceLock<Arc<Coming>>,
     /// The thread that looks up what the boot pack names, by its number; 0 where there is none.
     asker: AtomicU32,
+    listing: Mutex<Listing>,
+}
+
+/// The boot's directories being listed. Who holds the root keeps the mount in use, so it is here, where it can be taken away.
+#[derive(Default)]
+enum Listing {
+    /// Names come first.
+    #[default]
+    NotYet,
+    /// Below this, one directory after the other.
+    Below(OwnedFd),
+    /// It was the last, or the mount is to go.
+    Over,
 }
 
 /// What a boot pack has of a read.
@@ -120,6 +134,12 @@ impl Boot {
     /// number of the thread that asks, or 0 where that is in no process namespace of the mount's.
     pub(crate) fn asks(&self, pid: u32) -> bool {
         pid != 0 && pid == self.asker.load(Ordering::Relaxed)
+    }
+
+    /// Lists no more directories, now and later. Blocks for as long as the listing of one takes, and then nothing of the boot's
+    /// listings is open any more.
+    pub(crate) fn end_listing(&self) {
+        *self.listing.lock() = Listing::Over;
     }
 
     /// What it has of `ino` from `offset` to before `end`, which must not lie behind the end of the file. Never waits.

@@ -140,8 +140,9 @@ impl Mount {
         self.ahead.counters.snapshot()
     }
 
-    /// Takes a boot pack into the kernel's page cache as it comes. Returns when all of it is there, or with why it was given up; reads are
-    /// answered all the while, whatever comes. At most once for a mount.
+    /// Takes a boot pack into the kernel's page cache as it comes. Returns when all of its names and pages are there, or with why
+    /// it was given up; reads are answered all the while, whatever comes. Its directories may be listed until the unmount. At
+    /// most once for a mount.
     pub async fn boot(&self, stream: BootStream) -> Result<(), BootFailure> {
         self.ahead.settle_window(self.config.read_ahead_start_kb);
         self.ahead.set_lean(true);
@@ -199,6 +200,7 @@ impl Mount {
     /// Unmounts it. *Errors*: [`MountError::InUse`] unless `lazy`; a lazy one takes the mount away at once and leaves
     /// open files to who has them. [`MountError::Gone`] if somebody else unmounted it.
     pub fn unmount(&self, lazy: bool) -> Result<(), MountError> {
+        self.boot.end_listing();
         self.point.unmount(self.device, lazy)
     }
 

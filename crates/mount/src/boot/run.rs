@@ -1,5 +1,6 @@
 //! Booting: from the stream to the page cache.
 
+use std::convert::Infallible;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
@@ -9,13 +10,14 @@ use bytes::Bytes;
 use fuser::{INodeNo, Notifier};
 use futures_util::stream::{FuturesOrdered, StreamExt};
 use lamina_image::{BOOT_BYTES_MAX, BOOT_HEAD_BYTES, BootError, BootHead, BootRun, BootTable, Ino, Tree};
-use rustix::fs::{AtFlags, CWD, Dir, Mode, OFlags, ResolveFlags};
-use tokio::sync::mpsc;
+use parking_lot::MutexGuard;
+use rustix::fs::{AtFlags, CWD, Dir, Mode, OFlags, ResolveFlags, Stat, fstat, stat};
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::{JoinHandle, spawn_blocking};
 use tracing::trace;
 
 use super::known::{Finishing, Known};
-use super::{Boot, BootFailure, BootStream, Coming, KEPT, OPENED};
+use super::{Boot, BootFailure, BootStream, Coming, KEPT, Listing, OPENED};
 use crate::bits::Bits;
 use crate::metrics::{Counters, add, one};
 
@@ -34,7 +36,8 @@ pub(crate) struct Booting<'a> {
 }
 
 impl Booting<'_> {
-    /// Takes and stores a boot pack. Returns when everything is in the page cache, or with what went wrong.
+    /// Takes and stores a boot pack. Returns when everything is in the page cache, or with what went wrong. Directories may still
+    /// be listed then, until [`Boot::end_listing`] at the latest.
     pub(crate) async fn run(self, mut stream: BootStream) -> Result<(), BootFailure> {
         let table = self.table(&mut stream).await;
         self.count(&stream, 0);
@@ -45,13 +48,13 @@ impl Booting<'_> {
         }
         let _ended = Ended(Arc::clone(&coming));
         let known = Arc::new(Known::new(self.tree.inodes()));
-        let looking = self.look_up(table.names, table.dirs, Arc::clone(&known));
+        let named = self.look_up(table.names, table.dirs, Arc::clone(&known));
         let (frames, queue) = mpsc::channel(OPENED);
         let storing = self.store(&coming, table.runs, known, queue);
         let opened = self.open(&mut stream, &coming, frames).await;
         let stored = storing.await.map_err(|_| BootFailure::Refused)?;
-        // a panic there would have been about one name
-        let _ = looking.await;
+        // nothing is ever sent: it ends with the names, however
+        let _ = named.await;
         opened.and(stored)
     }
 
@@ -77,9 +80,15 @@ impl Booting<'_> {
         if frames_end == pack.bytes { Ok(table) } else { Err(BootFailure::Length(pack.bytes)) }
     }
 
-    /// Looks names up through the mount, found or not: the kernel then knows them and the inodes. Then lists directories,
-    /// which it keeps as well.
-    fn look_up(&self, names: Vec<String>, dirs: Vec<String>, known: Arc<Known>) -> JoinHandle<()> {
+    /// Looks names up through the mount, found or not: the kernel then knows them and the inodes. That is when what is returned
+    /// ends. Then lists directories, which the kernel keeps as well; no more than there are names.
+    fn look_up(
+        &self,
+        names: Vec<String>,
+        dirs: Vec<String>,
+        known: Arc<Known>,
+    ) -> oneshot::Receiver<Infallible> {
+        let (naming, named) = oneshot::channel();
         let (path, counters) = (self.mountpoint.to_owned(), self.counters.clone());
         let boot = Arc::clone(self.boot);
         spawn_blocking(move || {
@@ -97,13 +106,13 @@ impl Booting<'_> {
                 }
                 one(&counters.boot_names);
             }
-            // pages wait for no listing
+            // neither pages nor the boot's end wait for a listing
             drop(finishing);
-            for dir in dirs.iter().filter(|dir| list(&root, dir).is_ok()) {
-                trace!(dir, "listed");
-                one(&counters.boot_dirs);
-            }
-        })
+            boot.begin_listing(root);
+            drop(naming);
+            boot.list(&path, &dirs, &counters);
+        });
+        named
     }
 
     /// Opens frames as they come, and hands them on in order.
@@ -175,6 +184,35 @@ impl Booting<'_> {
             }
             Ok(())
         })
+    }
+}
+
+impl Boot {
+    /// Directories will be listed below the mount's root, unless that was ended before it has begun.
+    fn begin_listing(&self, root: OwnedFd) {
+        let mut listing = self.listing.lock();
+        if matches!(*listing, Listing::NotYet) {
+            *listing = Listing::Below(root);
+        }
+    }
+
+    /// Lists them, until [`Boot::end_listing`], or until the root is not what is mounted any more.
+    fn list(&self, mountpoint: &Path, dirs: &[String], counters: &Counters) {
+        let device = |found: rustix::io::Result<Stat>| found.ok().map(|stat| stat.st_dev);
+        for dir in dirs {
+            let listing = self.listing.lock();
+            let Listing::Below(root) = &*listing else { return };
+            if device(stat(mountpoint)) != device(fstat(root)) {
+                break;
+            }
+            if list(root, dir).is_ok() {
+                trace!(dir, "listed");
+                one(&counters.boot_dirs);
+            }
+            // who waits for the end waits for one listing
+            MutexGuard::unlock_fair(listing);
+        }
+        self.end_listing();
     }
 }
 
