@@ -60,6 +60,26 @@ fn a_recorded_start_becomes_a_boot_pack_that_the_next_start_uses() -> Result<()>
 }
 
 #[test]
+fn the_general_profile_hears_of_a_start_that_is_pushed_as_one_commands() -> Result<()> {
+    let rig = Rig::new()?;
+    let home = DockerRegistry::start(&rig.path("home"), "")?;
+    let name = home.name("numpy:t");
+    rig.ok(&["push", &real_image()?, &name])?;
+    for (starts, key) in [(1, "first"), (2, "second")] {
+        let command = ["profile", "record", &name, "--command", key, "--", "python3", "-c", "pass"];
+        let recorded = rig.lamina(&command)?;
+        let said = String::from_utf8_lossy(&recorded.stderr);
+        ensure!(recorded.status.success(), "{said}");
+        rig.ok(&["profile", "push", &name, "--command", key])?;
+        let shown = rig.json(&["profile", "show", &name])?;
+        ensure!(shown["profile"]["starts"] == starts && shown["boot"]["digest"].is_string(), "{shown}");
+        let own = rig.json(&["profile", "show", &name, "--command", key])?;
+        ensure!(own["profile"]["starts"] == 1 && own["boot"]["digest"].is_string(), "{own}");
+    }
+    Ok(())
+}
+
+#[test]
 fn profiles_are_exchanged_and_dropped_there_as_anywhere() -> Result<()> {
     let rig = Rig::new()?;
     let home = DockerRegistry::start(&rig.path("home"), "")?;

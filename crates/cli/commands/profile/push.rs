@@ -51,7 +51,7 @@ pub(super) async fn run(arguments: ProfilePush, common: &Common) -> Result<()> {
     let mut kept = traces.find(image.manifest)?;
     kept.retain(|one| command.is_none() || one.command.as_ref() == command);
     let tree = image.tree().await?;
-    let seen = seen(&image, &tree, kept, command.is_none()).await?;
+    let seen = seen(&image, &tree, kept).await?;
     if seen.is_empty() {
         bail!(
             "no start of {reference} was recorded here since the last push; mount it without a boot pack and start it, or `lamina profile record {reference} -- COMMAND`"
@@ -64,9 +64,9 @@ pub(super) async fn run(arguments: ProfilePush, common: &Common) -> Result<()> {
     forgotten.with_context(|| arguments.cache.directory.display().to_string())
 }
 
-/// The profiles of what this node has seen, and of what is there already: those of commands, and with `general` the one of all
-/// of them.
-async fn seen(image: &Image<'_>, tree: &ImageTree, kept: Vec<KeptTrace>, general: bool) -> Result<Profiles> {
+/// The profiles of what this node has seen, and of what is there already: those of commands, and the general one, which hears
+/// of each start.
+async fn seen(image: &Image<'_>, tree: &ImageTree, kept: Vec<KeptTrace>) -> Result<Profiles> {
     let mut known = Profiles::new();
     for command in kept.iter().map(|one| one.command.as_ref()).chain([None]) {
         if !known.contains_key(&command.cloned())
@@ -86,7 +86,7 @@ async fn seen(image: &Image<'_>, tree: &ImageTree, kept: Vec<KeptTrace>, general
         let had = BootHad::of(trace.boot, message.boot_own);
         let starts = Starts::of(touched, had, known.get(&command), known.get(&None));
         let own = command.is_some().then_some((command, starts.own));
-        for (command, start) in own.into_iter().chain(general.then_some((None, starts.general))) {
+        for (command, start) in own.into_iter().chain([(None, starts.general)]) {
             if let Some(next) = start.and_then(|start| next(known.get(&command), start)) {
                 known.insert(command.clone(), next);
                 revised.insert(command);
