@@ -2,9 +2,10 @@
 
 use std::fs::{self, File};
 use std::io::Read;
+use std::os::unix::fs::symlink;
 use std::process::Command;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use lamina_testkit::image::Image;
 use lamina_testkit::mounts::mounted_on;
 use lamina_testkit::noise;
@@ -68,6 +69,19 @@ fn two_mounts_share_a_node_and_a_busy_one_is_not_unmounted() -> Result<()> {
     open.read_to_end(&mut bytes)?;
     ensure!(bytes == noise(4_000_000, 5), "a file that was open is still whole");
     rig.ok(&["unmount", &text(&second)]).map(drop)
+}
+
+#[test]
+fn a_mount_is_found_by_a_path_with_a_symlink_in_it() -> Result<()> {
+    let rig = pushed()?;
+    let mounted = rig.mount("a:t")?;
+    let link = rig.path("link");
+    symlink(mounted.parent().context("a parent")?, &link)?;
+    let by_link = text(&link.join(mounted.file_name().context("a name")?));
+    ensure!(rig.json(&["stats", &by_link])?["mounts"].as_array().map(Vec::len) == Some(1));
+    rig.ok(&["unmount", &by_link])?;
+    ensure!(mounted_on(&mounted)?.is_none());
+    Ok(())
 }
 
 #[test]

@@ -251,17 +251,18 @@ async fn check_namespaces(controller: &Controller) -> Result<()> {
 
 /// Unmounts a directory.
 pub(crate) async fn unmount(arguments: UnmountArguments) -> Result<()> {
-    // a hung mount must not hang this: resolve the parent, not the mount itself
-    let directory = std::path::absolute(&arguments.directory)?;
-    let resolved = match (directory.parent().map(Path::canonicalize), directory.file_name()) {
-        (Some(Ok(parent)), Some(name)) => parent.join(name),
-        _ => directory.clone(),
-    };
     let controller = Controller::new(&arguments.cache.directory);
-    let request = |directory: &PathBuf| UnmountRequest {
-        directory: directory.display().to_string(),
-        lazy: arguments.lazy,
-    };
-    controller.unmount(&request(&resolved)).await?;
+    let directory = mountpoint(&arguments.directory)?.display().to_string();
+    controller.unmount(&UnmountRequest { directory, lazy: arguments.lazy }).await?;
     Ok(())
+}
+
+/// A directory as a daemon knows it that has something mounted there. A hung mount must not hang this, so its parent is
+/// resolved, and not itself.
+pub(super) fn mountpoint(directory: &Path) -> std::io::Result<PathBuf> {
+    let directory = std::path::absolute(directory)?;
+    Ok(match (directory.parent().map(Path::canonicalize), directory.file_name()) {
+        (Some(Ok(parent)), Some(name)) => parent.join(name),
+        _ => directory,
+    })
 }

@@ -9,6 +9,7 @@ use lamina_node::Controller;
 use lamina_wire::proto::StatsResponse;
 
 use super::mib;
+use super::mount::mountpoint;
 use crate::args::StatsArguments;
 
 /// Prints the counters of a daemon and of its mounts.
@@ -19,8 +20,8 @@ pub(crate) async fn run(arguments: StatsArguments) -> Result<()> {
     }
     let mut stats = controller.stats().await?;
     if let Some(directory) = &arguments.directory {
-        let wanted = std::path::absolute(directory)?.display().to_string();
-        stats.mounts.retain(|mount| mount.directory == wanted.trim_end_matches('/'));
+        let wanted = mountpoint(directory)?.display().to_string();
+        stats.mounts.retain(|mount| mount.directory == wanted);
         ensure!(!stats.mounts.is_empty(), "{wanted}: nothing of this cache's node is mounted there");
     }
     if arguments.json {
