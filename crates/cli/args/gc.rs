@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use clap::Args;
-use lamina_store::GcConfig;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use lamina_store::{GcConfig, Originals};
 
 use super::StorageArguments;
 
@@ -37,6 +38,12 @@ pub(crate) struct GcSettings {
     #[arg(long, env = "LAMINA_GC_KEEP_UNTAGGED", value_parser = clap::builder::BoolishValueParser::new(),
         action = clap::ArgAction::SetTrue)]
     pub(crate) gc_keep_untagged: bool,
+    /// What becomes of the layers that were pushed, once they are cut. `keep`: all stay as they came. `drop`: collections
+    /// drop each that is a plain tar, after they have made it again from its chunks, byte for byte; so does whoever asks
+    /// for it from then on. Compressed layers stay: no later version of a compressor has to make the same bytes again
+    #[arg(long, env = "LAMINA_ORIGINALS", default_value = "keep", value_name = "POLICY",
+        value_parser = PossibleValuesParser::new(["keep", "drop"]).map(|policy| originals(&policy)))]
+    pub(crate) originals: Originals,
 }
 
 impl GcSettings {
@@ -46,9 +53,14 @@ impl GcSettings {
             grace: self.gc_grace,
             quarantine: self.gc_quarantine,
             keep_untagged: self.gc_keep_untagged,
+            originals: self.originals,
             ..GcConfig::default()
         }
     }
+}
+
+fn originals(policy: &str) -> Originals {
+    if policy == "drop" { Originals::Drop } else { Originals::Keep }
 }
 
 /// `30s`, `15m`, `24h`, `7d`; a number alone is seconds.

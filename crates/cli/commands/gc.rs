@@ -30,8 +30,17 @@ pub(crate) async fn run(arguments: GcArguments, common: Common) -> Result<()> {
 fn print(report: &GcReport) {
     let freed = if report.dry_run { "would free" } else { "freed" };
     println!("{freed:12} {}", amount(&report.freed));
+    if report.originals.blobs > 0 {
+        println!("{:12} {} originals of these, which are rebuilt from now on", "", report.originals.blobs);
+    }
     println!("{:12} {}", "quarantined", amount(&report.quarantined));
     println!("{:12} {}", "kept", amount(&report.kept));
+    if report.unproven > 0 {
+        println!(
+            "{} originals were due and stay: they cannot be made again, see `lamina fsck`",
+            report.unproven
+        );
+    }
     if report.held > 0 {
         println!("{} objects were due and stay: pushes under way hold them", report.held);
     }

@@ -14,7 +14,7 @@ pub(crate) async fn run(arguments: InspectArguments, common: Common) -> Result<(
     let client = Client::new(&reference.host, client_config(&common)?)?;
     let (fetched, document) = Remote::manifest(&client, reference, &host_platform()).await?;
     let repository = &reference.repository;
-    let status = match client.image_status(repository, fetched.digest).await {
+    let mut status = match client.image_status(repository, fetched.digest).await {
         Ok(status) => serde_json::from_slice(&status)?,
         Err(error) if error.is_not_found() => serde_json::Value::Null,
         Err(error) => return Err(error.into()),
@@ -42,8 +42,11 @@ pub(crate) async fn run(arguments: InspectArguments, common: Common) -> Result<(
         return Ok(());
     }
     println!("{reference}\nmanifest  {} ({})", fetched.digest, fetched.media_type);
+    let rebuilt = status.as_object_mut().and_then(|status| status.remove("rebuilt")).unwrap_or_default();
     for layer in &layers {
-        println!("layer     {} {:>12}  {}", layer.digest, mib(layer.size), layer.media_type);
+        let is_rebuilt = rebuilt.as_array().is_some_and(|all| all.contains(&layer.digest.to_string().into()));
+        let kept = if is_rebuilt { ", rebuilt when it is asked for" } else { "" };
+        println!("layer     {} {:>12}  {}{kept}", layer.digest, mib(layer.size), layer.media_type);
     }
     match (&tree, bound) {
         (Some(tree), Some(_)) => println!("tree      {tree}, named by the manifest"),

@@ -101,6 +101,12 @@ impl Descriptor {
             annotations: BTreeMap::new(),
         }
     }
+
+    /// Whether it is said to be a layer of a file system, compressed or not.
+    pub fn is_tar(&self) -> bool {
+        let name = self.media_type.split('+').next().unwrap_or_default();
+        name.ends_with(".tar") || name.ends_with(".tar.gzip")
+    }
 }
 
 /// Which machine an image is for.

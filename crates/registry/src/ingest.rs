@@ -37,11 +37,7 @@ struct Layer {
 
 /// Whether a manifest is an image of file systems: not an artifact, and every layer a tar.
 pub(crate) fn converts(manifest: &Manifest) -> bool {
-    let is_tar = |layer: &Descriptor| {
-        let name = layer.media_type.split('+').next().unwrap_or_default();
-        name.ends_with(".tar") || name.ends_with(".tar.gzip")
-    };
-    manifest.is_image() && !manifest.layers.is_empty() && manifest.layers.iter().all(is_tar)
+    manifest.is_image() && !manifest.layers.is_empty() && manifest.layers.iter().all(Descriptor::is_tar)
 }
 
 /// What is counted so far.

@@ -3,8 +3,8 @@
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use http::{HeaderValue, Response, StatusCode, header};
 use lamina_chunk::ChunkId;
-use lamina_image::Digest;
-use lamina_store::{ImageState, Repo};
+use lamina_image::{Digest, Document};
+use lamina_store::{Blob, ImageState, Repo};
 use lamina_wire::{proto, write_places};
 use prost::Message;
 
@@ -75,8 +75,25 @@ impl Api {
         let mut status = serde_json::to_value(&image).expect("a record has string keys");
         if let (ImageState::Done, Some(status)) = (image.state, status.as_object_mut()) {
             status.extend(learn::status(&self.store, repo, digest).await?);
+            status.insert("rebuilt".to_owned(), serde_json::json!(self.rebuilt_layers(repo, digest).await?));
         }
         Ok(json(StatusCode::OK, status.to_string()))
+    }
+
+    /// The layers of an image that are not stored, but made again whenever somebody asks for them.
+    async fn rebuilt_layers(&self, repo: &Repo, image: Digest) -> Result<Vec<Digest>, ApiError> {
+        let Some((media_type, bytes)) = self.store.manifest(repo, image).await? else {
+            return Ok(Vec::new());
+        };
+        let Document::Manifest(manifest) = Document::parse(&media_type, &bytes)? else {
+            return Ok(Vec::new());
+        };
+        let look_up = manifest.layers.into_iter().map(|layer| async move {
+            let blob = self.store.blob(layer.digest).await?;
+            Ok::<_, ApiError>(matches!(blob, Some(Blob::Rebuilt { .. })).then_some(layer.digest))
+        });
+        let rebuilt = stream::iter(look_up).buffered(READS);
+        rebuilt.try_filter_map(|layer| async move { Ok(layer) }).try_collect().await
     }
 }
 

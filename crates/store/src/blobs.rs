@@ -1,4 +1,4 @@
-//! Blobs: bytes under the sha256 of them, stored as such or rebuilt from a recipe.
+//! Blobs: bytes under the digest of them, stored as such or rebuilt from a recipe.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -6,6 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use lamina_image::{Digest, Recipe};
 
+use crate::objects::Objects;
 use crate::record::LayerRecord;
 use crate::{ByteStream, Store, StoreError, keys};
 
@@ -84,16 +85,20 @@ impl Store {
         range: Range<u64>,
     ) -> Result<ByteStream, StoreError> {
         assert!(range.start <= range.end && range.end <= blob.size(), "{range:?} of {blob:?}");
-        match blob {
-            Blob::Stored { .. } => {
-                let body = self.objects.stream(&keys::blob(digest), range).await?;
-                body.ok_or(StoreError::Missing(digest))
+        let recipe = match blob {
+            Blob::Stored { size } => {
+                if let Some(body) = self.objects.stream(&keys::blob(digest), range.clone()).await? {
+                    return Ok(body);
+                }
+                // an original that was dropped since somebody looked
+                match self.blob(digest).await? {
+                    Some(Blob::Rebuilt { size: rebuilt, recipe }) if rebuilt == size => recipe,
+                    _ => return Err(StoreError::Missing(digest)),
+                }
             }
-            Blob::Rebuilt { recipe, .. } => {
-                let recipe = Arc::new(self.recipe(recipe).await?);
-                self.rebuild(recipe, range).await
-            }
-        }
+            Blob::Rebuilt { recipe, .. } => recipe,
+        };
+        self.rebuild(Arc::new(self.recipe(recipe).await?), range).await
     }
 
     /// A whole stored blob, of at most `limit` bytes.
@@ -104,9 +109,7 @@ impl Store {
 
     /// Reads and parses a recipe.
     pub async fn recipe(&self, digest: Digest) -> Result<Recipe, StoreError> {
-        let bytes = self.small_blob(digest, RECIPE_BYTES_MAX).await?;
-        let parsed = tokio::task::spawn_blocking(move || Recipe::parse(bytes)).await;
-        Ok(parsed.expect("parsing does not panic")?)
+        read_recipe(&self.objects, digest).await
     }
 
     /// Stores bytes that this process has made, under their sha256.
@@ -119,4 +122,12 @@ impl Store {
         }
         Ok(digest)
     }
+}
+
+/// Reads and parses a recipe.
+pub(crate) async fn read_recipe(objects: &Objects, digest: Digest) -> Result<Recipe, StoreError> {
+    let bytes = objects.read(&keys::blob(digest), RECIPE_BYTES_MAX).await?;
+    let bytes = bytes.ok_or(StoreError::Missing(digest))?;
+    let parsed = tokio::task::spawn_blocking(move || Recipe::parse(bytes)).await;
+    Ok(parsed.expect("parsing does not panic")?)
 }

@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use lamina_chunk::{Chunk, ChunkError, ChunkId, Frame, FrameId, PackId, PackRecord, Place};
-use lamina_image::{Digest, Hasher, Recipe};
+use lamina_image::{Digest, Recipe};
 use parking_lot::Mutex;
 
-use crate::hashing::hash;
+use crate::rebuild::digest_of;
 use crate::{Store, StoreError, keys};
 
 /// Packs whose indexes are read at the same time.
@@ -97,12 +97,8 @@ impl Store {
     /// [`StoreError::Digest`] where it hashes to something else, [`StoreError::Frame`] where a pack is damaged.
     pub async fn check_rebuilds(&self, recipe: &Arc<Recipe>, proof: &Arc<Proof>) -> Result<(), StoreError> {
         let expected: Digest = recipe.diff_id();
-        let mut tar = self.rebuild_proving(Arc::clone(recipe), Arc::clone(proof)).await;
-        let mut hasher = Hasher::default();
-        while let Some(pieces) = tar.try_next().await? {
-            hasher = hash(hasher, pieces).await;
-        }
-        let found = hasher.finish();
+        let tar = self.rebuild_proving(Arc::clone(recipe), Arc::clone(proof)).await;
+        let found = digest_of(tar).await?;
         if found == expected { Ok(()) } else { Err(StoreError::Digest { expected, found }) }
     }
 

@@ -2,8 +2,8 @@
 //!
 //! Looking changes nothing and may be done beside registries at work: what they write meanwhile is not looked at. A
 //! repair needs the store for itself. It takes what is damaged out of the way, makes again what can be made again, and
-//! says of the rest what has to be pushed. Cost: every byte is read once. Memory: some 500 bytes an object, and the
-//! largest recipe.
+//! says of the rest what has to be pushed. Cost: every byte is read once, and once more what the layers are rebuilt from
+//! that are not stored. Memory: some 500 bytes an object, the largest recipe, and 80 MiB.
 
 mod follow;
 mod repair;

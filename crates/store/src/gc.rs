@@ -10,6 +10,9 @@
 //! So whoever finds a name finds what it leads to, at any moment and after a crash at any moment; a crash leaves
 //! garbage, and the next collection goes on. Cost: a listing of everything, and one read of each manifest, record and
 //! recipe. Memory: some 200 bytes an object.
+//!
+//! Where originals are dropped ([`crate::originals`]), a layer that need not be stored is garbage though it is reached.
+//! What is due of those is made again before it is condemned, since others wait for what is.
 
 mod condemn;
 mod quarantine;
@@ -28,6 +31,7 @@ use crate::keys::{self, Named};
 use crate::lease::LOST_AFTER;
 use crate::mark::{Marked, Marker, Roots};
 use crate::objects::Objects;
+use crate::originals::{Originals, prove};
 
 use self::quarantine::Quarantine;
 pub use self::report::{GcAmount, GcReport};
@@ -41,6 +45,8 @@ pub struct GcConfig {
     pub quarantine: Duration,
     /// Keep manifests that no tag leads to: only what was deleted is collected then.
     pub keep_untagged: bool,
+    /// What becomes of layers that are stored and need not be.
+    pub originals: Originals,
     /// Only look.
     pub dry_run: bool,
     /// After how long a process that does not answer is taken for dead. Shorter than the usual minute only where it is
@@ -51,7 +57,9 @@ pub struct GcConfig {
 impl Default for GcConfig {
     fn default() -> Self {
         let day = Duration::from_secs(24 * 3600);
-        Self { grace: day, quarantine: day, keep_untagged: false, dry_run: false, lost_after: LOST_AFTER }
+        let originals = Originals::default();
+        let lost_after = LOST_AFTER;
+        Self { grace: day, quarantine: day, keep_untagged: false, originals, dry_run: false, lost_after }
     }
 }
 
@@ -131,14 +139,35 @@ async fn dry_run(objects: &Objects, config: &GcConfig, now: i64) -> Result<GcRep
     let mut quarantine = Quarantine::read(objects).await?;
     quarantine.update(garbage.iter().map(|(named, _)| named), now);
     report.count(&inventory, &garbage);
+    let due = garbage.iter().map(|(named, _)| named);
+    let due = due.filter(|named| quarantine.is_due(named, config.quarantine, now));
+    let (due, unproven) = prove_originals(objects, due.cloned().collect(), &marked).await;
+    report.unproven = unproven;
     for (named, listed) in &garbage {
-        if quarantine.is_due(named, config.quarantine, now) {
-            report.freed.add(named, listed.bytes);
-        } else {
-            report.quarantined.add(named, listed.bytes);
-        }
+        report.add(named, listed.bytes, due.contains(named), &marked);
     }
     Ok(report)
+}
+
+/// Leaves out the originals that cannot be made again, and says how many they are. One is made again after the other.
+async fn prove_originals(
+    objects: &Objects,
+    mut due: BTreeSet<Named>,
+    marked: &Marked,
+) -> (BTreeSet<Named>, u64) {
+    let mut unproven = 0;
+    for (digest, layer) in &marked.rebuilt {
+        let original = Named::Blob(*digest);
+        if !due.contains(&original) {
+            continue;
+        }
+        if let Err(error) = prove(objects, layer).await {
+            tracing::warn!(layer = %digest, %error, "a layer could not be made again, and its original stays; see `lamina fsck`");
+            due.remove(&original);
+            unproven += 1;
+        }
+    }
+    (due, unproven)
 }
 
 /// What is not reached and old enough.
@@ -158,6 +187,9 @@ async fn garbage(
         .map(|(tag, _, _, _)| tag)
         .collect();
     let is_garbage = |named: &Named| match named {
+        Named::Blob(digest) if config.originals == Originals::Drop && marked.rebuilt.contains_key(digest) => {
+            true
+        }
         Named::Blob(_) | Named::Pack(_) | Named::Arrival(_) | Named::Link(..) => {
             !named.bytes().is_some_and(|digest| marked.blobs.contains(&digest))
         }
@@ -181,27 +213,27 @@ impl Gc<'_> {
         let mut quarantine = Quarantine::read(self.objects).await?;
         quarantine.update(garbage.iter().map(|(named, _)| named), self.now);
         quarantine.write(self.objects).await?;
-        let due = |named: &Named| quarantine.is_due(named, self.config.quarantine, self.now);
-        let (names, bytes): (Vec<_>, Vec<_>) =
-            garbage.iter().filter(|(named, _)| due(named)).cloned().partition(|(named, _)| !is_bytes(named));
+        let due = garbage.iter().map(|(named, _)| named);
+        let due = due.filter(|named| quarantine.is_due(named, self.config.quarantine, self.now));
+        let (due, unproven) = prove_originals(self.objects, due.cloned().collect(), &marked).await;
+        self.report.unproven = unproven;
+        let (bytes, names): (Vec<_>, Vec<_>) = due.into_iter().partition(is_bytes);
         let deleted = self.delete_names(names).await?;
-        let deleted = deleted.into_iter().chain(self.delete_bytes(bytes).await?);
+        let deleted = deleted.into_iter().chain(self.delete_bytes(bytes, &marked).await?);
         let deleted: BTreeSet<Named> = deleted.collect();
         for (named, listed) in &garbage {
-            let amount =
-                if deleted.contains(named) { &mut self.report.freed } else { &mut self.report.quarantined };
-            amount.add(named, listed.bytes);
+            self.report.add(named, listed.bytes, deleted.contains(named), &marked);
         }
         quarantine.forget(&deleted);
         quarantine.write(self.objects).await
     }
 
     /// Deletes names that are due and that still nothing reaches.
-    async fn delete_names(&mut self, due: Vec<(Named, Listed)>) -> Result<Vec<Named>, StoreError> {
+    async fn delete_names(&mut self, due: Vec<Named>) -> Result<Vec<Named>, StoreError> {
         if due.is_empty() {
             return Ok(Vec::new());
         }
-        let list = self.condemn(due.iter().map(|(named, _)| named.key())).await?;
+        let list = self.condemn(due.iter().map(Named::key)).await?;
         let inventory = Inventory::read_names(self.objects).await?;
         let marked = self.marker.mark(&inventory, self.config.roots(self.now)).await?;
         let due_now: BTreeSet<Named> = garbage(&self.marker, &inventory, &marked, self.config, self.now)
@@ -209,7 +241,7 @@ impl Gc<'_> {
             .into_iter()
             .map(|(named, _)| named)
             .collect();
-        let mut doomed: Vec<Named> = due.into_iter().map(|(named, _)| named).collect();
+        let mut doomed = due;
         doomed.retain(|named| due_now.contains(named) && !list.holds(named));
         keep_history(&mut doomed, &list);
         // what hangs goes before what it hangs on is gone; a deleted tag's last value goes last
@@ -219,18 +251,24 @@ impl Gc<'_> {
         Ok(deleted)
     }
 
-    /// Deletes blobs that are due, with their marks as packs, where no name that is left leads to them.
-    async fn delete_bytes(&mut self, due: Vec<(Named, Listed)>) -> Result<Vec<Named>, StoreError> {
+    /// Deletes blobs that are due, with their marks as packs, where no name that is left leads to them; and those originals
+    /// that were proved to be made again by what is `proved`, where they still need not be stored.
+    async fn delete_bytes(&mut self, due: Vec<Named>, proved: &Marked) -> Result<Vec<Named>, StoreError> {
         if due.is_empty() {
             return Ok(Vec::new());
         }
-        let list = self.condemn(due.iter().map(|(named, _)| named.key())).await?;
+        let list = self.condemn(due.iter().map(Named::key)).await?;
         let inventory = Inventory::read(self.objects).await?;
         let marked = self.marker.mark(&inventory, Roots::All).await?;
         let young_after = self.config.young_after(self.now);
         let held: BTreeSet<Digest> = list.held().filter_map(Named::bytes).collect();
-        let stays = |digest: &Digest| marked.blobs.contains(digest) || held.contains(digest);
-        let mut doomed: Vec<Named> = due.into_iter().map(|(named, _)| named).collect();
+        let is_rebuilt = |digest: &Digest| {
+            let proved = proved.rebuilt.get(digest);
+            proved.is_some() && proved == marked.rebuilt.get(digest)
+        };
+        let is_needed = |digest: &Digest| marked.blobs.contains(digest) && !is_rebuilt(digest);
+        let stays = |digest: &Digest| is_needed(digest) || held.contains(digest);
+        let mut doomed = due;
         // what came once more meanwhile is young
         doomed.retain(|named| inventory.0.get(named).is_some_and(|listed| listed.written < young_after));
         doomed.retain(|named| named.bytes().is_some_and(|digest| !stays(&digest)));

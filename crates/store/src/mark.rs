@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
+use lamina_chunk::PackId;
 use lamina_image::{
     BOOT_ANNOTATION, Descriptor, Digest, MANIFEST_BYTES_MAX, PROFILE_ANNOTATION, RECIPE_ANNOTATION, Recipe,
     TREE_ANNOTATION, media_type,
@@ -44,6 +45,21 @@ pub(crate) struct Marked {
     /// Manifests, images, layers, and what else names things.
     pub(crate) names: BTreeSet<Named>,
     pub(crate) blobs: BTreeSet<Digest>,
+    /// Those of the blobs that must be stored: whatever is not named as a layer of a file system alone, and the layers
+    /// of images that still wait for their tree.
+    stored: BTreeSet<Digest>,
+    /// Those that need not be, with what rebuilds them.
+    pub(crate) rebuilt: BTreeMap<Digest, LayerRecord>,
+}
+
+impl Marked {
+    /// Reaches blobs that must be stored.
+    fn need(&mut self, digests: impl IntoIterator<Item = Digest>) {
+        for digest in digests {
+            self.blobs.insert(digest);
+            self.stored.insert(digest);
+        }
+    }
 }
 
 /// A manifest or an index, as far as it names others.
@@ -59,9 +75,19 @@ pub(crate) struct Document {
 impl Document {
     /// Blobs that it names.
     pub(crate) fn blobs(&self) -> impl Iterator<Item = Digest> {
+        self.tars().chain(self.others())
+    }
+
+    /// Those of them that are named as layers of a file system.
+    fn tars(&self) -> impl Iterator<Item = Digest> {
+        self.layers.iter().flatten().filter(|layer| layer.is_tar()).map(|layer| layer.digest)
+    }
+
+    /// Those that are named as anything else.
+    fn others(&self) -> impl Iterator<Item = Digest> {
         let noted = [TREE_ANNOTATION, PROFILE_ANNOTATION, BOOT_ANNOTATION];
         let noted = noted.into_iter().filter_map(|name| digest_in(self.annotations.as_ref()?.get(name)));
-        let layers = self.layers.iter().flatten().map(|layer| layer.digest);
+        let layers = self.layers.iter().flatten().filter(|layer| !layer.is_tar()).map(|layer| layer.digest);
         layers.chain(self.config.as_ref().map(|config| config.digest)).chain(noted).chain(self.recipes())
     }
 
@@ -106,6 +132,7 @@ impl Marker {
         self.manifests(inventory, manifests, &mut marked).await?;
         self.records(inventory, roots, &mut marked).await?;
         self.packs(&mut marked).await?;
+        self.rebuilt(inventory, &mut marked);
         Ok(marked)
     }
 
@@ -165,9 +192,14 @@ impl Marker {
         marked: &mut Marked,
     ) -> Result<(), StoreError> {
         let mut hanging = BTreeMap::<(&Repo, Digest), Vec<Digest>>::new();
+        let mut waiting = BTreeSet::<Digest>::new();
         for named in inventory.keys() {
-            if let Named::Referrer(repo, subject, digest) = named {
-                hanging.entry((repo, *subject)).or_default().push(*digest);
+            match named {
+                Named::Referrer(repo, subject, digest) => {
+                    hanging.entry((repo, *subject)).or_default().push(*digest);
+                }
+                Named::Job(digest, _) => drop(waiting.insert(*digest)),
+                _ => {}
             }
         }
         while !open.is_empty() {
@@ -175,7 +207,7 @@ impl Marker {
             for (repo, digest) in std::mem::take(&mut open) {
                 let link = Named::Manifest(repo.clone(), digest);
                 if inventory.has(&link) && marked.names.insert(link) {
-                    marked.blobs.insert(digest);
+                    marked.need([digest]);
                     wave.push((repo, digest));
                 }
             }
@@ -183,7 +215,11 @@ impl Marker {
             for (repo, digest) in wave {
                 marked.names.insert(Named::Image(digest));
                 let document = &self.documents[&digest];
-                marked.blobs.extend(document.blobs());
+                marked.need(document.others());
+                match waiting.contains(&digest) {
+                    true => marked.need(document.tars()),
+                    false => marked.blobs.extend(document.tars()),
+                }
                 let children = document.manifests.iter().flatten().map(|child| child.digest);
                 open.extend(children.map(|child| (repo.clone(), child)));
                 for referrer in hanging.get(&(&repo, digest)).into_iter().flatten() {
@@ -237,7 +273,7 @@ impl Marker {
             let Named::Image(digest) = named else { continue };
             let Some(image) = self.images.get(&digest) else { continue };
             let parts = [&image.tree, &image.artifact];
-            marked.blobs.extend(parts.into_iter().flatten().map(|part| part.digest));
+            marked.need(parts.into_iter().flatten().map(|part| part.digest));
         }
         let mut open: Vec<Digest> = inventory
             .keys()
@@ -253,7 +289,8 @@ impl Marker {
             for digest in wave {
                 let Some(layer) = self.layers.get(&digest) else { continue };
                 marked.names.insert(Named::Layer(digest));
-                marked.blobs.extend([layer.recipe, layer.diff_id]);
+                marked.need([layer.recipe]);
+                marked.blobs.insert(layer.diff_id);
                 self.recipes.entry(layer.recipe).or_default();
                 let plain = Named::Layer(layer.diff_id);
                 if inventory.has(&plain) && !marked.names.contains(&plain) {
@@ -283,9 +320,25 @@ impl Marker {
             stream::iter(unread.into_iter().map(read)).buffer_unordered(2).try_collect().await?;
         self.recipes.extend(found);
         for recipe in recipes {
-            marked.blobs.extend(self.recipes.get(&recipe).into_iter().flatten());
+            marked.need(self.recipes.get(&recipe).into_iter().flatten().copied());
         }
         Ok(())
+    }
+
+    /// Finds the layers that need not be stored, since their records and all that these lead to were reached.
+    fn rebuilt(&self, inventory: &Inventory, marked: &mut Marked) {
+        let is_pack = |digest: Digest| {
+            PackId::try_from(digest)
+                .is_ok_and(|pack| inventory.has(&Named::Pack(pack)) || inventory.has(&Named::Arrival(pack)))
+        };
+        let reached = |digest: &Digest| marked.names.contains(&Named::Layer(*digest));
+        let rebuilt =
+            marked.blobs.difference(&marked.stored).filter(|digest| reached(digest) && !is_pack(**digest));
+        let rebuilt = rebuilt.filter_map(|digest| {
+            let layer = self.layers.get(digest).filter(|layer| layer.diff_id == *digest)?;
+            Some((*digest, *layer))
+        });
+        marked.rebuilt = rebuilt.collect();
     }
 }
 

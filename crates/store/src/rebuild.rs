@@ -8,11 +8,13 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use futures_util::stream::{self, BoxStream, Stream, StreamExt};
+use futures_util::stream::{self, BoxStream, Stream, StreamExt, TryStreamExt};
 use lamina_chunk::{Chunk, FrameId, PackId, Place, Sealed};
-use lamina_image::{Recipe, RecipeError, RecipePiece};
+use lamina_image::{Digest, Hasher, Recipe, RecipeError, RecipePiece};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::{Sender, channel};
 
+use crate::hashing::hash;
 use crate::objects::Objects;
 use crate::{ByteStream, Proof, Store, StoreError, keys};
 
@@ -37,11 +39,12 @@ impl Store {
     /// A part of the plain tar that the recipe describes. The range must lie inside. Waits where eight tars are being
     /// rebuilt already.
     pub async fn rebuild(&self, recipe: Arc<Recipe>, range: Range<u64>) -> Result<ByteStream, StoreError> {
-        let groups = self.groups(recipe, range, |group, frames| {
+        let place = self.place().await;
+        let groups = groups(&self.objects, recipe, range, place, |group, frames| {
             let pieces = open(group, frames, None)?;
             Ok(Bytes::from(pieces.concat()))
         });
-        Ok(groups.await.boxed())
+        Ok(groups.boxed())
     }
 
     /// The whole plain tar, in lists of pieces as they lie in memory. What is opened on the way is shown to `proof`. Memory: up to
@@ -51,33 +54,54 @@ impl Store {
         recipe: Arc<Recipe>,
         proof: Arc<Proof>,
     ) -> BoxStream<'static, Result<Vec<Bytes>, StoreError>> {
-        let range = 0..recipe.tar_bytes();
-        self.groups(recipe, range, move |group, frames| open(group, frames, Some(&proof))).await.boxed()
+        let (range, place) = (0..recipe.tar_bytes(), self.place().await);
+        let open = move |group: &Group, frames: &Frames| open(group, frames, Some(&proof));
+        groups(&self.objects, recipe, range, place, open).boxed()
     }
 
-    /// What `open` makes of each group, in order.
-    async fn groups<T: Send + 'static>(
-        &self,
-        recipe: Arc<Recipe>,
-        range: Range<u64>,
-        open: impl Fn(&Group, &Frames) -> Result<T, StoreError> + Clone + Send + 'static,
-    ) -> impl Stream<Item = Result<T, StoreError>> + Send + 'static {
-        assert!(
-            range.start <= range.end && range.end <= recipe.tar_bytes(),
-            "{range:?} of {}",
-            recipe.tar_bytes()
-        );
-        let permit = Arc::clone(&self.rebuilding).acquire_owned().await.expect("never closed");
-        let (groups, planned) = channel(1);
-        tokio::task::spawn_blocking(move || plan(&recipe, range, &groups));
-        let objects = self.objects.clone();
-        let planned = stream::unfold((planned, permit), |(mut planned, permit)| async {
-            planned.recv().await.map(|group| (group, (planned, permit)))
-        });
-        // each group is a task, so that it goes on while the one before it is taken
-        let loading = planned.map(move |group| tokio::spawn(load(objects.clone(), group, open.clone())));
-        loading.buffered(GROUPS).map(|loaded| loaded.expect("loading does not panic"))
+    /// A place among the tars that are rebuilt at the same time.
+    async fn place(&self) -> Option<OwnedSemaphorePermit> {
+        Some(Arc::clone(&self.rebuilding).acquire_owned().await.expect("never closed"))
     }
+}
+
+/// Rebuilds the whole plain tar that a recipe describes, and says what it hashes to. For whoever does so one tar at a
+/// time: no place is waited for. Memory: up to 80 MiB.
+pub(crate) async fn rebuilt_digest(objects: &Objects, recipe: Arc<Recipe>) -> Result<Digest, StoreError> {
+    let range = 0..recipe.tar_bytes();
+    digest_of(groups(objects, recipe, range, None, |group, frames| open(group, frames, None))).await
+}
+
+/// What a tar in lists of pieces hashes to.
+pub(crate) async fn digest_of(
+    tar: impl Stream<Item = Result<Vec<Bytes>, StoreError>>,
+) -> Result<Digest, StoreError> {
+    let (mut tar, mut hasher) = (std::pin::pin!(tar), Hasher::default());
+    while let Some(pieces) = tar.try_next().await? {
+        hasher = hash(hasher, pieces).await;
+    }
+    Ok(hasher.finish())
+}
+
+/// What `open` makes of each group, in order. The place is given back at the end.
+fn groups<T: Send + 'static>(
+    objects: &Objects,
+    recipe: Arc<Recipe>,
+    range: Range<u64>,
+    place: Option<OwnedSemaphorePermit>,
+    open: impl Fn(&Group, &Frames) -> Result<T, StoreError> + Clone + Send + 'static,
+) -> impl Stream<Item = Result<T, StoreError>> + Send + 'static {
+    let tar_bytes = recipe.tar_bytes();
+    assert!(range.start <= range.end && range.end <= tar_bytes, "{range:?} of {tar_bytes}");
+    let (groups, planned) = channel(1);
+    tokio::task::spawn_blocking(move || plan(&recipe, range, &groups));
+    let objects = objects.clone();
+    let planned = stream::unfold((planned, place), |(mut planned, place)| async {
+        planned.recv().await.map(|group| (group, (planned, place)))
+    });
+    // each group is a task, so that it goes on while the one before it is taken
+    let loading = planned.map(move |group| tokio::spawn(load(objects.clone(), group, open.clone())));
+    loading.buffered(GROUPS).map(|loaded| loaded.expect("loading does not panic"))
 }
 
 /// Walks through the recipe until the range ends or nobody listens any more.

@@ -14,7 +14,7 @@ use futures_util::stream::{BoxStream, StreamExt, TryStreamExt};
 use lamina_image::{Digest, Manifest, Recipe, media_type};
 use lamina_registry::{RegistryConfig, serve};
 use lamina_store::{
-    FsckReport, GcConfig, GcReport, ImageRecord, ImageState, LayerRecord, Store, StoreConfig,
+    FsckReport, GcConfig, GcReport, ImageRecord, ImageState, LayerRecord, Originals, Store, StoreConfig,
 };
 use lamina_testkit::noise;
 use object_store::memory::InMemory;
@@ -210,6 +210,13 @@ impl Contents {
         self.objects.get(&key).unwrap_or_else(|| panic!("{key} is named and not there"))
     }
 
+    /// Whether a record says how a layer is made again, whose recipe and packs are checked with all others.
+    fn is_rebuilt(&self, layer: Digest) -> bool {
+        let record = self.objects.get(&format!("layers/{}", layer.hex()));
+        let record = record.map(|bytes| serde_json::from_slice::<LayerRecord>(bytes).unwrap());
+        record.is_some_and(|record| record.diff_id == layer)
+    }
+
     fn of<'a, T: serde::de::DeserializeOwned>(
         &'a self,
         prefix: &'a str,
@@ -235,7 +242,9 @@ impl Contents {
             let manifest: Manifest = serde_json::from_slice(self.blob(digest(hex))).unwrap();
             self.blob(manifest.config.digest);
             for layer in &manifest.layers {
-                self.blob(layer.digest);
+                if !self.is_rebuilt(layer.digest) {
+                    self.blob(layer.digest);
+                }
             }
         }
         for (hex, _) in self.of::<serde_json::Value>("repos/app/referrers/") {
@@ -303,13 +312,13 @@ fn collects() -> GcConfig {
 }
 
 /// Collects once over `objects`. None where that crashed.
-async fn gc(objects: Arc<dyn ObjectStore>) -> Option<GcReport> {
+async fn gc(objects: Arc<dyn ObjectStore>, config: &GcConfig) -> Option<GcReport> {
     let index = tempfile::tempdir().unwrap();
-    let config =
+    let opened =
         StoreConfig { poll_every: support::POLL_EVERY, ..StoreConfig::new(index.path().join("index")) };
-    let store = Store::open(objects, config).await.ok()?;
+    let store = Store::open(objects, opened).await.ok()?;
     let now = std::time::SystemTime::now().duration_since(std::time::SystemTime::UNIX_EPOCH).unwrap();
-    let report = store.keeper().gc(&collects(), now.as_secs() + 2).await.ok()?;
+    let report = store.keeper().gc(config, now.as_secs() + 2).await.ok()?;
     store.close().await.ok()?;
     Some(report)
 }
@@ -339,24 +348,43 @@ async fn a_crash_after_any_write_of_a_collection_loses_nothing_and_the_next_one_
     store.set_tag(&"app".parse().unwrap(), &"v0".parse().unwrap(), None).await.unwrap();
     store.close().await.unwrap();
     drop(store);
+    let (report, writes) = collect_with_crashes(&full, &collects()).await;
+    assert!(report.freed.bytes > 200_000, "{report:?}");
+    assert!(writes > 20, "a collection of only {writes} writes");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_crash_after_any_write_of_a_collection_that_drops_originals_leaves_them_stored_or_rebuilt() {
+    let (big, own) = (noise(300_000, 1), noise(200_000, 2));
+    let plain = Image::plain(&[&[("lib/big", &big)], &[("etc/motd", b"hi"), ("own", &own)]]);
+    let full = Arc::new(InMemory::new());
+    assert!(push_as(Arc::clone(&full) as _, &plain, "v1", || false).await);
+    let drops = GcConfig { originals: Originals::Drop, ..collects() };
+    let (report, writes) = collect_with_crashes(&full, &drops).await;
+    assert_eq!(report.originals.blobs, 2);
+    assert!(writes > 8, "a collection of only {writes} writes");
+}
+
+/// Collects what is in `full` with a crash after each write, one after the other. Says what a
+/// collection without one did, in how many writes.
+async fn collect_with_crashes(full: &InMemory, config: &GcConfig) -> (GcReport, usize) {
     let failing = |writes_max| {
         let (inner, writes) = (Arc::new(full.fork()), Arc::new(AtomicUsize::new(0)));
         let failing = Failing { inner: Arc::clone(&inner), writes: Arc::clone(&writes), writes_max };
         (inner, Arc::new(failing), writes)
     };
     let (inner, objects, writes) = failing(usize::MAX);
-    let freed = gc(objects).await.unwrap().freed;
-    assert!(freed.bytes > 200_000, "{freed:?}");
+    let report = gc(objects, config).await.unwrap();
     let (whole, expected) = (writes.load(Ordering::SeqCst), kept(&Contents::read(&inner).await));
-    assert!(whole > 20, "a collection of only {whole} writes");
     for writes_max in 0..whole {
         let (inner, objects, _) = failing(writes_max);
-        let _ = gc(objects).await;
+        let _ = gc(objects, config).await;
         Contents::read(&inner).await.check();
         fsck(&inner).await;
-        assert!(gc(Arc::clone(&inner) as _).await.is_some(), "after {writes_max} writes");
+        assert!(gc(Arc::clone(&inner) as _, config).await.is_some(), "after {writes_max} writes");
         assert_eq!(fsck(&inner).await.garbage_blobs, 0, "after {writes_max} writes");
         let left = kept(&Contents::read(&inner).await);
         assert!(left == expected, "after {writes_max} writes: {:?}", left.keys().collect::<Vec<_>>());
     }
+    (report, whole)
 }

@@ -1,5 +1,5 @@
 //! The registry as its clients see it: raw requests, skopeo, podman, images that come with their tree, what is learnt of
-//! starts, and crashes.
+//! starts, what is dropped, and crashes.
 
 mod between;
 mod bound;
@@ -15,6 +15,7 @@ mod gc;
 mod hostile;
 mod learning;
 mod membership;
+mod originals;
 mod protocol;
 mod support;
 mod upstream;

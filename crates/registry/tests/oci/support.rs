@@ -239,6 +239,15 @@ impl Image {
         Self { tars, layers, config, manifest: serde_json::to_vec(&manifest).unwrap().into() }
     }
 
+    /// The same with plain layers.
+    pub(crate) fn plain(layers: &[&[(&str, &[u8])]]) -> Self {
+        let tars: Vec<Bytes> = layers.iter().map(|files| tar_of(files)).collect();
+        let config = config_of(&tars, "");
+        let descriptors = tars.iter().map(|tar| Descriptor::of(media_type::OCI_LAYER, tar));
+        let manifest = serde_json::to_vec(&manifest_of(&config, descriptors.collect())).unwrap().into();
+        Self { layers: tars.clone(), tars, config, manifest }
+    }
+
     /// The same layers under another config.
     pub(crate) fn relabelled(&self, label: &str) -> Self {
         let config = config_of(&self.tars, label);

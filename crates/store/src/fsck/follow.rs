@@ -10,6 +10,7 @@ use crate::check::at;
 use crate::keys::{self, Named};
 use crate::mark::{Document, Marker};
 use crate::objects::Objects;
+use crate::originals::prove;
 use crate::packs::pack_records;
 use crate::record::ImageState;
 use crate::{Repo, StoreError, Tag};
@@ -43,6 +44,7 @@ impl Follow {
         follow.read_tags(objects).await?;
         follow.need();
         follow.find_missing();
+        follow.rebuild(objects).await;
         Ok(follow)
     }
 
@@ -191,6 +193,20 @@ impl Follow {
         }
         for (named, reason) in missing {
             self.wrong(named, Wrong::Missing, reason);
+        }
+    }
+
+    /// Rebuilds each plain layer that is not stored, where what it takes is good.
+    async fn rebuild(&mut self, objects: &Objects) {
+        let layers: BTreeSet<Digest> = self.needs.values().flatten().copied().collect();
+        for digest in layers {
+            if self.found.inventory.has(&Named::Blob(digest)) || !self.is_rebuilt(digest) {
+                continue;
+            }
+            if let Err(error) = prove(objects, &self.found.layers[&digest]).await {
+                let reason = format!("it is not stored, and its recipe does not rebuild it: {error}");
+                self.wrong(Named::Blob(digest), Wrong::Missing, reason);
+            }
         }
     }
 

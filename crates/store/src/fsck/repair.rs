@@ -73,13 +73,15 @@ impl Follow {
         }
     }
 
-    /// Whether it is a layer's plain tar of which recipe and packs are good.
-    fn is_rebuilt(&self, digest: Digest) -> bool {
+    /// Whether it is a layer's plain tar of which recipe and packs are good, and nobody has found that they make something
+    /// else.
+    pub(super) fn is_rebuilt(&self, digest: Digest) -> bool {
         let Some(layer) = self.found.layers.get(&digest).filter(|layer| layer.diff_id == digest) else {
             return false;
         };
         let Some(packs) = self.recipes.get(&layer.recipe) else { return false };
-        self.found.is_good(layer.recipe) && packs.iter().all(|pack| self.found.is_good(*pack))
+        let is_lost = matches!(self.found.wrong.get(&Named::Blob(digest)), Some((Wrong::Missing, _)));
+        !is_lost && self.found.is_good(layer.recipe) && packs.iter().all(|pack| self.found.is_good(*pack))
     }
 
     /// The recipes of an image whose own manifest names this tree, if all are good.
@@ -93,7 +95,7 @@ impl Follow {
     }
 
     /// Whether an image that needs something damaged can be converted again without it: its own documents and original
-    /// layers are good, and its manifest binds no tree.
+    /// layers are good, or rebuilt from what is good, and its manifest binds no tree.
     fn is_convertible(&self, damaged: &Named, (_, digest): &Link) -> bool {
         let Some(document) = self.documents.get(digest) else { return false };
         let mut originals = document.blobs();
@@ -107,7 +109,10 @@ impl Follow {
             .images
             .values()
             .any(|image| image.artifact.as_ref().is_some_and(|it| it.digest == *digest));
-        artifact || (!bound && !is_original(damaged) && originals.all(|blob| self.found.is_good(blob)))
+        artifact
+            || (!bound
+                && !is_original(damaged)
+                && originals.all(|blob| self.found.is_good(blob) || self.is_rebuilt(blob)))
     }
 }
 
@@ -170,7 +175,8 @@ impl Keeper {
         }
         for (layer, record) in &follow.found.layers {
             let packs = follow.recipes.get(&record.recipe);
-            if record.recipe == *digest || packs.is_some_and(|packs| packs.contains(digest)) {
+            let leads = [record.recipe, record.diff_id].contains(digest);
+            if leads || packs.is_some_and(|packs| packs.contains(digest)) {
                 self.objects.delete(&keys::layer(*layer)).await?;
             }
         }

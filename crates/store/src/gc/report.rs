@@ -4,6 +4,7 @@ use serde::Serialize;
 
 use crate::inventory::{Inventory, Listed};
 use crate::keys::Named;
+use crate::mark::Marked;
 
 /// How much of something.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -40,6 +41,10 @@ pub struct GcReport {
     pub quarantined: GcAmount,
     /// What was deleted, or would be.
     pub freed: GcAmount,
+    /// Of the freed: original layers, which are rebuilt from now on.
+    pub originals: GcAmount,
+    /// Original layers that were due, and that could not be made again. They stay.
+    pub unproven: u64,
     /// Objects that were due, and that some process was just taking in.
     pub held: u64,
     /// Files that a crash had left half written.
@@ -47,6 +52,16 @@ pub struct GcReport {
 }
 
 impl GcReport {
+    /// Counts what is garbage.
+    pub(super) fn add(&mut self, named: &Named, bytes: u64, is_freed: bool, marked: &Marked) {
+        let is_original = matches!(named, Named::Blob(digest) if marked.rebuilt.contains_key(digest));
+        if is_freed && is_original {
+            self.originals.add(named, bytes);
+        }
+        let amount = if is_freed { &mut self.freed } else { &mut self.quarantined };
+        amount.add(named, bytes);
+    }
+
     /// Counts what stays for now.
     pub(super) fn count(&mut self, inventory: &Inventory, garbage: &[(Named, Listed)]) {
         let mut rest = inventory.0.clone();
