@@ -28,6 +28,9 @@ pub(crate) struct RegistryLimits {
     #[arg(long, env = "LAMINA_STALL", default_value_t = 60, value_name = "SECONDS",
         value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub(crate) stall: u64,
+    /// How often it is asked whether somebody collects
+    #[arg(long, hide = true, value_name = "TIME", value_parser = super::gc::duration)]
+    pub(crate) poll_every: Option<Duration>,
     /// Do not serve /metrics
     #[arg(long, env = "LAMINA_NO_METRICS", value_parser = clap::builder::BoolishValueParser::new(),
         action = clap::ArgAction::SetTrue)]
@@ -51,6 +54,7 @@ impl RegistryLimits {
             uploads_max: usize::try_from(self.uploads).expect("32 bits"),
             upload_idle_max: Duration::from_secs(self.upload_idle),
             blob_bytes_max: self.blob_gib << 30,
+            poll_every: self.poll_every.unwrap_or(config.poll_every),
             ..config
         }
     }

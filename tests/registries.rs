@@ -1,0 +1,11 @@
+//! Registry processes as they fare in the field: two over one bucket.
+//!
+//! Needs root and `/dev/fuse`, as the tests of the command line do.
+
+#[expect(dead_code, reason = "the tests of the command line use the rest")]
+#[path = "cli/rig.rs"]
+mod rig;
+#[path = "registries/server.rs"]
+mod server;
+#[path = "registries/shared.rs"]
+mod shared;
