@@ -1,7 +1,9 @@
-//! Registry processes as they fare in the field: two over one bucket.
+//! Registry processes as they fare in the field: two over one bucket, and killed at work.
 //!
 //! Needs root and `/dev/fuse`, as the tests of the command line do.
 
+#[path = "registries/killed.rs"]
+mod killed;
 #[expect(dead_code, reason = "the tests of the command line use the rest")]
 #[path = "cli/rig.rs"]
 mod rig;
