@@ -1,4 +1,4 @@
-//! Registry processes as they fare in the field: two over one bucket, and killed at work.
+//! Registry processes as they fare in the field: two over one bucket, killed at work, over storage that is slow and refuses.
 //!
 //! Needs root and `/dev/fuse`, as the tests of the command line do.
 
@@ -11,3 +11,5 @@ mod rig;
 mod server;
 #[path = "registries/shared.rs"]
 mod shared;
+#[path = "registries/storage.rs"]
+mod storage;
