@@ -1,9 +1,12 @@
-//! Registry processes as they fare in the field: two over one bucket, killed at work, over storage that is slow and refuses.
+//! Registry processes as they fare in the field: two over one bucket, killed at work, over storage that is slow
+//! and refuses, dropping originals.
 //!
 //! Needs root and `/dev/fuse`, as the tests of the command line do.
 
 #[path = "registries/killed.rs"]
 mod killed;
+#[path = "registries/originals.rs"]
+mod originals;
 #[expect(dead_code, reason = "the tests of the command line use the rest")]
 #[path = "cli/rig.rs"]
 mod rig;

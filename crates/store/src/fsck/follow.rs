@@ -44,7 +44,7 @@ impl Follow {
         follow.read_tags(objects).await?;
         follow.need();
         follow.find_missing();
-        follow.rebuild(objects).await;
+        follow.rebuild(objects).await?;
         Ok(follow)
     }
 
@@ -197,17 +197,23 @@ impl Follow {
     }
 
     /// Rebuilds each plain layer that is not stored, where what it takes is good.
-    async fn rebuild(&mut self, objects: &Objects) {
+    async fn rebuild(&mut self, objects: &Objects) -> Result<(), StoreError> {
         let layers: BTreeSet<Digest> = self.needs.values().flatten().copied().collect();
         for digest in layers {
             if self.found.inventory.has(&Named::Blob(digest)) || !self.is_rebuilt(digest) {
                 continue;
             }
-            if let Err(error) = prove(objects, &self.found.layers[&digest]).await {
-                let reason = format!("it is not stored, and its recipe does not rebuild it: {error}");
-                self.wrong(Named::Blob(digest), Wrong::Missing, reason);
+            match prove(objects, &self.found.layers[&digest]).await {
+                Ok(()) => {}
+                // all that is read was good just now
+                Err(error @ StoreError::Object(_)) => return Err(error),
+                Err(error) => {
+                    let reason = format!("it is not stored, and its recipe does not rebuild it: {error}");
+                    self.wrong(Named::Blob(digest), Wrong::Missing, reason);
+                }
             }
         }
+        Ok(())
     }
 
     /// Stored, or rebuilt from a recipe.
