@@ -6,7 +6,7 @@ use std::time::Duration;
 use futures_util::TryStreamExt;
 use http::{Method, StatusCode};
 use lamina_image::{Descriptor, Digest, media_type};
-use lamina_store::{GcConfig, GcReport, Originals, Store, StoreConfig, Wrong};
+use lamina_store::{GcConfig, GcReport, ImageState, Originals, Store, StoreConfig, Wrong};
 use lamina_testkit::noise;
 
 use crate::support::{Image, Registry, config_of, manifest_of, run};
@@ -276,18 +276,51 @@ async fn fsck_rebuilds_what_was_dropped_and_where_it_cannot_names_the_images_and
     assert_eq!(damage[0].key, format!("blobs/sha256/{}", layers(&image)[0].hex()));
     assert!(damage[0].remedy.contains("push"), "{damage:?}");
 
+    let registry = repaired(registry).await;
+    let lost = registry.send(Method::HEAD, &path_of(layers(&image)[0]), &[], "").await;
+    lost.expect(StatusCode::NOT_FOUND);
+    registry.push("app", "one", &image).await;
+    pulls(&registry, &image).await;
+    is_whole(&registry).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pack_that_dropped_layers_need_is_asked_for_with_its_images_and_a_push_makes_all_anew() {
+    let image = image();
+    let registry = pushed(&image).await;
+    gc(&registry, &drops()).await;
+    let record = registry.store.layer(layers(&image)[0]).await.unwrap().unwrap();
+    let pack = registry.store.recipe(record.recipe).await.unwrap().frames()[0].1.pack;
+    let path = stored(&registry, pack.into());
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes[1000] ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+    let report = registry.store.keeper().fsck(&|_| {}).await.unwrap();
+    assert_eq!(report.damaged.len(), 1, "{report:#?}");
+    assert!(report.damaged[0].images.contains(&"app:one".to_owned()), "{report:#?}");
+    assert!(report.damaged[0].remedy.contains("push"), "{report:#?}");
+
+    let registry = repaired(registry).await;
+    let lost = registry.send(Method::HEAD, &path_of(layers(&image)[0]), &[], "").await;
+    lost.expect(StatusCode::NOT_FOUND);
+    let digest = registry.push("app", "one", &image).await;
+    let record = registry.converted(digest).await;
+    assert_eq!((record.state, record.counts.layers_cut), (ImageState::Done, 2));
+    let referrers = registry.get(&format!("/v2/app/referrers/{digest}")).await.json();
+    assert_eq!(referrers["manifests"].as_array().unwrap().len(), 1, "one tree: {referrers}");
+    pulls(&registry, &image).await;
+    is_whole(&registry).await;
+}
+
+/// Repaired while it was stopped: something is left that has to be pushed.
+async fn repaired(registry: Registry) -> Registry {
     registry.store.close().await.unwrap();
     let (directory, stopped) = registry.stop().await;
     let store = Store::open_directory(&directory, StoreConfig::new(directory.join("index"))).await.unwrap();
     assert_eq!(store.keeper().repair(&store, &|_| {}).await.unwrap().left(), 1);
     store.close().await.unwrap();
     drop(store);
-    let registry = stopped.start().await;
-    let lost = registry.send(Method::HEAD, &path_of(layers(&image)[0]), &[], "").await;
-    lost.expect(StatusCode::NOT_FOUND);
-    registry.push("app", "one", &image).await;
-    pulls(&registry, &image).await;
-    is_whole(&registry).await;
+    stopped.start().await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -11,7 +11,7 @@ use lamina_image::{Digest, Recipe, derive_tree, pack_tree};
 use super::follow::{Follow, Link};
 use super::{Found, FsckReport, Wrong};
 use crate::keys::{self, Named};
-use crate::{Keeper, Proof, Store, StoreError};
+use crate::{Keeper, Proof, Repo, Store, StoreError};
 
 /// What can be done about something damaged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,6 +84,14 @@ impl Follow {
         !is_lost && self.found.is_good(layer.recipe) && packs.iter().all(|pack| self.found.is_good(*pack))
     }
 
+    /// Whether it is a recipe, or a pack that recipes lead to.
+    fn is_cut(&self, named: &Named) -> bool {
+        let Named::Blob(digest) = named else { return false };
+        self.recipes.contains_key(digest)
+            || self.found.layers.values().any(|layer| layer.recipe == *digest)
+            || self.recipes.values().any(|packs| packs.contains(digest))
+    }
+
     /// The recipes of an image whose own manifest names this tree, if all are good.
     fn tree_of(&self, tree: Digest) -> Option<Vec<Digest>> {
         let names = |image: &crate::ImageRecord| image.tree.as_ref().is_some_and(|it| it.digest == tree);
@@ -124,7 +132,7 @@ impl Keeper {
         let follow = Follow::read(&self.objects, found).await?;
         let mut report = follow.report();
         let wrong: Vec<_> = follow.found.wrong.iter().map(|(named, (wrong, _))| (named, *wrong)).collect();
-        let mut again = BTreeSet::new();
+        let (mut again, mut lost) = (BTreeSet::new(), BTreeSet::new());
         for ((named, wrong), damage) in wrong.into_iter().zip(&mut report.damaged) {
             let remedy = follow.remedy(named);
             if wrong != Wrong::Missing {
@@ -138,12 +146,21 @@ impl Keeper {
                     again.extend(follow.users(named));
                     true
                 }
-                Remedy::Push => false,
+                Remedy::Push => {
+                    lost.extend(follow.users(named).into_iter().filter(|_| follow.is_cut(named)));
+                    false
+                }
             };
             self.withdraw(&follow, named, remedy).await?;
         }
-        for link in again {
-            self.convert_again(&follow, link).await?;
+        for (repo, digest) in again {
+            if self.forget(&follow, &repo, digest).await? {
+                self.objects.put(&keys::job(digest, &repo), "{}".into()).await?;
+            }
+        }
+        // whoever pushes them again gets a tree for them again
+        for (repo, digest) in lost {
+            self.forget(&follow, &repo, digest).await?;
         }
         Ok(report)
     }
@@ -219,11 +236,12 @@ impl Keeper {
         }
     }
 
-    /// Forgets what is known of an image's tree and layers, and leaves the job to make it anew.
-    async fn convert_again(&self, follow: &Follow, (repo, digest): Link) -> Result<(), StoreError> {
-        let Some(document) = follow.documents.get(&digest) else { return Ok(()) };
+    /// Forgets what is known of an image's tree, so that it can be made anew. False where there is nothing to make: it is the
+    /// artifact that hangs the tree on an image, and goes with it, or no image at all.
+    async fn forget(&self, follow: &Follow, repo: &Repo, digest: Digest) -> Result<bool, StoreError> {
+        let Some(document) = follow.documents.get(&digest) else { return Ok(false) };
         if !follow.found.images.contains_key(&digest) && document.config.is_none() {
-            return Ok(());
+            return Ok(false);
         }
         // an artifact that hangs a tree on an image is made anew with it
         let artifact_of = follow
@@ -232,11 +250,11 @@ impl Keeper {
             .iter()
             .find(|(_, image)| image.artifact.as_ref().is_some_and(|artifact| artifact.digest == digest));
         if let Some((image, _)) = artifact_of {
-            self.objects.delete(&keys::referrer(&repo, *image, digest)).await?;
-            self.objects.delete(&keys::manifest(&repo, digest)).await?;
-            return Ok(());
+            self.objects.delete(&keys::referrer(repo, *image, digest)).await?;
+            self.objects.delete(&keys::manifest(repo, digest)).await?;
+            return Ok(false);
         }
         self.objects.delete(&keys::image(digest)).await?;
-        self.objects.put(&keys::job(digest, &repo), "{}".into()).await
+        Ok(true)
     }
 }
