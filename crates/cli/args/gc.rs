@@ -39,8 +39,8 @@ pub(crate) struct GcSettings {
         action = clap::ArgAction::SetTrue)]
     pub(crate) gc_keep_untagged: bool,
     /// What becomes of the layers that were pushed, once they are cut. `keep`: all stay as they came. `drop`: collections
-    /// drop each that is a plain tar, after they have made it again from its chunks, byte for byte; so does whoever asks
-    /// for it from then on. Compressed layers stay: no later version of a compressor has to make the same bytes again
+    /// drop those that are plain tars, each once it was made again from its chunks, byte for byte, as it is from then on
+    /// for whoever asks. Compressed layers stay: no later version of a compressor has to make the same bytes again
     #[arg(long, env = "LAMINA_ORIGINALS", default_value = "keep", value_name = "POLICY",
         value_parser = PossibleValuesParser::new(["keep", "drop"]).map(|policy| originals(&policy)))]
     pub(crate) originals: Originals,
