@@ -37,6 +37,10 @@ pub(crate) struct GcSettings {
     #[arg(long, env = "LAMINA_GC_KEEP_UNTAGGED", value_parser = clap::builder::BoolishValueParser::new(),
         action = clap::ArgAction::SetTrue)]
     pub(crate) gc_keep_untagged: bool,
+    /// Packs of which less than this many percent is still used are written anew without the rest; 0 for never
+    #[arg(long, env = "LAMINA_REPACK_BELOW", default_value = "50", value_name = "PERCENT",
+        value_parser = clap::value_parser!(u8).range(0..=100))]
+    pub(crate) repack_below: u8,
 }
 
 impl GcSettings {
@@ -46,6 +50,7 @@ impl GcSettings {
             grace: self.gc_grace,
             quarantine: self.gc_quarantine,
             keep_untagged: self.gc_keep_untagged,
+            repack_below: self.repack_below,
             ..GcConfig::default()
         }
     }

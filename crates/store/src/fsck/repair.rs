@@ -59,7 +59,12 @@ impl Follow {
             }
             Named::Blob(digest) if self.is_rebuilt(*digest) => Remedy::Rebuild,
             Named::Blob(digest) if self.tree_of(*digest).is_some() => Remedy::Derive,
-            Named::Blob(_) | Named::Image(_) | Named::Layer(_) | Named::Pack(_) | Named::Arrival(_) => {
+            Named::Blob(_)
+            | Named::Image(_)
+            | Named::Layer(_)
+            | Named::Pack(_)
+            | Named::Arrival(_)
+            | Named::Moved(_) => {
                 if users.is_empty() {
                     Remedy::Remove
                 } else if users.iter().all(|link| self.is_convertible(named, link)) {
@@ -79,7 +84,7 @@ impl Follow {
             return false;
         };
         let Some(packs) = self.recipes.get(&layer.recipe) else { return false };
-        self.found.is_good(layer.recipe) && packs.iter().all(|pack| self.found.is_good(*pack))
+        self.found.is_good(layer.recipe) && packs.iter().all(|pack| self.found.is_pack_good(*pack))
     }
 
     /// The recipes of an image whose own manifest names this tree, if all are good.
@@ -152,7 +157,13 @@ impl Keeper {
 
     /// Nobody may be told of chunks and layers that cannot be read any more.
     async fn withdraw(&self, follow: &Follow, named: &Named, remedy: Remedy) -> Result<(), StoreError> {
-        let Named::Blob(digest) = named else { return Ok(()) };
+        let digest = match named {
+            Named::Blob(digest) => *digest,
+            // what cannot be found any more is as good as gone
+            Named::Moved(pack) => (*pack).into(),
+            _ => return Ok(()),
+        };
+        let digest = &digest;
         if matches!(remedy, Remedy::Rebuild | Remedy::Derive) {
             return Ok(());
         }

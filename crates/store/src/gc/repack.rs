@@ -1,0 +1,243 @@
+//! Packs that are mostly dead: what lives of each goes into a new pack, and the rest is gone with the old one.
+//!
+//! A pack is left alone where anything is unsure: where a manifest names it itself, since clients that know nothing of packs ask
+//! for what manifests name; where a frame that something names is not in its index, or does not open; where a tree cannot be
+//! read; where it was moved before, or what is in it often enough. Each pack becomes one of its own: whoever may read the old
+//! one learns nothing of others.
+//!
+//! 1. The new pack, its mark, and its links to all repositories of the old one. If anything ends here, that is garbage, or a pack
+//!    like any other.
+//! 2. The old pack is condemned like garbage. Nobody who holds it loses it, and the others forget it and learn the new one.
+//! 3. Marked again: where more frames are named than the new pack has, nothing happens. Otherwise links that came meanwhile, and
+//!    then the record, from which moment all that names the old pack leads to the new one.
+//! 4. Only then the old pack is deleted. If this does not happen, it is garbage for the next collection.
+
+use std::collections::BTreeSet;
+
+use bytes::Bytes;
+use lamina_chunk::{FOOTER_BYTES, MOVES_MAX, Moved, PACK_BYTES_MAX, PackBuilder, PackId, PackRecord, Sealed};
+use lamina_image::Digest;
+
+use super::condemn::Condemned;
+use super::{Gc, GcConfig, GcRepacked};
+use crate::StoreError;
+use crate::inventory::Inventory;
+use crate::keys::{self, Named};
+use crate::mark::{Marked, Marker, Roots};
+use crate::objects::Objects;
+use crate::packs::pack_records;
+
+/// Packs in one collection: each is read and written once, and all are moved while pushes that want one of them wait. The next
+/// collection goes on.
+const PACKS_MAX: usize = 64;
+
+/// A pack of which little lives.
+#[derive(Debug)]
+pub(super) struct Dying {
+    pub(super) pack: PackId,
+    /// How long it is.
+    bytes: u64,
+    /// What of its index lives.
+    records: Vec<PackRecord>,
+}
+
+/// A pack whose frames are in a new one.
+#[derive(Debug)]
+pub(super) struct Copied {
+    pub(super) pack: PackId,
+    pub(super) moved: Moved,
+    repacked: GcRepacked,
+}
+
+impl Dying {
+    /// What repacking it does.
+    pub(super) fn repacked(&self) -> GcRepacked {
+        let index = self.records.iter().map(|record| 48 + 36 * record.chunks.len() as u64).sum::<u64>();
+        let frames = self.records.iter().map(|record| u64::from(record.frame.sealed_len)).sum::<u64>();
+        let new = frames + index + FOOTER_BYTES as u64;
+        GcRepacked { packs: 1, bytes: self.bytes, bytes_left: new }
+    }
+}
+
+/// Packs of which less lives than is worth the rest, as far as was marked.
+pub(super) fn dying(
+    marker: &Marker,
+    inventory: &Inventory,
+    marked: &Marked,
+    config: &GcConfig,
+    now: i64,
+) -> Vec<PackId> {
+    let young_after = config.young_after(now);
+    let is_old = |named: &Named| inventory.0.get(named).is_some_and(|listed| listed.written < young_after);
+    let is_dying = |pack: &PackId| {
+        let blob = Named::Blob((*pack).into());
+        let bytes = inventory.0.get(&blob).map_or(0, |listed| listed.bytes);
+        let live = marker.live().bytes(*pack).filter(|live| *live > 0);
+        live.is_some_and(|live| live * 100 < bytes * u64::from(config.repack_below))
+            && marked.blobs.contains(&(*pack).into())
+            && !inventory.has(&Named::Moved(*pack))
+            && is_old(&Named::Pack(*pack))
+            && is_old(&blob)
+    };
+    let packs = inventory.keys().filter_map(|named| match named {
+        Named::Pack(pack) => Some(*pack),
+        _ => None,
+    });
+    packs.filter(is_dying).filter(|pack| !marker.is_in_manifest((*pack).into())).collect()
+}
+
+/// Those of the packs that are repacked now, by everything that is left in `inventory`.
+pub(super) async fn choose(
+    objects: &Objects,
+    marker: &mut Marker,
+    inventory: &Inventory,
+    due: BTreeSet<PackId>,
+    (config, now): (&GcConfig, i64),
+) -> Result<Vec<Dying>, StoreError> {
+    if due.is_empty() {
+        return Ok(Vec::new());
+    }
+    let marked = marker.mark(inventory, Roots::All).await?;
+    if !marker.read_trees(inventory, &marked, &due).await? {
+        return Ok(Vec::new());
+    }
+    let still = dying(marker, inventory, &marked, config, now).into_iter().filter(|pack| due.contains(pack));
+    let mut chosen = Vec::new();
+    for pack in still {
+        if chosen.len() == PACKS_MAX {
+            tracing::info!("there are more packs that are mostly dead; the next collection goes on");
+            break;
+        }
+        if marker.moves(pack) >= MOVES_MAX {
+            continue;
+        }
+        let records = match pack_records(objects, pack).await {
+            Ok(records) => records,
+            Err(error @ (StoreError::Pack { .. } | StoreError::Missing(_))) => {
+                tracing::warn!(%pack, %error, "a pack that is mostly dead is left alone");
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
+        match living(&records, marker.live().of(pack).unwrap_or_default()) {
+            Some(living) if living.len() < records.len() => {
+                let bytes = inventory.0.get(&Named::Blob(pack.into())).map_or(0, |listed| listed.bytes);
+                chosen.push(Dying { pack, bytes, records: living });
+            }
+            // small as it looks, all of it lives
+            Some(_) => {}
+            None => {
+                tracing::warn!(%pack, "a pack is left alone: something names a frame that is not in its index")
+            }
+        }
+    }
+    Ok(chosen)
+}
+
+/// The records of these frames; `None` where one has none.
+fn living(records: &[PackRecord], spans: &[(u32, u32)]) -> Option<Vec<PackRecord>> {
+    let record = |(offset, len): &(u32, u32)| {
+        let found = records.binary_search_by_key(offset, |record| record.frame.offset).ok()?;
+        records.get(found).filter(|record| record.frame.sealed_len == *len).cloned()
+    };
+    spans.iter().map(record).collect()
+}
+
+impl Gc<'_> {
+    /// Writes the new packs. See the module.
+    pub(super) async fn copy(
+        &self,
+        inventory: &Inventory,
+        dying: Vec<Dying>,
+    ) -> Result<Vec<Copied>, StoreError> {
+        let mut all = Vec::with_capacity(dying.len());
+        for dying in dying {
+            all.extend(self.copy_one(inventory, dying).await?);
+        }
+        Ok(all)
+    }
+
+    async fn copy_one(&self, inventory: &Inventory, dying: Dying) -> Result<Option<Copied>, StoreError> {
+        self.collector.check().await?;
+        let (pack, repacked) = (dying.pack, dying.repacked());
+        let key = keys::blob(pack.into());
+        let Some(bytes) = self.objects.read(&key, PACK_BYTES_MAX as u64).await? else { return Ok(None) };
+        let built = tokio::task::spawn_blocking(move || build(&bytes, dying.records)).await;
+        let (new, bytes, moved) = match built.expect("building a pack does not panic") {
+            Ok(built) => built,
+            Err(error) => {
+                tracing::warn!(%pack, %error, "a pack that is mostly dead is damaged, and is left alone; see lamina fsck");
+                return Ok(None);
+            }
+        };
+        self.objects.put(&keys::blob(new.into()), bytes.into()).await?;
+        self.objects.put(&keys::pack(new), "{}".into()).await?;
+        self.link_as(inventory, pack, new).await?;
+        Ok(Some(Copied { pack, moved, repacked }))
+    }
+
+    /// Makes the new pack belong to every repository that the old one belongs to.
+    async fn link_as(&self, inventory: &Inventory, old: PackId, new: PackId) -> Result<(), StoreError> {
+        let links = inventory.keys().filter_map(|named| match named {
+            Named::Link(digest, repo) if *digest == Digest::from(old) => {
+                Some(Named::Link(new.into(), repo.clone()))
+            }
+            _ => None,
+        });
+        for link in links.filter(|link| !inventory.has(link)) {
+            self.objects.put(&link.key(), "{}".into()).await?;
+        }
+        Ok(())
+    }
+
+    /// Writes the records of those that may go. Gives what is garbage from that moment.
+    pub(super) async fn go(
+        &mut self,
+        (inventory, marked): (&Inventory, &Marked),
+        copied: &[Copied],
+        list: &Condemned,
+    ) -> Result<Vec<Named>, StoreError> {
+        let young_after = self.config.young_after(self.now);
+        let packs = copied.iter().map(|copied| copied.pack).collect();
+        // more may have come since the first look
+        if copied.is_empty() || !self.marker.read_trees(inventory, marked, &packs).await? {
+            return Ok(Vec::new());
+        }
+        let mut garbage = Vec::new();
+        for Copied { pack, moved, repacked } in copied {
+            let old = [Named::Pack(*pack), Named::Blob((*pack).into())];
+            let is_old =
+                |named: &Named| inventory.0.get(named).is_some_and(|listed| listed.written < young_after);
+            let goes = old.iter().all(|named| !list.holds(named) && is_old(named))
+                && self.marker.live().are_moved(*pack, moved)
+                && !self.marker.is_in_manifest((*pack).into());
+            if !goes {
+                continue;
+            }
+            self.collector.check().await?;
+            self.link_as(inventory, *pack, moved.pack()).await?;
+            // whoever lost the right to collect may still be writing: the first record stays
+            if self.objects.create(&keys::moved(*pack), moved.to_bytes().into()).await? {
+                self.report.repacked.add(*repacked);
+                garbage.extend(old);
+            }
+        }
+        Ok(garbage)
+    }
+}
+
+/// A pack of these frames of `pack`, byte for byte, each opened once. Gives its name, its bytes, and where the frames went.
+fn build(pack: &Bytes, records: Vec<PackRecord>) -> Result<(PackId, Bytes, Moved), lamina_chunk::ChunkError> {
+    let frames: Vec<_> = records.iter().map(|record| record.frame).collect();
+    let sealed_bytes = frames.iter().map(|frame| frame.sealed_len as usize).sum();
+    let mut builder = PackBuilder::with_capacity(sealed_bytes);
+    for record in records {
+        record.verify(pack)?;
+        let start = record.frame.offset as usize;
+        let sealed = pack.slice(start..start + record.frame.sealed_len as usize);
+        builder.push(record.id, &Sealed::new(sealed, record.frame.plain_len as usize), record.chunks);
+    }
+    let (bytes, _) = builder.finish();
+    let new = PackId::try_from(Digest::of(&bytes)).expect("the usual digest is a sha256");
+    Ok((new, bytes, Moved::new(new, frames)))
+}
