@@ -11,7 +11,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::stream::{BoxStream, StreamExt, TryStreamExt};
-use lamina_image::{Digest, Manifest, Recipe, media_type};
+use lamina_chunk::Moved;
+use lamina_image::{Digest, Manifest, Recipe, TREE_ANNOTATION, media_type};
 use lamina_registry::{RegistryConfig, serve};
 use lamina_store::{
     FsckReport, GcConfig, GcReport, ImageRecord, ImageState, LayerRecord, Store, StoreConfig,
@@ -28,6 +29,7 @@ use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout};
 
+use crate::repack::{Pushed, tar};
 use crate::support::{self, Image};
 
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -234,8 +236,14 @@ impl Contents {
         for (hex, _) in self.of::<lamina_store::ManifestLink>("repos/app/manifests/") {
             let manifest: Manifest = serde_json::from_slice(self.blob(digest(hex))).unwrap();
             self.blob(manifest.config.digest);
-            for layer in &manifest.layers {
+            // of an image that names its tree, layers are rebuilt from recipes
+            let bound =
+                manifest.annotations.get(TREE_ANNOTATION).filter(|_| manifest.artifact_type.is_none());
+            for layer in manifest.layers.iter().filter(|_| bound.is_none()) {
                 self.blob(layer.digest);
+            }
+            for layer in manifest.layers.iter().filter(|_| bound.is_some()) {
+                assert!(self.objects.contains_key(&format!("layers/{}", layer.digest.hex())));
             }
         }
         for (hex, _) in self.of::<serde_json::Value>("repos/app/referrers/") {
@@ -244,11 +252,18 @@ impl Contents {
         for (_, layer) in self.of::<LayerRecord>("layers/") {
             let recipe = Recipe::parse(self.blob(layer.recipe).clone()).unwrap();
             for (_, place) in recipe.frames() {
-                let pack = Digest::from(place.pack);
-                assert!(
-                    self.objects.contains_key(&format!("packs/{}", pack.hex())),
-                    "pack {pack} is not proved"
-                );
+                let mut place = *place;
+                // of a pack that was repacked the frames are in a pack of which the same holds
+                while !self.objects.contains_key(&format!("packs/{}", Digest::from(place.pack).hex())) {
+                    let pack = Digest::from(place.pack);
+                    let moved = self.objects.get(&format!("moved/{}", pack.hex()));
+                    let moved = moved.unwrap_or_else(|| panic!("pack {pack} is not proved"));
+                    let moved = Moved::parse(moved).unwrap();
+                    let frame = moved.at(place.frame.offset).expect("a frame that lives is moved");
+                    assert_eq!(frame.sealed_len, place.frame.sealed_len);
+                    place.pack = moved.pack();
+                    place.frame.offset = frame.new_offset;
+                }
             }
         }
         for (hex, _) in self.of::<serde_json::Value>("packs/") {
@@ -258,7 +273,7 @@ impl Contents {
             self.of::<ImageRecord>("images/").filter(|(_, image)| image.state == ImageState::Done)
         {
             self.blob(image.tree.unwrap().digest);
-            self.blob(image.artifact.unwrap().digest);
+            image.artifact.inspect(|artifact| drop(self.blob(artifact.digest)));
         }
     }
 }
@@ -359,4 +374,57 @@ async fn a_crash_after_any_write_of_a_collection_loses_nothing_and_the_next_one_
         let left = kept(&Contents::read(&inner).await);
         assert!(left == expected, "after {writes_max} writes: {:?}", left.keys().collect::<Vec<_>>());
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_crash_after_any_write_of_a_repack_loses_nothing_and_the_next_one_ends_the_same() {
+    let full = Arc::new(InMemory::new());
+    let index = tempfile::tempdir().unwrap();
+    let config = |at: &std::path::Path| StoreConfig::new(at.join("index"));
+    let store = Store::open(Arc::clone(&full) as _, config(index.path())).await.unwrap();
+    let stays = serving(&store, async |address| {
+        Pushed::new(&store, address, "v0", vec![tar((2, 2_000_000))]).await.unwrap();
+        Pushed::new(&store, address, "v1", vec![tar((3, 1_000))]).await.unwrap()
+    })
+    .await;
+    store.set_tag(&"app".parse().unwrap(), &"v0".parse().unwrap(), None).await.unwrap();
+    store.close().await.unwrap();
+    drop(store);
+    let failing = |writes_max| {
+        let (inner, writes) = (Arc::new(full.fork()), Arc::new(AtomicUsize::new(0)));
+        let failing = Failing { inner: Arc::clone(&inner), writes: Arc::clone(&writes), writes_max };
+        (inner, Arc::new(failing), writes)
+    };
+    let (inner, objects, writes) = failing(usize::MAX);
+    let report = gc(objects).await.unwrap();
+    assert_eq!(report.repacked.packs, 1, "{report:?}");
+    let (whole, expected) = (writes.load(Ordering::SeqCst), kept(&Contents::read(&inner).await));
+    assert!(whole > 25 && expected.keys().any(|key| key.starts_with("moved/")), "{whole} writes");
+    for writes_max in 0..whole {
+        let (inner, objects, _) = failing(writes_max);
+        let _ = gc(objects).await;
+        Contents::read(&inner).await.check();
+        fsck(&inner).await;
+        assert!(gc(Arc::clone(&inner) as _).await.is_some(), "after {writes_max} writes");
+        assert_eq!(fsck(&inner).await.garbage_blobs, 0, "after {writes_max} writes");
+        let left = kept(&Contents::read(&inner).await);
+        assert!(left == expected, "after {writes_max} writes: {:?}", left.keys().collect::<Vec<_>>());
+    }
+    let index = tempfile::tempdir().unwrap();
+    let store = Store::open(inner as _, config(index.path())).await.unwrap();
+    serving(&store, async |address| stays.is_whole(&store, address).await).await;
+}
+
+/// Does something with a registry of the store.
+async fn serving<T>(store: &Store, with: impl AsyncFnOnce(std::net::SocketAddr) -> T) -> T {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (stop, stopped) = oneshot::channel::<()>();
+    let served = store.clone();
+    let serving =
+        tokio::spawn(serve(listener, served, RegistryConfig::default(), async { drop(stopped.await) }));
+    let done = with(address).await;
+    drop(stop);
+    timeout(DEADLINE, serving).await.unwrap().unwrap().unwrap();
+    done
 }

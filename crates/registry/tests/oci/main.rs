@@ -16,5 +16,6 @@ mod hostile;
 mod learning;
 mod membership;
 mod protocol;
+mod repack;
 mod support;
 mod upstream;
