@@ -139,7 +139,11 @@ impl Api {
     pub(crate) async fn read_moved(&self, repo: &Repo, digest: Digest) -> Answer {
         let unknown = || ApiError::BlobUnknown(digest);
         let pack = PackId::try_from(digest).map_err(|_| unknown())?;
-        let record = self.store.moved_in(repo, pack).await?.ok_or_else(unknown)?;
+        let mut record = self.store.moved_in(repo, pack).await?;
+        if let (None, Some(upstream)) = (&record, &self.upstream) {
+            record = upstream.moved(repo, pack).await?.map(|(_, bytes)| bytes);
+        }
+        let record = record.ok_or_else(unknown)?;
         let mut response = Response::new(full(record));
         response
             .headers_mut()

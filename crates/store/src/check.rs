@@ -21,8 +21,8 @@ pub struct Proof(Mutex<Shown>);
 #[derive(Debug, Default)]
 struct Shown {
     packs: HashMap<PackId, Arc<Vec<PackRecord>>>,
-    /// Those of them that were moved: the packs where their frames are now were proved before.
-    moved: HashSet<PackId>,
+    /// Those of them that were moved, and where to.
+    moved: HashMap<PackId, PackId>,
     /// Frames that were opened, by pack and offset.
     opened: HashSet<(PackId, u32)>,
 }
@@ -80,9 +80,9 @@ impl Store {
             let records = match proof.records(pack).or_else(|| self.arrivals.records(pack)) {
                 Some(records) => records,
                 None => {
-                    let (records, moved) = moved::records(&self.objects, pack).await?;
-                    if moved {
-                        proof.0.lock().moved.insert(pack);
+                    let (records, now) = moved::records(&self.objects, pack).await?;
+                    if now != pack {
+                        proof.0.lock().moved.insert(pack, now);
                     }
                     Arc::new(records)
                 }
@@ -120,14 +120,19 @@ impl Store {
     /// # Errors
     /// [`StoreError::Frame`] where one of those is damaged.
     pub async fn conclude(&self, proof: &Proof) -> Result<(), StoreError> {
-        let packs: Vec<_> = {
+        let (packs, moved): (Vec<_>, Vec<PackId>) = {
             let shown = proof.0.lock();
             let whole = |pack: PackId, records: &[PackRecord]| {
                 records.iter().all(|record| shown.opened.contains(&(pack, record.frame.offset)))
             };
-            let packs = shown.packs.iter().filter(|(pack, _)| !shown.moved.contains(pack));
-            packs.map(|(pack, records)| (*pack, Arc::clone(records), whole(*pack, records))).collect()
+            let packs = shown.packs.iter().filter(|(pack, _)| !shown.moved.contains_key(pack));
+            let packs =
+                packs.map(|(pack, records)| (*pack, Arc::clone(records), whole(*pack, records))).collect();
+            (packs, shown.moved.values().copied().collect())
         };
+        for now in moved {
+            self.admit_pack(now).await?;
+        }
         let conclude = |(pack, records, whole): (PackId, Arc<Vec<PackRecord>>, bool)| async move {
             if whole && !self.is_pack(pack.into()).await? {
                 return self.prove_pack(pack, records).await;

@@ -49,16 +49,18 @@ pub(crate) async fn ranges(
     Ok(None)
 }
 
-/// What a pack's index says of the frames that are still there, in it or in the pack where they are now, and whether they were
-/// moved. All that this leans on is held.
-pub(crate) async fn records(objects: &Objects, pack: PackId) -> Result<(Vec<PackRecord>, bool), StoreError> {
+/// What a pack's index says of the frames that are still there, and the pack in which they are now. All that this leans on is held.
+pub(crate) async fn records(
+    objects: &Objects,
+    pack: PackId,
+) -> Result<(Vec<PackRecord>, PackId), StoreError> {
     let (mut moves, mut at) = (Vec::new(), pack);
     loop {
         objects.hold(&keys::blob(at.into())).await?;
         match pack_records(objects, at).await {
             Ok(records) => {
                 let records = moves.iter().rev().fold(records, |new, moved: &Moved| moved.old_records(&new));
-                return Ok((records, !moves.is_empty()));
+                return Ok((records, at));
             }
             Err(StoreError::Missing(_)) if moves.len() < MOVES_MAX => {}
             Err(error) => return Err(error),
@@ -109,6 +111,12 @@ impl Store {
     /// The pack in which the frames of a pack are now: itself, where it was not moved.
     pub async fn pack_now(&self, pack: PackId) -> Result<PackId, StoreError> {
         Ok(followed(&self.objects, pack).await?.last().copied().unwrap_or(pack))
+    }
+
+    /// Remembers where the frames of a pack of a repository are that is not here: in one that is.
+    pub async fn know_moved(&self, repo: &Repo, pack: PackId, moved: &Moved) -> Result<(), StoreError> {
+        self.objects.create(&keys::moved(pack), moved.to_bytes().into()).await?;
+        self.link_packs(repo, [pack.into()]).await
     }
 
     /// Where the frames of a pack of a repository have gone, as [`Moved`] has the bytes; `None` where it was not moved or does
