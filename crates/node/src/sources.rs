@@ -270,7 +270,7 @@ impl Sources {
     }
 
     /// Where a pack went that nobody has. *Errors*: that it is missing, unless asking again may help.
-    async fn ask_moved(&self, pack: PackId) -> Result<Moved, SourceError> {
+    async fn ask_moved(&self, pack: PackId) -> Result<Arc<Moved>, SourceError> {
         let ask = self.ask(MOVED_WITHIN, |client| async move {
             let bytes = client.with_tries(1).moved(&self.repository, pack).await?;
             let wrong = |error: lamina_chunk::MovedError| {

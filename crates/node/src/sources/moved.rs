@@ -22,11 +22,11 @@ static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// Where packs of an image went.
 #[derive(Debug, Default)]
-pub(super) struct MovedPacks(Mutex<HashMap<PackId, Arc<OnceCell<Moved>>>>);
+pub(super) struct MovedPacks(Mutex<HashMap<PackId, Arc<OnceCell<Arc<Moved>>>>>);
 
 impl MovedPacks {
     /// Where a pack went, if that was asked and answered.
-    pub(super) fn known(&self, pack: PackId) -> Option<Moved> {
+    pub(super) fn known(&self, pack: PackId) -> Option<Arc<Moved>> {
         self.0.lock().get(&pack)?.get().cloned()
     }
 
@@ -36,7 +36,7 @@ impl MovedPacks {
         &self,
         pack: PackId,
         ask: impl Future<Output = Result<Moved, E>>,
-    ) -> Result<Moved, E> {
+    ) -> Result<Arc<Moved>, E> {
         let cell = {
             let mut packs = self.0.lock();
             if packs.len() >= MOVED_MAX && !packs.contains_key(&pack) {
@@ -44,7 +44,7 @@ impl MovedPacks {
             }
             Arc::clone(packs.entry(pack).or_default())
         };
-        cell.get_or_try_init(|| ask).await.cloned()
+        cell.get_or_try_init(|| async { ask.await.map(Arc::new) }).await.cloned()
     }
 
     /// Forgets it: the answer leads nowhere any more.
@@ -134,8 +134,8 @@ mod tests {
         assert_eq!(packs.learn(OLD, ask(Err(()))).await, Err(()));
         assert_eq!(packs.known(OLD), None);
         let answers = join_all((0..9).map(|_| packs.learn(OLD, ask(Ok(moved()))))).await;
-        assert!(answers.iter().all(|answer| *answer == Ok(moved())));
-        assert_eq!((asked.load(Ordering::Relaxed), packs.known(OLD)), (2, Some(moved())));
+        assert!(answers.iter().all(|answer| *answer == Ok(Arc::new(moved()))));
+        assert_eq!((asked.load(Ordering::Relaxed), packs.known(OLD)), (2, Some(Arc::new(moved()))));
         packs.forget(OLD);
         assert_eq!(packs.known(OLD), None);
     }

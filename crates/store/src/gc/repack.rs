@@ -83,7 +83,12 @@ pub(super) fn dying(
         Named::Pack(pack) => Some(*pack),
         _ => None,
     });
-    packs.filter(is_dying).filter(|pack| !marker.is_in_manifest((*pack).into())).collect()
+    let mut packs: Vec<PackId> = packs.filter(is_dying).collect();
+    if !packs.is_empty() {
+        let named = marker.in_manifests();
+        packs.retain(|pack| !named.contains(&(*pack).into()));
+    }
+    packs
 }
 
 /// Those of the packs that are repacked now, by everything that is left in `inventory`.
@@ -204,13 +209,14 @@ impl Gc<'_> {
             return Ok(Vec::new());
         }
         let mut garbage = Vec::new();
+        let named = self.marker.in_manifests();
         for Copied { pack, moved, repacked } in copied {
             let old = [Named::Pack(*pack), Named::Blob((*pack).into())];
             let is_old =
                 |named: &Named| inventory.0.get(named).is_some_and(|listed| listed.written < young_after);
             let goes = old.iter().all(|named| !list.holds(named) && is_old(named))
                 && self.marker.live().are_moved(*pack, moved)
-                && !self.marker.is_in_manifest((*pack).into());
+                && !named.contains(&(*pack).into());
             if !goes {
                 continue;
             }

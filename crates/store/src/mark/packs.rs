@@ -18,9 +18,9 @@ use crate::{StoreError, keys};
 const RECIPE_BYTES_MAX: u64 = 512 << 20;
 
 impl Marker {
-    /// Whether a manifest that was read names this blob itself: then clients that know nothing of packs may ask for it.
-    pub(crate) fn is_in_manifest(&self, blob: Digest) -> bool {
-        self.documents.values().any(|document| document.blobs().any(|named| named == blob))
+    /// The blobs that manifests name themselves, as far as those were read: clients that know nothing of packs may ask for them.
+    pub(crate) fn in_manifests(&self) -> BTreeSet<Digest> {
+        self.documents.values().flat_map(Document::blobs).collect()
     }
 
     /// How often frames in this pack were moved, as far as records were read.
