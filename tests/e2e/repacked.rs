@@ -84,6 +84,13 @@ fn mounts_before_and_after_a_repack_read_every_file_right() -> Result<()> {
     ensure!(asked == 0, "{asked} frames came wrong");
     forget_cache(&rig)?;
 
+    // the same image again: its layers are known, under the old places
+    let source = rig.layout("layout-again", &image(1_000))?;
+    let again = rig.json(&["push", &source, &rig.name("other/again:t")])?;
+    ensure!(again["layers_known"] == again["layers"], "{again}");
+    is_right(&rig.mount_plain("other/again:t")?)?;
+    forget_cache(&rig)?;
+
     // in bulk, and then with nobody to ask
     rig.ok(&["prefetch", &rig.name("app:stays")])?;
     rig.node_ended()?;

@@ -273,7 +273,10 @@ impl Contents {
             self.of::<ImageRecord>("images/").filter(|(_, image)| image.state == ImageState::Done)
         {
             self.blob(image.tree.unwrap().digest);
-            image.artifact.inspect(|artifact| drop(self.blob(artifact.digest)));
+            // one that names its tree itself has none hung on it
+            if let Some(artifact) = image.artifact {
+                self.blob(artifact.digest);
+            }
         }
     }
 }
