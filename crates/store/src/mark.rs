@@ -102,6 +102,8 @@ pub(crate) struct Marker {
     layers: HashMap<Digest, LayerRecord>,
     /// The packs of each recipe.
     recipes: HashMap<Digest, BTreeSet<Digest>>,
+    /// Recipes that layers' records name, and not only what others say.
+    ours: BTreeSet<Digest>,
     /// Trees of which the frames were taken in.
     trees: BTreeSet<Digest>,
     /// Where packs went.
@@ -118,7 +120,18 @@ impl Marker {
     pub(crate) fn counting(objects: Objects, enough_percent: u8) -> Self {
         let (documents, images, layers) = (HashMap::new(), HashMap::new(), HashMap::new());
         let (recipes, trees, moved) = (HashMap::new(), BTreeSet::new(), HashMap::new());
-        Self { objects, documents, images, layers, recipes, trees, moved, live: Live::new(enough_percent) }
+        let ours = BTreeSet::new();
+        Self {
+            objects,
+            documents,
+            images,
+            layers,
+            recipes,
+            ours,
+            trees,
+            moved,
+            live: Live::new(enough_percent),
+        }
     }
 
     /// Which frames are named, as far as marks have come.
@@ -287,7 +300,7 @@ impl Marker {
                 let Some(layer) = self.layers.get(&digest) else { continue };
                 marked.names.insert(Named::Layer(digest));
                 marked.blobs.extend([layer.recipe, layer.diff_id]);
-                self.recipes.entry(layer.recipe).or_default();
+                self.ours.insert(layer.recipe);
                 let plain = Named::Layer(layer.diff_id);
                 if inventory.has(&plain) && !marked.names.contains(&plain) {
                     open.push(layer.diff_id);

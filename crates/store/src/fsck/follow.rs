@@ -1,5 +1,6 @@
 //! Follows every name, also over what is damaged, and says which images need what.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use lamina_chunk::{PackId, PackRecord};
@@ -121,8 +122,8 @@ impl Follow {
             if !self.found.is_pack_good(new.into()) {
                 continue;
             }
-            if !indexes.contains_key(&new) {
-                indexes.insert(new, index(objects, new).await?);
+            if let Entry::Vacant(unread) = indexes.entry(new) {
+                unread.insert(index(objects, new).await?);
             }
             let reason = match &indexes[&new] {
                 Err(reason) => Some(reason.clone()),

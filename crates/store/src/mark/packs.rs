@@ -98,18 +98,16 @@ impl Marker {
     ) -> Result<(), StoreError> {
         let named = self.documents.iter().filter(|(digest, _)| marked.blobs.contains(digest));
         let mut recipes: BTreeSet<Digest> = named.flat_map(|(_, document)| document.recipes()).collect();
-        recipes.extend(self.recipes.keys().filter(|digest| marked.blobs.contains(digest)));
+        recipes.extend(self.ours.iter().filter(|digest| marked.blobs.contains(digest)));
         let objects = self.objects.clone();
         let read = |(digest, ours): (Digest, bool)| {
             let objects = objects.clone();
             async move { Ok::<_, StoreError>((digest, recipe_frames(&objects, digest, ours).await?)) }
         };
-        let unread = recipes.iter().filter_map(|digest| match self.recipes.get(digest) {
-            Some(packs) if packs.is_empty() => Some((*digest, true)),
-            Some(_) => None,
-            None => Some((*digest, false)),
-        });
-        let unread: Vec<(Digest, bool)> = unread.collect();
+        // what was not there or names nothing may be there now
+        let unread = recipes.iter().filter(|digest| self.recipes.get(digest).is_none_or(BTreeSet::is_empty));
+        let unread: Vec<(Digest, bool)> =
+            unread.map(|digest| (*digest, self.ours.contains(digest))).collect();
         let mut found = stream::iter(unread.into_iter().map(read)).buffer_unordered(2);
         while let Some((digest, frames)) = found.try_next().await? {
             self.recipes.insert(digest, frames.keys().map(|pack| Digest::from(*pack)).collect());
