@@ -203,20 +203,23 @@ impl Gc<'_> {
         list: &Condemned,
     ) -> Result<Vec<Named>, StoreError> {
         let young_after = self.config.young_after(self.now);
-        let packs = copied.iter().map(|copied| copied.pack).collect();
+        let packs: BTreeSet<PackId> = copied.iter().map(|copied| copied.pack).collect();
         // more may have come since the first look
         if copied.is_empty() || !self.marker.read_trees(inventory, marked, &packs).await? {
             return Ok(Vec::new());
         }
         let mut garbage = Vec::new();
         let named = self.marker.in_manifests();
+        // what lives of one may make up another one: that stays, since its new pack was made without knowing so
+        let new: BTreeSet<PackId> = copied.iter().map(|copied| copied.moved.pack()).collect();
         for Copied { pack, moved, repacked } in copied {
             let old = [Named::Pack(*pack), Named::Blob((*pack).into())];
             let is_old =
                 |named: &Named| inventory.0.get(named).is_some_and(|listed| listed.written < young_after);
             let goes = old.iter().all(|named| !list.holds(named) && is_old(named))
                 && self.marker.live().are_moved(*pack, moved)
-                && !named.contains(&(*pack).into());
+                && !named.contains(&(*pack).into())
+                && !new.contains(pack);
             if !goes {
                 continue;
             }
