@@ -160,7 +160,7 @@ async fn dry_run(objects: &Objects, config: &GcConfig, now: i64) -> Result<GcRep
     inventory.0.retain(|named, _| is_bytes(named) || !quarantine.is_due(named, config.quarantine, now));
     let due = quarantine.due_packs(dying, config.quarantine, now);
     for dying in repack::choose(objects, &mut marker, &inventory, due, (config, now)).await? {
-        report.repacked.add(dying.repacked());
+        report.repacked.add(dying.repacked);
     }
     Ok(report)
 }

@@ -25,7 +25,7 @@ use crate::objects::Objects;
 use crate::record::{ImageRecord, LayerRecord, RefValue};
 use crate::{Repo, StoreError, Tag, keys};
 
-pub(crate) use self::live::Live;
+pub(crate) use self::live::{Live, Span};
 use self::packs::moved_pack;
 
 /// Objects that are read at the same time.

@@ -12,7 +12,7 @@
 //!    then the record, from which moment all that names the old pack leads to the new one.
 //! 4. Only then the old pack is deleted. If this does not happen, it is garbage for the next collection.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use lamina_chunk::{FOOTER_BYTES, MOVES_MAX, Moved, PACK_BYTES_MAX, PackBuilder, PackId, PackRecord, Sealed};
@@ -20,25 +20,25 @@ use lamina_image::Digest;
 
 use super::condemn::Condemned;
 use super::{Gc, GcConfig, GcRepacked};
-use crate::StoreError;
 use crate::inventory::Inventory;
 use crate::keys::{self, Named};
-use crate::mark::{Marked, Marker, Roots};
+use crate::mark::{Marked, Marker, Roots, Span};
 use crate::objects::Objects;
 use crate::packs::pack_records;
+use crate::{Repo, StoreError};
 
-/// Packs in one collection: each is read and written once, and all are moved while pushes that want one of them wait. The next
-/// collection goes on.
-const PACKS_MAX: usize = 64;
+/// Packs in one collection, 32 GiB of full ones: all are moved while pushes that want one of them wait, at some 20 ms each. The
+/// next collection goes on.
+const PACKS_MAX: usize = 512;
 
 /// A pack of which little lives.
 #[derive(Debug)]
 pub(super) struct Dying {
-    pub(super) pack: PackId,
-    /// How long it is.
-    bytes: u64,
-    /// What of its index lives.
-    records: Vec<PackRecord>,
+    pack: PackId,
+    /// The frames that are named.
+    frames: Vec<Span>,
+    /// What repacking it does.
+    pub(super) repacked: GcRepacked,
 }
 
 /// A pack whose frames are in a new one.
@@ -49,14 +49,11 @@ pub(super) struct Copied {
     repacked: GcRepacked,
 }
 
-impl Dying {
-    /// What repacking it does.
-    pub(super) fn repacked(&self) -> GcRepacked {
-        let index = self.records.iter().map(|record| 48 + 36 * record.chunks.len() as u64).sum::<u64>();
-        let frames = self.records.iter().map(|record| u64::from(record.frame.sealed_len)).sum::<u64>();
-        let new = frames + index + FOOTER_BYTES as u64;
-        GcRepacked { packs: 1, bytes: self.bytes, bytes_left: new }
-    }
+/// How long a pack of these records is, in bytes.
+fn pack_len(records: &[PackRecord]) -> u64 {
+    let index = records.iter().map(|record| 48 + 36 * record.chunks.len() as u64).sum::<u64>();
+    let frames = records.iter().map(|record| u64::from(record.frame.sealed_len)).sum::<u64>();
+    frames + index + FOOTER_BYTES as u64
 }
 
 /// Packs of which less lives than is worth the rest, as far as was marked.
@@ -124,10 +121,11 @@ pub(super) async fn choose(
             }
             Err(error) => return Err(error),
         };
-        match living(&records, marker.live().of(pack).unwrap_or_default()) {
+        let frames = marker.live().of(pack).unwrap_or_default().to_vec();
+        match living(&records, &frames) {
             Some(living) if living.len() < records.len() => {
-                let bytes = inventory.0.get(&Named::Blob(pack.into())).map_or(0, |listed| listed.bytes);
-                chosen.push(Dying { pack, bytes, records: living });
+                let (bytes, bytes_left) = (pack_len(&records), pack_len(&living));
+                chosen.push(Dying { pack, frames, repacked: GcRepacked { packs: 1, bytes, bytes_left } });
             }
             // small as it looks, all of it lives
             Some(_) => {}
@@ -140,12 +138,26 @@ pub(super) async fn choose(
 }
 
 /// The records of these frames; `None` where one has none.
-fn living(records: &[PackRecord], spans: &[(u32, u32)]) -> Option<Vec<PackRecord>> {
-    let record = |(offset, len): &(u32, u32)| {
+fn living(records: &[PackRecord], frames: &[Span]) -> Option<Vec<PackRecord>> {
+    let record = |(offset, len): &Span| {
         let found = records.binary_search_by_key(offset, |record| record.frame.offset).ok()?;
         records.get(found).filter(|record| record.frame.sealed_len == *len).cloned()
     };
-    spans.iter().map(record).collect()
+    frames.iter().map(record).collect()
+}
+
+/// The repositories of packs.
+fn links(inventory: &Inventory, packs: &BTreeSet<PackId>) -> BTreeMap<PackId, Vec<Repo>> {
+    let mut found = BTreeMap::<PackId, Vec<Repo>>::new();
+    for named in inventory.keys() {
+        if let Named::Link(digest, repo) = named
+            && let Ok(pack) = PackId::try_from(*digest)
+            && packs.contains(&pack)
+        {
+            found.entry(pack).or_default().push(repo.clone());
+        }
+    }
+    found
 }
 
 impl Gc<'_> {
@@ -155,42 +167,35 @@ impl Gc<'_> {
         inventory: &Inventory,
         dying: Vec<Dying>,
     ) -> Result<Vec<Copied>, StoreError> {
+        let links = links(inventory, &dying.iter().map(|dying| dying.pack).collect());
         let mut all = Vec::with_capacity(dying.len());
         for dying in dying {
-            all.extend(self.copy_one(inventory, dying).await?);
+            let repos = links.get(&dying.pack).map_or(&[][..], Vec::as_slice);
+            all.extend(self.copy_one(dying, repos).await?);
         }
         Ok(all)
     }
 
-    async fn copy_one(&self, inventory: &Inventory, dying: Dying) -> Result<Option<Copied>, StoreError> {
+    async fn copy_one(&self, dying: Dying, repos: &[Repo]) -> Result<Option<Copied>, StoreError> {
         self.collector.check().await?;
-        let (pack, repacked) = (dying.pack, dying.repacked());
+        let Dying { pack, frames, repacked } = dying;
         let key = keys::blob(pack.into());
         let Some(bytes) = self.objects.read(&key, PACK_BYTES_MAX as u64).await? else { return Ok(None) };
-        let built = tokio::task::spawn_blocking(move || build(&bytes, dying.records)).await;
-        let (new, bytes, moved) = match built.expect("building a pack does not panic") {
-            Ok(built) => built,
-            Err(error) => {
-                tracing::warn!(%pack, %error, "a pack that is mostly dead is damaged, and is left alone; see lamina fsck");
-                return Ok(None);
-            }
+        let built = tokio::task::spawn_blocking(move || build(&bytes, &frames)).await;
+        let Some((bytes, moved)) = built.expect("building a pack does not panic") else {
+            tracing::warn!(%pack, "a pack that is mostly dead is damaged, and is left alone; see lamina fsck");
+            return Ok(None);
         };
+        let new = moved.pack();
         self.objects.put(&keys::blob(new.into()), bytes.into()).await?;
         self.objects.put(&keys::pack(new), "{}".into()).await?;
-        self.link_as(inventory, pack, new).await?;
+        self.link(new, repos).await?;
         Ok(Some(Copied { pack, moved, repacked }))
     }
 
-    /// Makes the new pack belong to every repository that the old one belongs to.
-    async fn link_as(&self, inventory: &Inventory, old: PackId, new: PackId) -> Result<(), StoreError> {
-        let links = inventory.keys().filter_map(|named| match named {
-            Named::Link(digest, repo) if *digest == Digest::from(old) => {
-                Some(Named::Link(new.into(), repo.clone()))
-            }
-            _ => None,
-        });
-        for link in links.filter(|link| !inventory.has(link)) {
-            self.objects.put(&link.key(), "{}".into()).await?;
+    async fn link(&self, pack: PackId, repos: &[Repo]) -> Result<(), StoreError> {
+        for repo in repos {
+            self.objects.put(&keys::link(pack.into(), repo), "{}".into()).await?;
         }
         Ok(())
     }
@@ -212,6 +217,8 @@ impl Gc<'_> {
         let named = self.marker.in_manifests();
         // what lives of one may make up another one: that stays, since its new pack was made without knowing so
         let new: BTreeSet<PackId> = copied.iter().map(|copied| copied.moved.pack()).collect();
+        let links = links(inventory, &packs.union(&new).copied().collect());
+        let of = |pack: &PackId| links.get(pack).map_or(&[][..], Vec::as_slice);
         for Copied { pack, moved, repacked } in copied {
             let old = [Named::Pack(*pack), Named::Blob((*pack).into())];
             let is_old =
@@ -224,7 +231,9 @@ impl Gc<'_> {
                 continue;
             }
             self.collector.check().await?;
-            self.link_as(inventory, *pack, moved.pack()).await?;
+            let has = of(&moved.pack());
+            let lacks: Vec<Repo> = of(pack).iter().filter(|repo| !has.contains(repo)).cloned().collect();
+            self.link(moved.pack(), &lacks).await?;
             // whoever lost the right to collect may still be writing: the first record stays
             if self.objects.create(&keys::moved(*pack), moved.to_bytes().into()).await? {
                 self.report.repacked.add(*repacked);
@@ -235,18 +244,19 @@ impl Gc<'_> {
     }
 }
 
-/// A pack of these frames of `pack`, byte for byte, each opened once. Gives its name, its bytes, and where the frames went.
-fn build(pack: &Bytes, records: Vec<PackRecord>) -> Result<(PackId, Bytes, Moved), lamina_chunk::ChunkError> {
+/// A pack of these frames of `pack`, byte for byte, each opened once, and where they went; `None` where one is not what it was.
+fn build(pack: &Bytes, frames: &[Span]) -> Option<(Bytes, Moved)> {
+    let records = living(&lamina_chunk::pack_records(pack).ok()?, frames)?;
     let frames: Vec<_> = records.iter().map(|record| record.frame).collect();
     let sealed_bytes = frames.iter().map(|frame| frame.sealed_len as usize).sum();
     let mut builder = PackBuilder::with_capacity(sealed_bytes);
     for record in records {
-        record.verify(pack)?;
+        record.verify(pack).ok()?;
         let start = record.frame.offset as usize;
         let sealed = pack.slice(start..start + record.frame.sealed_len as usize);
         builder.push(record.id, &Sealed::new(sealed, record.frame.plain_len as usize), record.chunks);
     }
     let (bytes, _) = builder.finish();
     let new = PackId::try_from(Digest::of(&bytes)).expect("the usual digest is a sha256");
-    Ok((new, bytes, Moved::new(new, frames)))
+    Some((bytes, Moved::new(new, frames)))
 }

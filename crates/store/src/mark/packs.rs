@@ -43,9 +43,9 @@ impl Marker {
         from.map(|(pack, _)| *pack).collect()
     }
 
-    /// Takes in the frames that marked trees name in these packs, also where they were before. Recipes name the same ones where the registry has made the tree
-    /// or checked it; here nobody needs to know whether it has. False where a tree cannot be read: then it is not known what it
-    /// names. Cost: each tree is read once.
+    /// Takes in the frames that marked trees name in these packs, also where they were before. Recipes name the same ones where
+    /// the registry has made the tree or checked it; here nobody needs to know whether it has. False where a tree cannot be
+    /// read: then it is not known what it names. Cost: each tree is read once.
     pub(crate) async fn read_trees(
         &mut self,
         inventory: &Inventory,
@@ -117,7 +117,7 @@ impl Marker {
             recipes.iter().filter_map(|recipe| self.recipes.get(recipe)).flatten().copied().collect();
         if roots == Roots::All {
             packs.extend(inventory.keys().filter_map(|named| match named {
-                Named::Link(digest, _) => Some(*digest),
+                Named::Link(digest, _) => moved_pack(inventory, *digest).map(Digest::from),
                 _ => None,
             }));
         }
