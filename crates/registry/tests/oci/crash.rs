@@ -269,13 +269,15 @@ impl Contents {
         for (hex, _) in self.of::<serde_json::Value>("packs/") {
             lamina_chunk::pack_records(self.blob(digest(hex))).unwrap();
         }
-        for (_, image) in
+        for (hex, image) in
             self.of::<ImageRecord>("images/").filter(|(_, image)| image.state == ImageState::Done)
         {
             self.blob(image.tree.unwrap().digest);
-            // one that names its tree itself has none hung on it
-            if let Some(artifact) = image.artifact {
-                self.blob(artifact.digest);
+            // only one that names its tree itself has none hung on it
+            let manifest: Manifest = serde_json::from_slice(self.blob(digest(hex))).unwrap();
+            match image.artifact {
+                Some(artifact) => drop(self.blob(artifact.digest).clone()),
+                None => assert!(manifest.annotations.contains_key(TREE_ANNOTATION), "image {hex}"),
             }
         }
     }
