@@ -16,6 +16,8 @@ mod layouts;
 mod outages;
 #[path = "e2e/proxy.rs"]
 mod proxy;
+#[path = "e2e/repacked.rs"]
+mod repacked;
 #[expect(dead_code, reason = "the tests of the command line use the rest")]
 #[path = "cli/rig.rs"]
 mod rig;

@@ -11,12 +11,14 @@
 
 mod cut;
 mod id;
+mod moved;
 mod pack;
 mod place;
 mod sealed;
 
 pub use cut::{CHUNK_BYTES_AVG, CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, next_cut};
 pub use id::{ChunkId, FrameId, ParseIdError};
+pub use moved::{MOVED_BYTES_MAX, MOVES_MAX, Moved, MovedError, MovedFrame, MovedPart, MovedSpan};
 pub use pack::{
     FOOTER_BYTES, PACK_BYTES_MAX, PackBuilder, PackError, PackFooter, PackRecord, PackedChunk, pack_records,
 };

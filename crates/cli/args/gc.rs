@@ -44,6 +44,10 @@ pub(crate) struct GcSettings {
     #[arg(long, env = "LAMINA_ORIGINALS", default_value = "keep", value_name = "POLICY",
         value_parser = PossibleValuesParser::new(["keep", "drop"]).map(|policy| originals(&policy)))]
     pub(crate) originals: Originals,
+    /// Packs of which less than this many percent is still used are written anew without the rest; 0 for never
+    #[arg(long, env = "LAMINA_REPACK_BELOW", default_value = "50", value_name = "PERCENT",
+        value_parser = clap::value_parser!(u8).range(0..=100))]
+    pub(crate) repack_below: u8,
 }
 
 impl GcSettings {
@@ -54,6 +58,7 @@ impl GcSettings {
             quarantine: self.gc_quarantine,
             keep_untagged: self.gc_keep_untagged,
             originals: self.originals,
+            repack_below: self.repack_below,
             ..GcConfig::default()
         }
     }

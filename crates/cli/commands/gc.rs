@@ -3,7 +3,7 @@
 use std::time::SystemTime;
 
 use anyhow::{Context, Result};
-use lamina_store::{GcAmount, GcConfig, GcReport, Keeper};
+use lamina_store::{GcAmount, GcConfig, GcRepacked, GcReport, Keeper};
 
 use super::{Interrupted, interrupted, mib};
 use crate::args::{Common, GcArguments};
@@ -32,6 +32,12 @@ fn print(report: &GcReport) {
     println!("{freed:12} {}", amount(&report.freed));
     if report.originals.blobs > 0 {
         println!("{:12} {} originals of these, which are rebuilt from now on", "", report.originals.blobs);
+    }
+    if report.repacked.packs > 0 {
+        let GcRepacked { packs, bytes, bytes_left } = report.repacked;
+        let repacked = if report.dry_run { "would repack" } else { "repacked" };
+        let (freed, left) = (mib(bytes.saturating_sub(bytes_left)), mib(bytes_left));
+        println!("{repacked:12} {freed:>12} of {packs} packs; {left} of them live on");
     }
     println!("{:12} {}", "quarantined", amount(&report.quarantined));
     println!("{:12} {}", "kept", amount(&report.kept));

@@ -3,8 +3,11 @@
 //! A demand read is answered by whoever answers first. The next source is asked when one fails, and also when one takes longer
 //! than it usually does, within a budget. When nobody answers, a demand read waits: its deadline is the cache's, which drops the
 //! future. Everything else gives up at once, so that it is not in the way when somebody is back.
+//!
+//! A pack that nobody has may have been repacked: then its frames come from where they are now (`sources/moved.rs`).
 
 mod host;
+mod moved;
 mod pace;
 mod race;
 
@@ -16,12 +19,13 @@ use std::time::{Duration, Instant};
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, select_all};
 use lamina_cache::{Class, Pieces, Source, SourceError};
-use lamina_chunk::PackId;
+use lamina_chunk::{MOVES_MAX, Moved, PackId};
 use lamina_wire::{Client, ClientConfig, Reference, Scheme, WireError};
 use parking_lot::Mutex;
 use tokio::time::timeout;
 
 pub(crate) use self::host::{Host, State};
+use self::moved::{MovedPacks, spread};
 use self::race::Race;
 use crate::NodeError;
 use crate::metrics::{FetchSeconds, fetch_seconds};
@@ -34,6 +38,8 @@ const PAUSE_MAX: Duration = Duration::from_secs(4);
 const DEMOTED: Duration = Duration::from_secs(60);
 /// How often what nobody waits for is asked for at most.
 const ROUNDS_UNURGENT: u32 = 4;
+/// How long the question where a pack went may take: the answer is a small file.
+const MOVED_WITHIN: Duration = Duration::from_secs(10);
 /// Hosts that are remembered though nothing is mounted from them any more.
 const HOSTS_MAX: usize = 256;
 
@@ -66,7 +72,7 @@ impl Hosts {
         }
         hosts.push(self.host(&reference.host, plain_http)?);
         let (repository, demoted) = (reference.repository.as_str().into(), Arc::default());
-        Ok(Sources { hosts: hosts.into(), repository, demoted })
+        Ok(Sources { hosts: hosts.into(), repository, demoted, moved: Arc::default() })
     }
 
     fn host(&self, name: &str, plain_http: bool) -> Result<Arc<Host>, NodeError> {
@@ -106,6 +112,7 @@ pub(crate) struct Sources {
     repository: Arc<str>,
     /// Hosts that are asked last, by position.
     demoted: Arc<Mutex<HashMap<usize, Demoted>>>,
+    moved: Arc<MovedPacks>,
 }
 
 /// When a host was last found wanting. Whoever lied comes after whoever was slow, and whoever did it last comes last.
@@ -227,6 +234,62 @@ impl Sources {
         }
     }
 
+    /// The same, also where the pack was repacked: from the packs where its frames are now.
+    async fn open_wherever(
+        &self,
+        pack: PackId,
+        range: Range<u64>,
+        class: Class,
+    ) -> Result<Pieces, SourceError> {
+        let (mut at, mut wanted, mut moves) = (pack, range, Vec::new());
+        loop {
+            let moved = match self.moved.known(at) {
+                Some(moved) => moved,
+                None => match self.open(at, wanted.clone(), class).await {
+                    Ok(pieces) => return Ok(moves.into_iter().rev().fold(pieces, spread)),
+                    Err(SourceError::Missing(_)) => match self.ask_moved(at).await {
+                        Ok(moved) => moved,
+                        Err(SourceError::Unreachable { .. }) if class == Class::Demand => {
+                            self.back(jitter(PAUSE_MIN)).await;
+                            continue;
+                        }
+                        Err(error) => {
+                            self.moved.forget(pack);
+                            return Err(error);
+                        }
+                    },
+                    Err(error) => return Err(error),
+                },
+            };
+            // what is nowhere any more nobody has
+            let span = moved.span(wanted).filter(|_| moves.len() < MOVES_MAX);
+            let span = span.ok_or(SourceError::Missing(pack))?;
+            (at, wanted) = (moved.pack(), span.range);
+            moves.push(span.parts);
+        }
+    }
+
+    /// Where a pack went that nobody has. *Errors*: that it is missing, unless asking again may help.
+    async fn ask_moved(&self, pack: PackId) -> Result<Arc<Moved>, SourceError> {
+        let ask = self.ask(MOVED_WITHIN, |client| async move {
+            let bytes = client.with_tries(1).moved(&self.repository, pack).await?;
+            let wrong = |error: lamina_chunk::MovedError| {
+                let url = client.base().to_owned();
+                WireError::Answer { url, reason: format!("where the frames of {pack} have gone: {error}") }
+            };
+            Ok(Moved::parse(&bytes).map_err(wrong)?)
+        });
+        self.moved.learn(pack, ask).await.map_err(|error| match error {
+            NodeError::Wire(error) if error.is_passing() => {
+                SourceError::Unreachable { pack, cause: Arc::new(error) }
+            }
+            error => {
+                tracing::debug!(%pack, %error, "nobody has the pack, and nobody says where it went");
+                SourceError::Missing(pack)
+            }
+        })
+    }
+
     /// Why nobody is asked.
     fn nobody(&self, pack: PackId) -> SourceError {
         let away = self.hosts.iter().rev().find_map(|host| match host.state() {
@@ -245,7 +308,7 @@ impl Source for Sources {
         range: Range<u64>,
         class: Class,
     ) -> BoxFuture<'_, Result<Pieces, SourceError>> {
-        self.open(pack, range, class).boxed()
+        self.open_wherever(pack, range, class).boxed()
     }
 
     fn distrust(&self, pack: PackId, origin: usize) {

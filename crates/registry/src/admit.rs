@@ -82,11 +82,12 @@ impl Api {
         tree: Digest,
         recipes: impl Iterator<Item = (Digest, &Arc<Recipe>)>,
     ) -> Result<(), ApiError> {
-        let mut parts = BTreeSet::from([tree]);
+        let (mut parts, mut packs) = (BTreeSet::from([tree]), BTreeSet::new());
         for (digest, recipe) in recipes {
             parts.extend([digest, recipe.diff_id()]);
-            parts.extend(recipe.frames().iter().map(|(_, place)| Digest::from(place.pack)));
+            packs.extend(recipe.frames().iter().map(|(_, place)| Digest::from(place.pack)));
         }
+        self.store.link_packs(repo, packs).await?;
         Ok(self.store.link_blobs(repo, parts).await?)
     }
 

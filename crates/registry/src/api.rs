@@ -187,6 +187,7 @@ impl Api {
             (Route::Chunks(repo), "POST") => self.find_chunks(&head, &repo, body).await,
             (Route::Layers(repo), "POST") => self.find_layers(&head, &repo, body).await,
             (Route::Image(repo, digest), "GET") => self.image_status(&repo, digest).await,
+            (Route::Moved(repo, digest), "GET") => self.read_moved(&repo, digest).await,
             (Route::Traces(repo, digest), "POST") => self.take_trace(about(&head, repo, digest)?, body).await,
             (Route::Profile(repo, digest), "PUT") => {
                 self.put_profile(about(&head, repo, digest)?, body).await

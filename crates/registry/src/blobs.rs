@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use http::{HeaderValue, Response, StatusCode, header};
+use lamina_chunk::PackId;
 use lamina_image::Digest;
 use lamina_store::Repo;
 
@@ -132,6 +133,22 @@ impl Api {
                 Ok(Download { size, status, range: 0..size, body })
             }
         }
+    }
+
+    /// `GET /lamina/v1/<repository>/moved/<digest>`: where the frames of a pack have gone that was repacked.
+    pub(crate) async fn read_moved(&self, repo: &Repo, digest: Digest) -> Answer {
+        let unknown = || ApiError::BlobUnknown(digest);
+        let pack = PackId::try_from(digest).map_err(|_| unknown())?;
+        let mut record = self.store.moved_in(repo, pack).await?;
+        if let (None, Some(upstream)) = (&record, &self.upstream) {
+            record = upstream.moved(repo, pack).await?.map(|(_, bytes)| bytes);
+        }
+        let record = record.ok_or_else(unknown)?;
+        let mut response = Response::new(full(record));
+        response
+            .headers_mut()
+            .insert(header::CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
+        Ok(response)
     }
 
     /// `DELETE`: the repository has it no more. Others that have it keep it; the bytes stay until they are collected.

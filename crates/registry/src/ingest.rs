@@ -201,10 +201,14 @@ impl Converter {
                 let size = layer.recipe.blob().len() as u64;
                 blobs.push(Descriptor::named(media_type::RECIPE, layer.recipe_digest, size));
             }
-            packs.extend(layer.recipe.frames().iter().map(|(_, place)| Digest::from(place.pack)));
+            packs.extend(layer.recipe.frames().iter().map(|(_, place)| place.pack));
+        }
+        let mut here = BTreeSet::new();
+        for pack in packs {
+            here.insert(Digest::from(self.store.pack_now(pack).await?));
         }
         // an image of more packs than a manifest may list names the first of them: the tree names them all
-        for pack in packs.into_iter().take(LAYERS_MAX.saturating_sub(blobs.len())) {
+        for pack in here.into_iter().take(LAYERS_MAX.saturating_sub(blobs.len())) {
             let size = self.store.blob(pack).await?.map_or(0, |blob: Blob| blob.size());
             blobs.push(Descriptor::named(media_type::PACK, pack, size));
         }
@@ -232,7 +236,8 @@ impl Converter {
             tree.map(|tree| tree.packs().map(Digest::from).collect::<Vec<_>>())
         });
         let packs = packs.await.expect("opening does not panic").unwrap_or_default();
-        self.store.link_blobs(repo, packs.into_iter().chain(diff_ids)).await?;
+        self.store.link_packs(repo, packs).await?;
+        self.store.link_blobs(repo, diff_ids).await?;
         hang(&self.store, repo, image, artifact).await
     }
 

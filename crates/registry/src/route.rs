@@ -41,6 +41,7 @@ pub(crate) enum Route {
     Chunks(Repo),
     Layers(Repo),
     Image(Repo, Digest),
+    Moved(Repo, Digest),
     Traces(Repo, Digest),
     Profile(Repo, Digest),
 }
@@ -57,7 +58,9 @@ impl Route {
             Self::Uploads(repo) | Self::Upload(repo, _) | Self::Chunks(repo) | Self::Layers(repo) => {
                 Some((repo, Action::Push))
             }
-            Self::Tags(repo) | Self::Referrers(repo, _) | Self::Image(repo, _) => Some((repo, Action::Pull)),
+            Self::Tags(repo) | Self::Referrers(repo, _) | Self::Image(repo, _) | Self::Moved(repo, _) => {
+                Some((repo, Action::Pull))
+            }
             // whoever starts an image may say what it touched: that moves pages, and brings none
             Self::Traces(repo, _) => Some((repo, Action::Pull)),
             Self::Profile(repo, _) => Some((repo, Action::Push)),
@@ -89,6 +92,7 @@ impl Route {
             Self::Chunks(_) => "chunks",
             Self::Layers(_) => "layers",
             Self::Image(..) => "image",
+            Self::Moved(..) => "moved",
             Self::Traces(..) => "traces",
             Self::Profile(..) => "profile",
         }
@@ -115,6 +119,7 @@ impl Route {
             let (repo, what) = rest.rsplit_once('/').ok_or(ApiError::NotFound)?;
             let route = match what {
                 "images" => Self::Image,
+                "moved" => Self::Moved,
                 "traces" => Self::Traces,
                 "profiles" => Self::Profile,
                 _ => return Err(ApiError::NotFound),
@@ -185,6 +190,7 @@ mod tests {
             ("/v2/a/b/tags/list".to_owned(), Route::Tags(repo.clone())),
             (format!("/v2/a/b/referrers/sha256:{HEX}"), Route::Referrers(repo.clone(), digest)),
             (format!("/lamina/v1/a/b/images/sha256:{HEX}"), Route::Image(repo.clone(), digest)),
+            (format!("/lamina/v1/a/b/moved/sha256:{HEX}"), Route::Moved(repo.clone(), digest)),
             (format!("/lamina/v1/a/b/traces/sha256:{HEX}"), Route::Traces(repo.clone(), digest)),
             (format!("/lamina/v1/a/b/profiles/sha256:{HEX}"), Route::Profile(repo.clone(), digest)),
         ] {

@@ -11,6 +11,7 @@
 mod fetch;
 mod flights;
 mod images;
+mod moved;
 mod refused;
 mod tags;
 

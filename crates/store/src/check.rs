@@ -9,7 +9,7 @@ use lamina_image::{Digest, Recipe};
 use parking_lot::Mutex;
 
 use crate::rebuild::digest_of;
-use crate::{Store, StoreError, keys};
+use crate::{Store, StoreError, keys, moved};
 
 /// Packs whose indexes are read at the same time.
 const PACKS: usize = 4;
@@ -21,6 +21,8 @@ pub struct Proof(Mutex<Shown>);
 #[derive(Debug, Default)]
 struct Shown {
     packs: HashMap<PackId, Arc<Vec<PackRecord>>>,
+    /// Those of them that were moved, and where to.
+    moved: HashMap<PackId, PackId>,
     /// Frames that were opened, by pack and offset.
     opened: HashSet<(PackId, u32)>,
 }
@@ -77,7 +79,13 @@ impl Store {
             self.objects.hold(&keys::blob(pack.into())).await?;
             let records = match proof.records(pack).or_else(|| self.arrivals.records(pack)) {
                 Some(records) => records,
-                None => Arc::new(self.pack_records(pack).await?),
+                None => {
+                    let (records, now) = moved::records(&self.objects, pack).await?;
+                    if now != pack {
+                        proof.0.lock().moved.insert(pack, now);
+                    }
+                    Arc::new(records)
+                }
             };
             if let Some((frame, _)) = claims.iter().find(|(id, frame)| at(&records, *id, *frame).is_none()) {
                 return Err(StoreError::Place { frame: *frame, pack });
@@ -108,15 +116,19 @@ impl Store {
     /// # Errors
     /// [`StoreError::Frame`] where one of those is damaged.
     pub async fn conclude(&self, proof: &Proof) -> Result<(), StoreError> {
-        let packs: Vec<_> = {
+        let (packs, moved): (Vec<_>, Vec<PackId>) = {
             let shown = proof.0.lock();
             let whole = |pack: PackId, records: &[PackRecord]| {
                 records.iter().all(|record| shown.opened.contains(&(pack, record.frame.offset)))
             };
+            let packs = shown.packs.iter().filter(|(pack, _)| !shown.moved.contains_key(pack));
             let packs =
-                shown.packs.iter().map(|(pack, records)| (*pack, Arc::clone(records), whole(*pack, records)));
-            packs.collect()
+                packs.map(|(pack, records)| (*pack, Arc::clone(records), whole(*pack, records))).collect();
+            (packs, shown.moved.values().copied().collect())
         };
+        for now in moved {
+            self.admit_pack(now).await?;
+        }
         let conclude = |(pack, records, whole): (PackId, Arc<Vec<PackRecord>>, bool)| async move {
             if whole && !self.is_pack(pack.into()).await? {
                 return self.prove_pack(pack, records).await;

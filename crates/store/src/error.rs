@@ -1,6 +1,6 @@
 //! What can go wrong in a store, by what the caller can do about it.
 
-use lamina_chunk::{ChunkError, FrameId, PackError, PackId};
+use lamina_chunk::{ChunkError, FrameId, MovedError, PackError, PackId};
 use lamina_image::{Digest, RecipeError};
 use uuid::Uuid;
 
@@ -74,6 +74,15 @@ pub enum StoreError {
         /// What is wrong.
         #[source]
         error: ChunkError,
+    },
+    /// What says where a pack's frames have gone is damaged. Somebody must look at it.
+    #[error("the record of where the frames of pack {pack} have gone is damaged: {error}; see `lamina fsck`")]
+    Moved {
+        /// The pack.
+        pack: PackId,
+        /// What is wrong.
+        #[source]
+        error: MovedError,
     },
     /// A recipe names a place at which its frame does not lie.
     #[error("frame {frame} does not lie where the recipe says it does, in pack {pack}")]

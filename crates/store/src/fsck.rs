@@ -12,12 +12,13 @@ mod report;
 use std::collections::BTreeMap;
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
-use lamina_chunk::PACK_BYTES_MAX;
+use lamina_chunk::{MOVES_MAX, Moved, PACK_BYTES_MAX, PackId};
 use lamina_image::{Digest, Hasher};
 use serde::de::DeserializeOwned;
 
 use crate::inventory::Inventory;
 use crate::keys::{self, Named};
+use crate::moved;
 use crate::objects::Objects;
 use crate::record::{ImageRecord, LayerRecord, ManifestLink, RefValue};
 use crate::{Keeper, StoreError};
@@ -36,6 +37,8 @@ struct Found {
     wrong: BTreeMap<Named, (Wrong, String)>,
     images: BTreeMap<Digest, ImageRecord>,
     layers: BTreeMap<Digest, LayerRecord>,
+    /// Where packs went, as far as it is known.
+    moved: BTreeMap<PackId, Moved>,
     bytes: u64,
 }
 
@@ -90,6 +93,16 @@ impl Found {
                     let read = record(objects, named).await?;
                     read.map(|record| self.layers.extend(record.map(|record| (*digest, record))))
                 }
+                Named::Moved(pack) => match moved::read(objects, *pack).await {
+                    Ok(read) => {
+                        self.moved.extend(read.map(|moved| (*pack, moved)));
+                        Ok(())
+                    }
+                    Err(error @ (StoreError::Moved { .. } | StoreError::TooLarge { .. })) => {
+                        Err(error.to_string())
+                    }
+                    Err(error) => return Err(error),
+                },
                 Named::Manifest(..) => record::<ManifestLink>(objects, named).await?.map(drop),
                 Named::Referrer(..) => record::<lamina_image::Descriptor>(objects, named).await?.map(drop),
                 Named::TagValue(..) => record::<RefValue>(objects, named).await?.map(drop),
@@ -108,6 +121,24 @@ impl Found {
     fn is_good(&self, digest: Digest) -> bool {
         let blob = Named::Blob(digest);
         self.inventory.has(&blob) && !self.wrong.contains_key(&blob)
+    }
+
+    /// The same of a pack, or of that to which its frames were moved.
+    fn is_pack_good(&self, pack: Digest) -> bool {
+        if self.inventory.has(&Named::Blob(pack)) {
+            return self.is_good(pack);
+        }
+        let now = self.moved_to(pack);
+        let are_good = |pack: &PackId| !self.wrong.contains_key(&Named::Moved(*pack));
+        let old =
+            std::iter::once(pack).chain(now.iter().copied()).filter_map(|pack| PackId::try_from(pack).ok());
+        now.last().is_some_and(|now| self.is_good(*now)) && old.collect::<Vec<_>>().iter().all(are_good)
+    }
+
+    /// The packs to which the frames of a pack were moved, one after the other.
+    fn moved_to(&self, pack: Digest) -> Vec<Digest> {
+        let next = |pack: &Digest| Some(Digest::from(self.moved.get(&PackId::try_from(*pack).ok()?)?.pack()));
+        std::iter::successors(next(&pack), next).take(MOVES_MAX).collect()
     }
 }
 

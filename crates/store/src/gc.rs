@@ -7,21 +7,27 @@
 //!    again, and delete the rest. First the names (manifests, records, deleted tags), then the blobs that no name that
 //!    is left leads to, whether or not a tag leads to the name.
 //!
+//! Of a pack that is mostly dead the rest goes too: what lives is taken over into a new one (`gc/repack.rs`). It waits in
+//! quarantine like garbage, in case more of it is used again.
+//!
 //! So whoever finds a name finds what it leads to, at any moment and after a crash at any moment; a crash leaves
 //! garbage, and the next collection goes on. Cost: a listing of everything, and one read of each manifest, record and
-//! recipe. Memory: some 200 bytes an object.
+//! recipe; where packs are to be repacked, of each tree and of those packs too. Memory: some 200 bytes an object, 8 bytes a
+//! frame of packs that live less than they should, and twice a pack.
 //!
 //! Where originals are dropped ([`crate::originals`]), a layer that need not be stored is garbage though it is reached.
 //! What is due of those is made again before it is condemned, since others wait for what is.
 
 mod condemn;
 mod quarantine;
+mod repack;
 mod report;
 
 use std::collections::BTreeSet;
 use std::time::Duration;
 
 use futures_util::TryStreamExt;
+use lamina_chunk::PackId;
 use lamina_image::Digest;
 
 use crate::StoreError;
@@ -34,7 +40,8 @@ use crate::objects::Objects;
 use crate::originals::{Originals, prove};
 
 use self::quarantine::Quarantine;
-pub use self::report::{GcAmount, GcReport};
+use self::repack::Copied;
+pub use self::report::{GcAmount, GcRepacked, GcReport};
 
 /// How a collection is done.
 #[derive(Clone, Debug)]
@@ -47,6 +54,8 @@ pub struct GcConfig {
     pub keep_untagged: bool,
     /// What becomes of layers that are stored and need not be.
     pub originals: Originals,
+    /// A pack of which less lives, in percent of its bytes, is repacked; 0 for none.
+    pub repack_below: u8,
     /// Only look.
     pub dry_run: bool,
     /// After how long a process that does not answer is taken for dead. Shorter than the usual minute only where it is
@@ -57,9 +66,16 @@ pub struct GcConfig {
 impl Default for GcConfig {
     fn default() -> Self {
         let day = Duration::from_secs(24 * 3600);
-        let originals = Originals::default();
-        let lost_after = LOST_AFTER;
-        Self { grace: day, quarantine: day, keep_untagged: false, originals, dry_run: false, lost_after }
+        Self {
+            grace: day,
+            quarantine: day,
+            keep_untagged: false,
+            originals: Originals::default(),
+            // then each move frees more than it copies
+            repack_below: 50,
+            dry_run: false,
+            lost_after: LOST_AFTER,
+        }
     }
 }
 
@@ -107,7 +123,7 @@ impl Keeper {
             return dry_run(&self.objects, config, now).await;
         }
         let collector = Collector::begin(&self.objects, config.lost_after).await?;
-        let marker = Marker::new(self.objects.clone());
+        let marker = Marker::counting(self.objects.clone(), config.repack_below);
         let report = GcReport::default();
         let mut gc = Gc { objects: &self.objects, config, collector, marker, now, lists: 0, report };
         let ended = gc.run().await;
@@ -131,13 +147,14 @@ impl GcConfig {
 }
 
 async fn dry_run(objects: &Objects, config: &GcConfig, now: i64) -> Result<GcReport, StoreError> {
-    let mut marker = Marker::new(objects.clone());
-    let inventory = Inventory::read(objects).await?;
+    let mut marker = Marker::counting(objects.clone(), config.repack_below);
+    let mut inventory = Inventory::read(objects).await?;
     let marked = marker.mark(&inventory, config.roots(now)).await?;
     let mut report = GcReport { dry_run: true, ..GcReport::default() };
     let garbage = garbage(&marker, &inventory, &marked, config, now).await?;
+    let dying = repack::dying(&marker, &inventory, &marked, config, now);
     let mut quarantine = Quarantine::read(objects).await?;
-    quarantine.update(garbage.iter().map(|(named, _)| named), now);
+    quarantine.update(&garbage, &dying, now);
     report.count(&inventory, &garbage);
     let due = garbage.iter().map(|(named, _)| named);
     let due = due.filter(|named| quarantine.is_due(named, config.quarantine, now));
@@ -145,6 +162,12 @@ async fn dry_run(objects: &Objects, config: &GcConfig, now: i64) -> Result<GcRep
     report.unproven = unproven;
     for (named, listed) in &garbage {
         report.add(named, listed.bytes, due.contains(named), &marked);
+    }
+    // as it would be when the names that are due are gone
+    inventory.0.retain(|named, _| is_bytes(named) || !quarantine.is_due(named, config.quarantine, now));
+    let due = quarantine.due_packs(dying, config.quarantine, now);
+    for dying in repack::choose(objects, &mut marker, &inventory, due, (config, now)).await? {
+        report.repacked.add(dying.repacked);
     }
     Ok(report)
 }
@@ -190,10 +213,15 @@ async fn garbage(
         Named::Blob(digest) if config.originals == Originals::Drop && marked.rebuilt.contains_key(digest) => {
             true
         }
-        Named::Blob(_) | Named::Pack(_) | Named::Arrival(_) | Named::Link(..) => {
+        Named::Blob(_) | Named::Pack(_) | Named::Arrival(_) => {
             !named.bytes().is_some_and(|digest| marked.blobs.contains(&digest))
         }
-        Named::Layer(_) | Named::Image(_) | Named::Manifest(..) | Named::Referrer(..) => {
+        // it says who may ask where a pack went
+        Named::Link(digest, _) => {
+            let is_moved = |pack| marked.names.contains(&Named::Moved(pack));
+            !marked.blobs.contains(digest) && !PackId::try_from(*digest).is_ok_and(is_moved)
+        }
+        Named::Moved(_) | Named::Layer(_) | Named::Image(_) | Named::Manifest(..) | Named::Referrer(..) => {
             !marked.names.contains(named)
         }
         // older values of a tag are taken away by its changes; a deleted one goes with all of them
@@ -209,23 +237,42 @@ impl Gc<'_> {
         let inventory = Inventory::read(self.objects).await?;
         let marked = self.marker.mark(&inventory, self.config.roots(self.now)).await?;
         let garbage = garbage(&self.marker, &inventory, &marked, self.config, self.now).await?;
+        let dying = repack::dying(&self.marker, &inventory, &marked, self.config, self.now);
         self.report.count(&inventory, &garbage);
         let mut quarantine = Quarantine::read(self.objects).await?;
-        quarantine.update(garbage.iter().map(|(named, _)| named), self.now);
+        quarantine.update(&garbage, &dying, self.now);
         quarantine.write(self.objects).await?;
         let due = garbage.iter().map(|(named, _)| named);
         let due = due.filter(|named| quarantine.is_due(named, self.config.quarantine, self.now));
         let (due, unproven) = prove_originals(self.objects, due.cloned().collect(), &marked).await;
         self.report.unproven = unproven;
         let (bytes, names): (Vec<_>, Vec<_>) = due.into_iter().partition(is_bytes);
+        let dying = quarantine.due_packs(dying, self.config.quarantine, self.now);
         let deleted = self.delete_names(names).await?;
-        let deleted = deleted.into_iter().chain(self.delete_bytes(bytes, &marked).await?);
+        let copied = self.repack(dying).await?;
+        let new = copied.iter().map(|copied| copied.moved.pack());
+        let new: BTreeSet<Named> =
+            new.flat_map(|pack| [Named::Pack(pack), Named::Blob(pack.into())]).collect();
+        let deleted = deleted.into_iter().chain(self.delete_bytes(bytes, &marked, copied).await?);
         let deleted: BTreeSet<Named> = deleted.collect();
         for (named, listed) in &garbage {
             self.report.add(named, listed.bytes, deleted.contains(named), &marked);
         }
         quarantine.forget(&deleted);
+        // a new pack may be one that was garbage until now
+        quarantine.forget(&new);
         quarantine.write(self.objects).await
+    }
+
+    /// Writes what lives of packs that are mostly dead into new ones.
+    async fn repack(&mut self, due: BTreeSet<PackId>) -> Result<Vec<Copied>, StoreError> {
+        if due.is_empty() {
+            return Ok(Vec::new());
+        }
+        let inventory = Inventory::read(self.objects).await?;
+        let how = (self.config, self.now);
+        let dying = repack::choose(self.objects, &mut self.marker, &inventory, due, how).await?;
+        self.copy(&inventory, dying).await
     }
 
     /// Deletes names that are due and that still nothing reaches.
@@ -233,7 +280,7 @@ impl Gc<'_> {
         if due.is_empty() {
             return Ok(Vec::new());
         }
-        let list = self.condemn(due.iter().map(Named::key)).await?;
+        let list = self.condemn(due.iter().map(Named::key), &[]).await?;
         let inventory = Inventory::read_names(self.objects).await?;
         let marked = self.marker.mark(&inventory, self.config.roots(self.now)).await?;
         let due_now: BTreeSet<Named> = garbage(&self.marker, &inventory, &marked, self.config, self.now)
@@ -251,27 +298,40 @@ impl Gc<'_> {
         Ok(deleted)
     }
 
-    /// Deletes blobs that are due, with their marks as packs, where no name that is left leads to them; and those originals
-    /// that were proved to be made again by what is `proved`, where they still need not be stored.
-    async fn delete_bytes(&mut self, due: Vec<Named>, proved: &Marked) -> Result<Vec<Named>, StoreError> {
-        if due.is_empty() {
+    /// Deletes blobs that are due, with their marks as packs, where no name that is left leads to them; those originals
+    /// that were proved to be made again by what is `proved`, where they still need not be stored; and packs whose frames were
+    /// copied.
+    async fn delete_bytes(
+        &mut self,
+        due: Vec<Named>,
+        proved: &Marked,
+        copied: Vec<Copied>,
+    ) -> Result<Vec<Named>, StoreError> {
+        if due.is_empty() && copied.is_empty() {
             return Ok(Vec::new());
         }
-        let list = self.condemn(due.iter().map(Named::key)).await?;
+        let old = copied.iter().flat_map(|copied| [keys::pack(copied.pack), keys::blob(copied.pack.into())]);
+        let list = self.condemn(due.iter().map(Named::key).chain(old), &copied).await?;
         let inventory = Inventory::read(self.objects).await?;
         let marked = self.marker.mark(&inventory, Roots::All).await?;
+        let moved = self.go((&inventory, &marked), &copied, &list).await?;
         let young_after = self.config.young_after(self.now);
-        let held: BTreeSet<Digest> = list.held().filter_map(Named::bytes).collect();
+        let new = copied.iter().map(|copied| Digest::from(copied.moved.pack()));
+        let held: BTreeSet<Digest> = list.held().filter_map(Named::bytes).chain(new).collect();
         let is_rebuilt = |digest: &Digest| {
             let proved = proved.rebuilt.get(digest);
             proved.is_some() && proved == marked.rebuilt.get(digest)
         };
         let is_needed = |digest: &Digest| marked.blobs.contains(digest) && !is_rebuilt(digest);
-        let stays = |digest: &Digest| is_needed(digest) || held.contains(digest);
+        let stays = |named: &Named| match named.bytes() {
+            Some(digest) => is_needed(&digest) || held.contains(&digest),
+            None => marked.names.contains(named) || list.holds(named),
+        };
         let mut doomed = due;
         // what came once more meanwhile is young
         doomed.retain(|named| inventory.0.get(named).is_some_and(|listed| listed.written < young_after));
-        doomed.retain(|named| named.bytes().is_some_and(|digest| !stays(&digest)));
+        doomed.retain(|named| !stays(named));
+        doomed.extend(moved);
         doomed.sort_by_key(|named| (order(named), named.clone()));
         let deleted = self.delete(&doomed).await?;
         self.forgive(list).await?;
@@ -279,9 +339,9 @@ impl Gc<'_> {
     }
 }
 
-/// Whether it is bytes, or a mark that goes with them.
+/// Whether it is bytes, a mark that goes with them, or says where they are.
 fn is_bytes(named: &Named) -> bool {
-    matches!(named, Named::Blob(_) | Named::Pack(_) | Named::Arrival(_))
+    matches!(named, Named::Blob(_) | Named::Pack(_) | Named::Arrival(_) | Named::Moved(_))
 }
 
 /// In which order things go: never what is named before what names it.
@@ -294,8 +354,9 @@ fn order(named: &Named) -> u8 {
         // a layer's record is what a plain tar is rebuilt from, so what leads to that tar goes before
         Named::Link(..) => 4,
         Named::Layer(_) => 5,
-        Named::Pack(_) | Named::Arrival(_) => 6,
-        Named::Blob(_) => 7,
+        Named::Moved(_) => 6,
+        Named::Pack(_) | Named::Arrival(_) => 7,
+        Named::Blob(_) => 8,
     }
 }
 

@@ -22,7 +22,7 @@ pub(crate) struct Listed {
 pub(crate) struct Inventory(pub(crate) BTreeMap<Named, Listed>);
 
 /// The parts of a store that name others. Blobs are the only large one.
-const NAMING: [&str; 6] = ["refs", "repos", "jobs", "images", "layers", "links"];
+const NAMING: [&str; 7] = ["refs", "repos", "jobs", "images", "layers", "links", "moved"];
 
 impl Inventory {
     /// Lists everything.

@@ -6,6 +6,7 @@
 //! trials/<uuid>                            written when a bucket is opened, to see that it honours conditions
 //! packs/<hex>                              the blob is a pack, and every frame in it was opened
 //! arrived/<hex>                            the blob ends like a pack, and was not opened yet
+//! moved/<hex>                              the pack was repacked, and where its frames are now
 //! layers/<hex>                             how to rebuild a layer, by compressed digest and by diff ID
 //! images/<hex>                             what became of an image's tree
 //! jobs/<hex>/<repo>                        an image that waits for its tree, and the repository that wants it
@@ -72,6 +73,14 @@ pub(crate) fn arrivals() -> Path {
 
 pub(crate) fn arrival(pack: PackId) -> Path {
     key(["arrived", &Digest::from(pack).hex()])
+}
+
+pub(crate) fn all_moved() -> Path {
+    key(["moved"])
+}
+
+pub(crate) fn moved(pack: PackId) -> Path {
+    key(["moved", &Digest::from(pack).hex()])
 }
 
 pub(crate) fn layer(digest: Digest) -> Path {
@@ -218,6 +227,7 @@ pub(crate) enum Named {
     Blob(Digest),
     Pack(PackId),
     Arrival(PackId),
+    Moved(PackId),
     Layer(Digest),
     Image(Digest),
     Job(Digest, Repo),
@@ -238,6 +248,7 @@ impl Named {
             }
             ["packs", hex] => Self::Pack(PackId::try_from(digest(hex)?).ok()?),
             ["arrived", hex] => Self::Arrival(PackId::try_from(digest(hex)?).ok()?),
+            ["moved", hex] => Self::Moved(PackId::try_from(digest(hex)?).ok()?),
             ["layers", hex] => Self::Layer(digest(hex)?),
             ["images", hex] => Self::Image(digest(hex)?),
             ["jobs", hex, repo] => Self::Job(digest(hex)?, unflat(repo)?),
@@ -268,6 +279,7 @@ impl Named {
             Self::Blob(digest) => blob(*digest),
             Self::Pack(id) => pack(*id),
             Self::Arrival(id) => arrival(*id),
+            Self::Moved(id) => moved(*id),
             Self::Layer(digest) => layer(*digest),
             Self::Image(digest) => image(*digest),
             Self::Job(digest, repo) => job(*digest, repo),
@@ -312,6 +324,7 @@ mod tests {
                 Named::Blob(Digest::by(lamina_image::Algorithm::Sha512, &hash)),
                 Named::Pack(PackId::from_bytes(hash)),
                 Named::Arrival(PackId::from_bytes(hash)),
+                Named::Moved(PackId::from_bytes(hash)),
                 Named::Link(digest, repo.clone()),
                 Named::Layer(digest),
                 Named::Image(digest),

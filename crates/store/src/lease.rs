@@ -21,6 +21,7 @@ use std::time::Duration;
 
 use futures_util::TryStreamExt;
 use lamina_chunk::PackId;
+use lamina_image::Digest;
 use object_store::path::Path;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
@@ -37,6 +38,8 @@ use crate::objects::Objects;
 pub(crate) const LOST_AFTER: Duration = Duration::from_secs(60);
 /// Objects that are held one by one, at 24 bytes each. Beyond that everything is, until some have expired.
 const HOLDS_MAX: usize = 1 << 20;
+/// New packs that wait to be looked at. What is forgotten is not deduplicated against until the next start.
+const INSTEAD_MAX: usize = 1024;
 /// How long somebody waits for a collector to end: less than a client waits for us.
 const WAIT_MAX: Duration = Duration::from_secs(50);
 
@@ -54,6 +57,9 @@ pub(crate) struct LeaseRecord {
 pub(crate) struct CondemnedRecord {
     /// By key.
     pub(crate) keys: Vec<String>,
+    /// Packs that have what lives of some of them.
+    #[serde(default)]
+    pub(crate) instead: Vec<Digest>,
 }
 
 /// This process's holds.
@@ -70,6 +76,8 @@ pub(crate) struct Lease {
     over: AtomicBool,
     /// Told of packs that are condemned and not held here, before that is answered.
     forget: Forget,
+    /// Packs that are to take the place of condemned ones.
+    instead: Mutex<Vec<PackId>>,
 }
 
 /// See [`Lease`].
@@ -120,6 +128,7 @@ impl Lease {
             polling,
             over: AtomicBool::new(false),
             forget,
+            instead: Mutex::default(),
         }
     }
 
@@ -180,6 +189,7 @@ impl Lease {
             if !polled.lists.contains_key(number)
                 && let Some(list) = objects.json::<CondemnedRecord>(&keys::condemned(*number)).await?
             {
+                self.note(list.instead);
                 polled.lists.insert(*number, list.keys);
             }
         }
@@ -193,6 +203,17 @@ impl Lease {
             polled.record = Some(record);
         }
         polled.relieve(objects, &found).await
+    }
+
+    fn note(&self, instead: Vec<Digest>) {
+        let mut noted = self.instead.lock();
+        let free = INSTEAD_MAX.saturating_sub(noted.len());
+        noted.extend(instead.into_iter().filter_map(|digest| PackId::try_from(digest).ok()).take(free));
+    }
+
+    /// The packs that are to take the place of condemned ones, since this was last asked.
+    pub(crate) fn instead(&self) -> Vec<PackId> {
+        std::mem::take(&mut self.instead.lock())
     }
 
     /// From now on these are condemned. Gives those that are held.

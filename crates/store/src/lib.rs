@@ -26,6 +26,7 @@ mod links;
 mod local;
 mod manifests;
 mod mark;
+mod moved;
 mod name;
 mod objects;
 mod originals;
@@ -42,7 +43,7 @@ pub use blobs::{Blob, BlobPart};
 pub use check::Proof;
 pub use error::StoreError;
 pub use fsck::{Damage, FsckReport, Wrong};
-pub use gc::{GcAmount, GcConfig, GcReport, Keeper};
+pub use gc::{GcAmount, GcConfig, GcRepacked, GcReport, Keeper};
 
 pub use manifests::{ManifestPut, Referrer};
 pub use name::{ParseNameError, Repo, Tag};

@@ -1,15 +1,20 @@
 //! What is reachable: from tags through indexes, manifests and what hangs on them to configs, layers, recipes, trees and
-//! packs.
+//! packs. Who names a pack that was moved names its record and the pack where its frames are now, and not the old one, as long as
+//! the record has all frames that are named.
 //!
-//! Nothing is guessed: where a manifest or a recipe on the way does not parse, what it names is unknown, and marking
-//! fails. Cost: each manifest, image record, layer record and recipe on the way is read once, also over several marks.
+//! Nothing is guessed: where a manifest, a recipe or a record on the way does not parse, what it names is unknown, and marking
+//! fails. Cost: each manifest, image record, layer record and recipe on the way is read once, also over several marks. Which
+//! frames of packs are named only grows over those: what went meanwhile may still count.
+
+mod live;
+mod packs;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
-use lamina_chunk::PackId;
+use lamina_chunk::{Moved, PackId};
 use lamina_image::{
-    BOOT_ANNOTATION, Descriptor, Digest, MANIFEST_BYTES_MAX, PROFILE_ANNOTATION, RECIPE_ANNOTATION, Recipe,
+    BOOT_ANNOTATION, Descriptor, Digest, MANIFEST_BYTES_MAX, PROFILE_ANNOTATION, RECIPE_ANNOTATION,
     TREE_ANNOTATION, media_type,
 };
 use serde::Deserialize;
@@ -20,10 +25,11 @@ use crate::objects::Objects;
 use crate::record::{ImageRecord, LayerRecord, RefValue};
 use crate::{Repo, StoreError, Tag, keys};
 
+pub(crate) use self::live::{Live, Span};
+use self::packs::moved_pack;
+
 /// Objects that are read at the same time.
 const READS: usize = 16;
-/// Recipes over 512 MiB are refused when they come.
-const RECIPE_BYTES_MAX: u64 = 512 << 20;
 
 /// What a mark begins with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,6 +97,13 @@ impl Document {
         layers.chain(self.config.as_ref().map(|config| config.digest)).chain(noted).chain(self.recipes())
     }
 
+    /// Those of them that are trees.
+    fn trees(&self) -> impl Iterator<Item = Digest> {
+        let trees = self.layers.iter().flatten().filter(|layer| layer.media_type == media_type::TREE);
+        let noted = digest_in(self.annotations.as_ref().and_then(|notes| notes.get(TREE_ANNOTATION)));
+        trees.map(|layer| layer.digest).chain(noted)
+    }
+
     /// Those of them that are recipes.
     pub(crate) fn recipes(&self) -> impl Iterator<Item = Digest> {
         let recipe = |layer: &Descriptor| match layer.media_type == media_type::RECIPE {
@@ -114,12 +127,41 @@ pub(crate) struct Marker {
     layers: HashMap<Digest, LayerRecord>,
     /// The packs of each recipe.
     recipes: HashMap<Digest, BTreeSet<Digest>>,
+    /// Recipes that layers' records name, and not only what others say.
+    ours: BTreeSet<Digest>,
+    /// Trees of which the frames were taken in.
+    trees: BTreeSet<Digest>,
+    /// Where packs went.
+    moved: HashMap<PackId, Moved>,
+    live: Live,
 }
 
 impl Marker {
     pub(crate) fn new(objects: Objects) -> Self {
+        Self::counting(objects, 0)
+    }
+
+    /// The same, that counts the frames which are named, of packs of which less than so many percent live.
+    pub(crate) fn counting(objects: Objects, enough_percent: u8) -> Self {
         let (documents, images, layers) = (HashMap::new(), HashMap::new(), HashMap::new());
-        Self { objects, documents, images, layers, recipes: HashMap::new() }
+        let (recipes, trees, moved) = (HashMap::new(), BTreeSet::new(), HashMap::new());
+        let ours = BTreeSet::new();
+        Self {
+            objects,
+            documents,
+            images,
+            layers,
+            recipes,
+            ours,
+            trees,
+            moved,
+            live: Live::new(enough_percent),
+        }
+    }
+
+    /// Which frames are named, as far as marks have come.
+    pub(crate) fn live(&self) -> &Live {
+        &self.live
     }
 
     /// Marks what the names in `inventory` reach.
@@ -131,7 +173,7 @@ impl Marker {
         let manifests = self.roots(inventory, roots, &mut marked).await?;
         self.manifests(inventory, manifests, &mut marked).await?;
         self.records(inventory, roots, &mut marked).await?;
-        self.packs(&mut marked).await?;
+        self.packs(inventory, roots, &mut marked).await?;
         self.rebuilt(inventory, &mut marked);
         Ok(marked)
     }
@@ -153,7 +195,10 @@ impl Marker {
                 {
                     found.push((repo.clone(), *digest));
                 }
-                (Named::Link(digest, _), Roots::All) => drop(marked.blobs.insert(*digest)),
+                // of one that was moved more is to be known
+                (Named::Link(digest, _), Roots::All) if moved_pack(inventory, *digest).is_none() => {
+                    marked.blobs.insert(*digest);
+                }
                 (Named::Job(digest, repo), _) => found.push((repo.clone(), *digest)),
                 _ => {}
             }
@@ -291,36 +336,12 @@ impl Marker {
                 marked.names.insert(Named::Layer(digest));
                 marked.need([layer.recipe]);
                 marked.blobs.insert(layer.diff_id);
-                self.recipes.entry(layer.recipe).or_default();
+                self.ours.insert(layer.recipe);
                 let plain = Named::Layer(layer.diff_id);
                 if inventory.has(&plain) && !marked.names.contains(&plain) {
                     open.push(layer.diff_id);
                 }
             }
-        }
-        Ok(())
-    }
-
-    /// Follows recipes to packs.
-    async fn packs(&mut self, marked: &mut Marked) -> Result<(), StoreError> {
-        let named = self.documents.iter().filter(|(digest, _)| marked.blobs.contains(digest));
-        let mut recipes: BTreeSet<Digest> = named.flat_map(|(_, document)| document.recipes()).collect();
-        recipes.extend(self.recipes.keys().filter(|digest| marked.blobs.contains(digest)));
-        let objects = &self.objects;
-        let read = |(digest, ours): (Digest, bool)| async move {
-            Ok::<_, StoreError>((digest, recipe_packs(objects, digest, ours).await?))
-        };
-        let unread = recipes.iter().filter_map(|digest| match self.recipes.get(digest) {
-            Some(packs) if packs.is_empty() => Some((*digest, true)),
-            Some(_) => None,
-            None => Some((*digest, false)),
-        });
-        let unread: Vec<(Digest, bool)> = unread.collect();
-        let found: Vec<_> =
-            stream::iter(unread.into_iter().map(read)).buffer_unordered(2).try_collect().await?;
-        self.recipes.extend(found);
-        for recipe in recipes {
-            marked.need(self.recipes.get(&recipe).into_iter().flatten().copied());
         }
         Ok(())
     }
@@ -344,21 +365,6 @@ impl Marker {
 
 /// A tag, how many values it has, the newest one's number, and what that names.
 pub(crate) type CurrentTag = ((Repo, Tag), usize, u64, Option<Digest>);
-
-/// The packs that a recipe names. Whatever others call a recipe and is none names nothing; one of `ours` must be good.
-async fn recipe_packs(objects: &Objects, digest: Digest, ours: bool) -> Result<BTreeSet<Digest>, StoreError> {
-    // not there: a push that was given up, or what a third party's annotation says
-    let Some(bytes) = objects.read(&keys::blob(digest), RECIPE_BYTES_MAX).await? else {
-        return Ok(BTreeSet::new());
-    };
-    let parsed = tokio::task::spawn_blocking(move || match Recipe::parse(bytes.clone()) {
-        Ok(recipe) => Ok(recipe.frames().iter().map(|(_, place)| Digest::from(place.pack)).collect()),
-        Err(_) if !ours && digest.names(&bytes) => Ok(BTreeSet::new()),
-        Err(error) => Err(error.to_string()),
-    });
-    let parsed = parsed.await.expect("parsing does not panic");
-    parsed.map_err(|reason| StoreError::Unmarkable { what: "recipe", digest, reason })
-}
 
 /// Those of these records that were not read yet and are there.
 async fn read_records<T: serde::de::DeserializeOwned>(

@@ -170,13 +170,18 @@ impl Objects {
     }
 
     /// Writes the object if there is none. False where there is one already.
-    pub(crate) async fn create_json<T: Serialize>(&self, key: &Path, value: &T) -> Result<bool, StoreError> {
+    pub(crate) async fn create(&self, key: &Path, payload: PutPayload) -> Result<bool, StoreError> {
         self.hold(key).await?;
-        match self.raw.put_opts(key, json_bytes(value), PutMode::Create.into()).await {
+        match self.raw.put_opts(key, payload, PutMode::Create.into()).await {
             Ok(_) => Ok(true),
             Err(Error::AlreadyExists { .. }) => Ok(false),
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// The same with a record.
+    pub(crate) async fn create_json<T: Serialize>(&self, key: &Path, value: &T) -> Result<bool, StoreError> {
+        self.create(key, json_bytes(value)).await
     }
 
     /// Removes the object, if it is there.

@@ -14,7 +14,7 @@ use tokio::runtime::Handle;
 
 use crate::arrivals::ARRIVALS_MAX;
 use crate::objects::Objects;
-use crate::{Store, StoreError, keys};
+use crate::{Store, StoreError, keys, moved};
 
 /// Packs whose indexes are read at the same time when the store opens.
 const FOOTERS: usize = 8;
@@ -119,14 +119,14 @@ impl Store {
         stream::iter(packs.into_iter().map(recall)).buffer_unordered(FOOTERS).try_collect().await
     }
 
-    /// A frame's bytes as they are stored. Whoever knows its name opens them.
+    /// A frame's bytes as they are stored, also where its pack was moved. Whoever knows its name opens them.
     ///
     /// # Errors
-    /// [`StoreError::Missing`] where the pack is not there.
+    /// [`StoreError::Missing`] where neither the pack nor the frame is there.
     pub async fn sealed(&self, place: Place) -> Result<Sealed, StoreError> {
         let Place { pack, frame } = place;
         let range = u64::from(frame.offset)..frame.end();
-        let read = self.objects.ranges(&keys::blob(pack.into()), &[range]).await?;
+        let read = moved::ranges(&self.objects, pack, &[range]).await?;
         let bytes = read.and_then(|read| read.into_iter().next()).ok_or(StoreError::Missing(pack.into()))?;
         Ok(Sealed::new(bytes, frame.plain_len as usize))
     }
@@ -171,7 +171,13 @@ impl Store {
         let packs = listing.try_filter_map(|object| async move {
             Ok(keys::parse_digest(&object.location).and_then(|digest| PackId::try_from(digest).ok()))
         });
-        let packs: HashSet<PackId> = packs.try_collect().await?;
+        let mut packs: HashSet<PackId> = packs.try_collect().await?;
+        // of one that was moved nothing is offered, though it may still be here
+        let mut moved = self.objects.list(&keys::all_moved());
+        while let Some(object) = moved.try_next().await? {
+            let pack = keys::parse_digest(&object.location).and_then(|digest| PackId::try_from(digest).ok());
+            pack.map(|pack| packs.remove(&pack));
+        }
         // those that are gone were collected while this process was not there
         self.index.retain(&packs);
         let packs: Vec<PackId> = packs.into_iter().filter(|pack| !self.index.has(*pack)).collect();

@@ -16,7 +16,7 @@ use tokio::sync::mpsc::{Sender, channel};
 
 use crate::hashing::hash;
 use crate::objects::Objects;
-use crate::{ByteStream, Proof, Store, StoreError, keys};
+use crate::{ByteStream, Proof, Store, StoreError, moved};
 
 /// Plain bytes in a group: long against what it costs to start a read.
 const GROUP_BYTES: u64 = 4 << 20;
@@ -168,7 +168,7 @@ async fn read_frames(objects: &Objects, group: &Group) -> Result<Frames, StoreEr
     let mut frames = BTreeMap::new();
     for (pack, wanted) in wanted {
         let ranges: Vec<_> = wanted.iter().map(|(offset, end)| u64::from(*offset)..*end).collect();
-        let read = objects.ranges(&keys::blob(pack.into()), &ranges).await?;
+        let read = moved::ranges(objects, pack, &ranges).await?;
         let read = read.ok_or(StoreError::Missing(pack.into()))?;
         frames.extend(wanted.into_keys().map(|offset| (pack, offset)).zip(read));
     }

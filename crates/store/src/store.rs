@@ -15,6 +15,7 @@ use crate::arrivals::Arrivals;
 use crate::index::Index;
 use crate::lease::{Forget, Lease};
 use crate::objects::Objects;
+use crate::packs::pack_records;
 use crate::upload::Uploads;
 use crate::{Keeper, StoreError, keys};
 
@@ -126,11 +127,12 @@ async fn leased(objects: Objects, index: &Arc<Index>, config: &StoreConfig) -> R
     }));
     let lease = Arc::new(Lease::new(config.hold, forget));
     lease.poll(&objects).await?;
-    tokio::spawn(keep(Arc::downgrade(&lease), lease.key(), objects.clone(), config.poll_every));
+    let (weak, known) = (Arc::downgrade(&lease), Arc::downgrade(index));
+    tokio::spawn(keep((weak, known), lease.key(), objects.clone(), config.poll_every));
     Ok(objects.with_lease(lease))
 }
 
-async fn keep(lease: Weak<Lease>, key: Path, objects: Objects, every: Duration) {
+async fn keep((lease, index): (Weak<Lease>, Weak<Index>), key: Path, objects: Objects, every: Duration) {
     loop {
         tokio::time::sleep(every).await;
         let Some(lease) = lease.upgrade() else { break };
@@ -140,8 +142,31 @@ async fn keep(lease: Weak<Lease>, key: Path, objects: Objects, every: Duration) 
         if let Err(error) = lease.poll(&objects).await {
             tracing::warn!(%error, "it is not known whether somebody collects; if this goes on, pushes are refused");
         }
+        let Some(index) = index.upgrade() else { continue };
+        for pack in lease.instead() {
+            if let Err(error) = learn(&objects.clone().with_lease(Arc::clone(&lease)), &index, pack).await {
+                tracing::warn!(%pack, %error, "a repacked pack is not known before the next start");
+            }
+        }
     }
     if let Err(error) = objects.delete(&key).await {
         tracing::debug!(%error, "a lease was not given back; the next collection waits a minute for it");
     }
+}
+
+/// Points chunks to a pack that takes the place of another one.
+async fn learn(objects: &Objects, index: &Arc<Index>, pack: PackId) -> Result<(), StoreError> {
+    // held, and then looked for: it stays
+    if !objects.hold_now(&keys::blob(pack.into())) || !objects.exists(&keys::pack(pack)).await? {
+        return Ok(());
+    }
+    let records = pack_records(objects, pack).await?;
+    let index = Arc::clone(index);
+    let learnt = tokio::task::spawn_blocking(move || {
+        // where it was known, chunks may lead to the old one
+        index.remove(pack);
+        index.add(pack, &records);
+    });
+    learnt.await.expect("adding to the index does not panic");
+    Ok(())
 }

@@ -43,7 +43,7 @@ impl Need {
             Some(rest) => (rest, &["blobs", "manifests", "tags", "referrers"]),
             None => (
                 path.strip_prefix("/lamina/v1/").unwrap_or_default(),
-                &["images", "traces", "profiles", "chunks", "layers"],
+                &["images", "moved", "traces", "profiles", "chunks", "layers"],
             ),
         };
         let parts: Vec<&str> = rest.split('/').collect();
@@ -315,6 +315,7 @@ mod tests {
             (Method::PUT, "/v2/a/blobs/uploads/1", "a", true),
             (Method::GET, "/v2/a/tags/list", "a", false),
             (Method::POST, "/lamina/v1/a/b/layers", "a/b", true),
+            (Method::GET, "/lamina/v1/a/b/moved/sha256:00", "a/b", false),
             (Method::GET, "/lamina/v1/a/images/sha256:0", "a", false),
         ] {
             let expected = Need { repository: repository.to_owned(), writes };

@@ -9,6 +9,7 @@ use bytes::{Bytes, BytesMut};
 use futures_util::stream::BoxStream;
 use futures_util::{StreamExt, TryStreamExt};
 use http::{Method, Request, StatusCode, Uri, header};
+use lamina_chunk::{MOVED_BYTES_MAX, PackId};
 use lamina_image::{Digest, Hasher, MANIFEST_BYTES_MAX, media_type};
 
 use crate::access::Access;
@@ -306,6 +307,17 @@ impl Client {
         // a registry that ignores ranges sends everything: what is not wanted is dropped
         let from = if answer.status() == StatusCode::OK { range.start } else { 0 };
         Ok(exactly(answer, from, range.end - range.start).boxed())
+    }
+
+    /// Where the frames of a pack have gone that a Lamina registry has repacked, as [`lamina_chunk::Moved`] has the bytes.
+    /// *Errors*: [`WireError::is_not_found`] where it was not, and from registries of another kind.
+    pub async fn moved(&self, repository: &str, pack: PackId) -> Result<Bytes, WireError> {
+        let url = format!("{}/lamina/v1/{repository}/moved/{pack}", self.base);
+        self.retrying(|| async {
+            let answer = self.call(Request::get(&url), Payload::Empty).await?;
+            answer.expect(&[StatusCode::OK]).await?.bytes(MOVED_BYTES_MAX as u64).await
+        })
+        .await
     }
 
     pub(crate) fn blob_url(&self, repository: &str, digest: Digest) -> String {

@@ -187,9 +187,10 @@ impl Api {
         let mut packs = BTreeSet::new();
         for recipe in recipes {
             let recipe = self.store.recipe(recipe).await?;
-            packs.extend(recipe.frames().iter().map(|(_, place)| Digest::from(place.pack)));
+            packs.extend(recipe.frames().iter().map(|(_, place)| place.pack));
         }
-        upstream.bring_blobs(repo, packs).await?;
+        let bring = packs.into_iter().map(|pack| upstream.bring_pack(repo, pack));
+        stream::iter(bring).buffer_unordered(BLOBS_AT_ONCE).try_collect::<()>().await?;
         if let Some(record) = self.admit(repo, image, manifest).await? {
             self.store.put_image(image, &record).await?;
         }

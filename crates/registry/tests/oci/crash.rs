@@ -11,7 +11,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::stream::{BoxStream, StreamExt, TryStreamExt};
-use lamina_image::{Digest, Manifest, Recipe, media_type};
+use lamina_chunk::Moved;
+use lamina_image::{Digest, Manifest, Recipe, TREE_ANNOTATION, media_type};
 use lamina_registry::{RegistryConfig, serve};
 use lamina_store::{
     FsckReport, GcConfig, GcReport, ImageRecord, ImageState, LayerRecord, Originals, Store, StoreConfig,
@@ -28,6 +29,7 @@ use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout};
 
+use crate::repack::{Pushed, tar};
 use crate::support::{self, Image};
 
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -241,10 +243,16 @@ impl Contents {
         for (hex, _) in self.of::<lamina_store::ManifestLink>("repos/app/manifests/") {
             let manifest: Manifest = serde_json::from_slice(self.blob(digest(hex))).unwrap();
             self.blob(manifest.config.digest);
-            for layer in &manifest.layers {
+            // of an image that names its tree, layers are rebuilt from recipes
+            let bound =
+                manifest.annotations.get(TREE_ANNOTATION).filter(|_| manifest.artifact_type.is_none());
+            for layer in manifest.layers.iter().filter(|_| bound.is_none()) {
                 if !self.is_rebuilt(layer.digest) {
                     self.blob(layer.digest);
                 }
+            }
+            for layer in manifest.layers.iter().filter(|_| bound.is_some()) {
+                assert!(self.objects.contains_key(&format!("layers/{}", layer.digest.hex())));
             }
         }
         for (hex, _) in self.of::<serde_json::Value>("repos/app/referrers/") {
@@ -253,21 +261,33 @@ impl Contents {
         for (_, layer) in self.of::<LayerRecord>("layers/") {
             let recipe = Recipe::parse(self.blob(layer.recipe).clone()).unwrap();
             for (_, place) in recipe.frames() {
-                let pack = Digest::from(place.pack);
-                assert!(
-                    self.objects.contains_key(&format!("packs/{}", pack.hex())),
-                    "pack {pack} is not proved"
-                );
+                let mut place = *place;
+                // of a pack that was repacked the frames are in a pack of which the same holds
+                while !self.objects.contains_key(&format!("packs/{}", Digest::from(place.pack).hex())) {
+                    let pack = Digest::from(place.pack);
+                    let moved = self.objects.get(&format!("moved/{}", pack.hex()));
+                    let moved = moved.unwrap_or_else(|| panic!("pack {pack} is not proved"));
+                    let moved = Moved::parse(moved).unwrap();
+                    let frame = moved.at(place.frame.offset).expect("a frame that lives is moved");
+                    assert_eq!(frame.sealed_len, place.frame.sealed_len);
+                    place.pack = moved.pack();
+                    place.frame.offset = frame.new_offset;
+                }
             }
         }
         for (hex, _) in self.of::<serde_json::Value>("packs/") {
             lamina_chunk::pack_records(self.blob(digest(hex))).unwrap();
         }
-        for (_, image) in
+        for (hex, image) in
             self.of::<ImageRecord>("images/").filter(|(_, image)| image.state == ImageState::Done)
         {
             self.blob(image.tree.unwrap().digest);
-            self.blob(image.artifact.unwrap().digest);
+            // only one that names its tree itself has none hung on it
+            let manifest: Manifest = serde_json::from_slice(self.blob(digest(hex))).unwrap();
+            match image.artifact {
+                Some(artifact) => drop(self.blob(artifact.digest).clone()),
+                None => assert!(manifest.annotations.contains_key(TREE_ANNOTATION), "image {hex}"),
+            }
         }
     }
 }
@@ -348,7 +368,7 @@ async fn a_crash_after_any_write_of_a_collection_loses_nothing_and_the_next_one_
     store.set_tag(&"app".parse().unwrap(), &"v0".parse().unwrap(), None).await.unwrap();
     store.close().await.unwrap();
     drop(store);
-    let (report, writes) = collect_with_crashes(&full, &collects()).await;
+    let (report, writes, _) = collect_with_crashes(&full, &collects()).await;
     assert!(report.freed.bytes > 200_000, "{report:?}");
     assert!(writes > 20, "a collection of only {writes} writes");
 }
@@ -360,22 +380,22 @@ async fn a_crash_after_any_write_of_a_collection_that_drops_originals_leaves_the
     let full = Arc::new(InMemory::new());
     assert!(push_as(Arc::clone(&full) as _, &plain, "v1", || false).await);
     let drops = GcConfig { originals: Originals::Drop, ..collects() };
-    let (report, writes) = collect_with_crashes(&full, &drops).await;
+    let (report, writes, _) = collect_with_crashes(&full, &drops).await;
     assert_eq!(report.originals.blobs, 2);
     assert!(writes > 8, "a collection of only {writes} writes");
 }
 
 /// Collects what is in `full` with a crash after each write, one after the other. Says what a
-/// collection without one did, in how many writes.
-async fn collect_with_crashes(full: &InMemory, config: &GcConfig) -> (GcReport, usize) {
+/// collection without one did, in how many writes, and what it left.
+async fn collect_with_crashes(full: &InMemory, config: &GcConfig) -> (GcReport, usize, Arc<InMemory>) {
     let failing = |writes_max| {
         let (inner, writes) = (Arc::new(full.fork()), Arc::new(AtomicUsize::new(0)));
         let failing = Failing { inner: Arc::clone(&inner), writes: Arc::clone(&writes), writes_max };
         (inner, Arc::new(failing), writes)
     };
-    let (inner, objects, writes) = failing(usize::MAX);
+    let (left_whole, objects, writes) = failing(usize::MAX);
     let report = gc(objects, config).await.unwrap();
-    let (whole, expected) = (writes.load(Ordering::SeqCst), kept(&Contents::read(&inner).await));
+    let (whole, expected) = (writes.load(Ordering::SeqCst), kept(&Contents::read(&left_whole).await));
     for writes_max in 0..whole {
         let (inner, objects, _) = failing(writes_max);
         let _ = gc(objects, config).await;
@@ -386,5 +406,42 @@ async fn collect_with_crashes(full: &InMemory, config: &GcConfig) -> (GcReport, 
         let left = kept(&Contents::read(&inner).await);
         assert!(left == expected, "after {writes_max} writes: {:?}", left.keys().collect::<Vec<_>>());
     }
-    (report, whole)
+    (report, whole, left_whole)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_crash_after_any_write_of_a_repack_loses_nothing_and_the_next_one_ends_the_same() {
+    let full = Arc::new(InMemory::new());
+    let index = tempfile::tempdir().unwrap();
+    let config = |at: &std::path::Path| StoreConfig::new(at.join("index"));
+    let store = Store::open(Arc::clone(&full) as _, config(index.path())).await.unwrap();
+    let stays = serving(&store, async |address| {
+        Pushed::new(&store, address, "v0", vec![tar((2, 2_000_000))]).await.unwrap();
+        Pushed::new(&store, address, "v1", vec![tar((3, 1_000))]).await.unwrap()
+    })
+    .await;
+    store.set_tag(&"app".parse().unwrap(), &"v0".parse().unwrap(), None).await.unwrap();
+    store.close().await.unwrap();
+    drop(store);
+    let (report, writes, left) = collect_with_crashes(&full, &collects()).await;
+    assert_eq!(report.repacked.packs, 1, "{report:?}");
+    assert!(writes > 25, "a collection of only {writes} writes");
+    assert!(kept(&Contents::read(&left).await).keys().any(|key| key.starts_with("moved/")));
+    let index = tempfile::tempdir().unwrap();
+    let store = Store::open(left as _, config(index.path())).await.unwrap();
+    serving(&store, async |address| stays.is_whole(&store, address).await).await;
+}
+
+/// Does something with a registry of the store.
+async fn serving<T>(store: &Store, with: impl AsyncFnOnce(std::net::SocketAddr) -> T) -> T {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (stop, stopped) = oneshot::channel::<()>();
+    let served = store.clone();
+    let serving =
+        tokio::spawn(serve(listener, served, RegistryConfig::default(), async { drop(stopped.await) }));
+    let done = with(address).await;
+    drop(stop);
+    timeout(DEADLINE, serving).await.unwrap().unwrap().unwrap();
+    done
 }

@@ -241,6 +241,27 @@ async fn nothing_is_collected_while_a_manifest_is_damaged() {
 }
 
 #[tokio::test]
+async fn what_others_call_a_recipe_and_is_none_stops_no_collection() {
+    let registry = Registry::start().await;
+    let (one, other) = images();
+    let digest = registry.push("app", "one", &one).await;
+    registry.converted(digest).await;
+    for blob in other.blobs() {
+        registry.push_blob("app", blob).await;
+    }
+    let mut manifest: lamina_image::Manifest = serde_json::from_slice(&other.manifest).unwrap();
+    let none = Digest::of(&other.config).to_string();
+    manifest.layers[0].annotations.insert(lamina_image::RECIPE_ANNOTATION.to_owned(), none);
+    let manifest = serde_json::to_vec(&manifest).unwrap();
+    let put = registry.put_manifest("app", "other", media_type::OCI_MANIFEST, &manifest).await;
+    put.expect(StatusCode::CREATED);
+    registry.converted(Digest::of(&manifest)).await;
+    delete_tag(&registry, "one").await;
+    let registry = restarted(registry).await;
+    assert!(gc(&registry).await.freed.bytes > 400_000);
+}
+
+#[tokio::test]
 async fn a_process_that_never_answers_is_taken_for_dead_and_one_collection_runs_at_a_time() {
     let registry = Registry::start().await;
     let digest = registry.push("app", "one", &images().0).await;

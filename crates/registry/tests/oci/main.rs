@@ -17,5 +17,6 @@ mod learning;
 mod membership;
 mod originals;
 mod protocol;
+mod repack;
 mod support;
 mod upstream;

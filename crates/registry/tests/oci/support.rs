@@ -230,7 +230,11 @@ pub(crate) struct Image {
 impl Image {
     /// One layer for each list of files.
     pub(crate) fn new(layers: &[&[(&str, &[u8])]]) -> Self {
-        let tars: Vec<Bytes> = layers.iter().map(|files| tar_of(files)).collect();
+        Self::of(layers.iter().map(|files| tar_of(files)).collect())
+    }
+
+    /// One of these layers.
+    pub(crate) fn of(tars: Vec<Bytes>) -> Self {
         let layers: Vec<Bytes> = tars.iter().map(gzip).collect();
         let config = config_of(&tars, "");
         let descriptors =

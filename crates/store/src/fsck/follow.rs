@@ -1,5 +1,6 @@
 //! Follows every name, also over what is damaged, and says which images need what.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use lamina_chunk::{PackId, PackRecord};
@@ -9,9 +10,9 @@ use super::{Damage, Found, FsckReport, Wrong};
 use crate::check::at;
 use crate::keys::{self, Named};
 use crate::mark::{Document, Marker};
+use crate::moved;
 use crate::objects::Objects;
 use crate::originals::prove;
-use crate::packs::pack_records;
 use crate::record::ImageState;
 use crate::{Repo, StoreError, Tag};
 
@@ -27,7 +28,7 @@ pub(super) struct Follow {
     pub(super) found: Found,
     /// What each manifest says. Damaged ones are not here.
     pub(super) documents: BTreeMap<Digest, Document>,
-    /// The packs of each recipe that could be read.
+    /// The packs of each recipe that could be read, and those to which their frames were moved.
     pub(super) recipes: BTreeMap<Digest, BTreeSet<Digest>>,
     /// Which tags lead to a manifest.
     tags: BTreeMap<Link, BTreeSet<Tag>>,
@@ -74,6 +75,7 @@ impl Follow {
     /// Reads recipes, and checks that each of their frames lies where they say, by the indexes of the packs.
     async fn read_recipes(&mut self, objects: &Objects) -> Result<(), StoreError> {
         let mut indexes = HashMap::new();
+        self.check_moved(objects, &mut indexes).await?;
         let records = self.found.layers.values().map(|layer| layer.recipe);
         let named = self.documents.values().flat_map(|document| document.recipes().collect::<Vec<_>>());
         let all: BTreeSet<Digest> =
@@ -93,7 +95,7 @@ impl Follow {
             };
             let packs: BTreeSet<PackId> = recipe.frames().iter().map(|(_, place)| place.pack).collect();
             for pack in &packs {
-                if !self.found.is_good((*pack).into()) {
+                if !self.found.is_pack_good((*pack).into()) {
                     continue;
                 }
                 if !indexes.contains_key(pack) {
@@ -103,7 +105,41 @@ impl Follow {
                     self.wrong(Named::Blob(digest), Wrong::Contents, reason);
                 }
             }
-            self.recipes.insert(digest, packs.into_iter().map(Digest::from).collect());
+            let packs = packs.into_iter().map(Digest::from);
+            let moved = |pack: Digest| std::iter::once(pack).chain(self.found.moved_to(pack));
+            let packs = packs.flat_map(moved).collect();
+            self.recipes.insert(digest, packs);
+        }
+        Ok(())
+    }
+
+    /// Checks that the frames of packs that were moved lie where the records say, by the indexes of the new packs.
+    async fn check_moved(
+        &mut self,
+        objects: &Objects,
+        indexes: &mut HashMap<PackId, Result<Vec<PackRecord>, String>>,
+    ) -> Result<(), StoreError> {
+        for (old, moved) in self.found.moved.clone() {
+            let new = moved.pack();
+            if !self.found.is_pack_good(new.into()) {
+                continue;
+            }
+            if let Entry::Vacant(unread) = indexes.entry(new) {
+                unread.insert(index(objects, new).await?);
+            }
+            let reason = match &indexes[&new] {
+                Err(reason) => Some(reason.clone()),
+                // what died since the new pack was moved in its turn is missed by nobody
+                Ok(_) if self.found.moved.contains_key(&new) => None,
+                Ok(records) => {
+                    let lost = moved.frames().len() - moved.old_records(records).len();
+                    (lost > 0)
+                        .then(|| format!("{lost} of its frames do not lie where it says, in pack {new}"))
+                }
+            };
+            if let Some(reason) = reason {
+                self.wrong(Named::Moved(old), Wrong::Contents, reason);
+            }
         }
         Ok(())
     }
@@ -175,6 +211,13 @@ impl Follow {
                     .or_insert_with(|| format!("the record of layer {digest} names it"));
             }
         }
+        for (old, moved) in &self.found.moved {
+            if !self.is_here(moved.pack().into()) {
+                missing
+                    .entry(Named::Blob(moved.pack().into()))
+                    .or_insert_with(|| format!("the frames of pack {old} were moved there"));
+            }
+        }
         for named in self.found.inventory.keys() {
             match named {
                 Named::Pack(pack) if !self.is_here((*pack).into()) => {
@@ -216,10 +259,13 @@ impl Follow {
         Ok(())
     }
 
-    /// Stored, or rebuilt from a recipe.
+    /// Stored, rebuilt from a recipe, or a pack that was moved.
     fn is_here(&self, digest: Digest) -> bool {
         let rebuilt = |digest| self.found.layers.get(&digest).is_some_and(|layer| layer.diff_id == digest);
-        self.found.inventory.has(&Named::Blob(digest)) || rebuilt(digest)
+        let moved = |pack| self.found.inventory.has(&Named::Moved(pack));
+        self.found.inventory.has(&Named::Blob(digest))
+            || rebuilt(digest)
+            || PackId::try_from(digest).is_ok_and(moved)
     }
 
     fn wrong(&mut self, named: Named, wrong: Wrong, reason: String) {
@@ -237,6 +283,7 @@ impl Follow {
             Named::Job(digest, repo) | Named::Manifest(repo, digest) => vec![(repo.clone(), *digest)],
             Named::Referrer(repo, subject, _) => vec![(repo.clone(), *subject)],
             Named::TagValue(..) => Vec::new(),
+            Named::Moved(pack) => needs((*pack).into()).map(|(link, _)| link.clone()).collect(),
             Named::Blob(_) | Named::Pack(_) | Named::Arrival(_) | Named::Link(..) => {
                 named.bytes().into_iter().flat_map(needs).map(|(link, _)| link.clone()).collect()
             }
@@ -296,11 +343,13 @@ impl Follow {
     }
 }
 
-/// The index of a pack whose bytes are good; the inner error where it is none.
+/// The index of a pack whose bytes are good, or what was moved of it; the inner error where it is none.
 async fn index(objects: &Objects, pack: PackId) -> Result<Result<Vec<PackRecord>, String>, StoreError> {
-    match pack_records(objects, pack).await {
-        Ok(records) => Ok(Ok(records)),
-        Err(error @ (StoreError::Pack { .. } | StoreError::Missing(_))) => Ok(Err(error.to_string())),
+    match moved::records(objects, pack).await {
+        Ok((records, _)) => Ok(Ok(records)),
+        Err(error @ (StoreError::Pack { .. } | StoreError::Missing(_) | StoreError::Moved { .. })) => {
+            Ok(Err(error.to_string()))
+        }
         Err(error) => Err(error),
     }
 }

@@ -59,7 +59,12 @@ impl Follow {
             }
             Named::Blob(digest) if self.is_rebuilt(*digest) => Remedy::Rebuild,
             Named::Blob(digest) if self.tree_of(*digest).is_some() => Remedy::Derive,
-            Named::Blob(_) | Named::Image(_) | Named::Layer(_) | Named::Pack(_) | Named::Arrival(_) => {
+            Named::Blob(_)
+            | Named::Image(_)
+            | Named::Layer(_)
+            | Named::Pack(_)
+            | Named::Arrival(_)
+            | Named::Moved(_) => {
                 if users.is_empty() {
                     Remedy::Remove
                 } else if users.iter().all(|link| self.is_convertible(named, link)) {
@@ -81,7 +86,9 @@ impl Follow {
         };
         let Some(packs) = self.recipes.get(&layer.recipe) else { return false };
         let is_lost = matches!(self.found.wrong.get(&Named::Blob(digest)), Some((Wrong::Missing, _)));
-        !is_lost && self.found.is_good(layer.recipe) && packs.iter().all(|pack| self.found.is_good(*pack))
+        !is_lost
+            && self.found.is_good(layer.recipe)
+            && packs.iter().all(|pack| self.found.is_pack_good(*pack))
     }
 
     /// Whether it is a recipe, or a pack that recipes lead to.
@@ -174,7 +181,13 @@ impl Keeper {
 
     /// Nobody may be told of chunks and layers that cannot be read any more.
     async fn withdraw(&self, follow: &Follow, named: &Named, remedy: Remedy) -> Result<(), StoreError> {
-        let Named::Blob(digest) = named else { return Ok(()) };
+        let digest = match named {
+            Named::Blob(digest) => *digest,
+            // what cannot be found any more is as good as gone
+            Named::Moved(pack) => (*pack).into(),
+            _ => return Ok(()),
+        };
+        let digest = &digest;
         if matches!(remedy, Remedy::Rebuild | Remedy::Derive) {
             return Ok(());
         }

@@ -8,6 +8,7 @@ use object_store::path::Path;
 use tokio::time::{Instant, timeout};
 
 use super::Gc;
+use super::repack::Copied;
 use crate::StoreError;
 use crate::keys::{self, Named};
 use crate::lease::{CondemnedRecord, LeaseRecord};
@@ -39,16 +40,19 @@ impl Condemned {
 }
 
 impl Gc<'_> {
-    /// Says what is about to be deleted, and waits until every process has answered, or is dead.
+    /// Says what is about to be deleted, and which packs are to take the place of others. Waits until every process has
+    /// answered, or is dead.
     pub(super) async fn condemn(
         &mut self,
         condemned: impl Iterator<Item = Path>,
+        copied: &[Copied],
     ) -> Result<Condemned, StoreError> {
         self.collector.check().await?;
         // each list has its own number, and later ones higher ones
         self.lists += 1;
         let number = self.collector.number().await * 1000 + self.lists;
-        let record = CondemnedRecord { keys: condemned.map(|key| key.to_string()).collect() };
+        let instead = copied.iter().map(|copied| copied.moved.pack().into()).collect();
+        let record = CondemnedRecord { keys: condemned.map(|key| key.to_string()).collect(), instead };
         self.objects.put_json(&keys::condemned(number), &record).await?;
         let begun = Instant::now();
         let mut silent = BTreeMap::<Path, ()>::new();

@@ -4,9 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use futures_util::TryStreamExt;
+use lamina_chunk::PackId;
 use object_store::path::Path;
 
 use crate::StoreError;
+use crate::inventory::Listed;
 use crate::keys::{self, Named};
 use crate::objects::Objects;
 
@@ -38,11 +40,21 @@ impl Quarantine {
         Ok(quarantine)
     }
 
-    /// Takes in what is garbage now, and lets go of everything else.
-    pub(super) fn update<'a>(&mut self, garbage: impl Iterator<Item = &'a Named>, now: i64) {
+    /// Takes in what is garbage now, and packs that are mostly, and lets go of everything else.
+    pub(super) fn update(&mut self, garbage: &[(Named, Listed)], dying: &[PackId], now: i64) {
         let before = std::mem::take(&mut self.since);
-        self.since =
-            garbage.map(|named| (named.clone(), before.get(named).copied().unwrap_or(now))).collect();
+        let dying = dying.iter().flat_map(|pack| [Named::Pack(*pack), Named::Blob((*pack).into())]);
+        let all = garbage.iter().map(|(named, _)| named.clone()).chain(dying);
+        let since = |named: Named| {
+            let since = before.get(&named).copied().unwrap_or(now);
+            (named, since)
+        };
+        self.since = all.map(since).collect();
+    }
+
+    /// Those of these packs that are due.
+    pub(super) fn due_packs(&self, packs: Vec<PackId>, after: Duration, now: i64) -> BTreeSet<PackId> {
+        packs.into_iter().filter(|pack| self.is_due(&Named::Blob((*pack).into()), after, now)).collect()
     }
 
     pub(super) fn is_due(&self, named: &Named, after: Duration, now: i64) -> bool {

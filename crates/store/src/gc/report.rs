@@ -30,6 +30,25 @@ impl GcAmount {
     }
 }
 
+/// What became of packs that were mostly dead.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct GcRepacked {
+    /// Packs that were taken away.
+    pub packs: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Bytes of those that took their place.
+    pub bytes_left: u64,
+}
+
+impl GcRepacked {
+    pub(super) fn add(&mut self, more: Self) {
+        self.packs += more.packs;
+        self.bytes += more.bytes;
+        self.bytes_left += more.bytes_left;
+    }
+}
+
 /// What a collection did, or would do.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct GcReport {
@@ -39,12 +58,14 @@ pub struct GcReport {
     pub kept: GcAmount,
     /// Garbage that stays in quarantine, or that somebody holds.
     pub quarantined: GcAmount,
-    /// What was deleted, or would be.
+    /// What was deleted, or would be, without packs that were repacked.
     pub freed: GcAmount,
     /// Of the freed: original layers, which are rebuilt from now on.
     pub originals: GcAmount,
     /// Original layers that were due, and that could not be made again. They stay.
     pub unproven: u64,
+    /// Packs of which little lived, that were repacked or would be. They count as kept.
+    pub repacked: GcRepacked,
     /// Objects that were due, and that some process was just taking in.
     pub held: u64,
     /// Files that a crash had left half written.

@@ -1,0 +1,142 @@
+//! Packs that their registry has repacked: trees name the old places for ever, and the frames are in other packs now.
+//!
+//! Who has not got a pack is asked once where it went. From then on that is where its frames are asked for, in one range, since
+//! they are neighbours there too; what lay between them is gone, and comes as zeros that nobody asked for: frames are verified by
+//! their names.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures_util::StreamExt;
+use futures_util::stream::unfold;
+use lamina_cache::{Pieces, SourceError};
+use lamina_chunk::{Moved, MovedPart, PackId};
+use parking_lot::Mutex;
+use tokio::sync::OnceCell;
+
+/// Packs of one image that are remembered: some 10 KiB each, 64 GiB of packs.
+const MOVED_MAX: usize = 1024;
+/// What is gone comes in pieces of this.
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+
+/// Where packs of an image went.
+#[derive(Debug, Default)]
+pub(super) struct MovedPacks(Mutex<HashMap<PackId, Arc<OnceCell<Arc<Moved>>>>>);
+
+impl MovedPacks {
+    /// Where a pack went, if that was asked and answered.
+    pub(super) fn known(&self, pack: PackId) -> Option<Arc<Moved>> {
+        self.0.lock().get(&pack)?.get().cloned()
+    }
+
+    /// Where a pack went, by what `ask` says: it is asked once, however many want to know. An answer is remembered, an error
+    /// is not.
+    pub(super) async fn learn<E>(
+        &self,
+        pack: PackId,
+        ask: impl Future<Output = Result<Moved, E>>,
+    ) -> Result<Arc<Moved>, E> {
+        let cell = {
+            let mut packs = self.0.lock();
+            if packs.len() >= MOVED_MAX && !packs.contains_key(&pack) {
+                packs.clear();
+            }
+            Arc::clone(packs.entry(pack).or_default())
+        };
+        cell.get_or_try_init(|| async { ask.await.map(Arc::new) }).await.cloned()
+    }
+
+    /// Forgets it: the answer leads nowhere any more.
+    pub(super) fn forget(&self, pack: PackId) {
+        self.0.lock().remove(&pack);
+    }
+}
+
+/// A part of an old pack, from what comes of the new one.
+pub(super) fn spread(pieces: Pieces, parts: Vec<MovedPart>) -> Pieces {
+    let origin = pieces.origin;
+    let state = (Some(pieces), Bytes::new(), parts.into_iter(), MovedPart::Gone(0));
+    let bytes = unfold(state, |(mut pieces, mut piece, mut parts, mut part)| async move {
+        loop {
+            match part {
+                MovedPart::Gone(0) | MovedPart::Kept(0) => part = parts.next()?,
+                MovedPart::Gone(left) => {
+                    let len = ZEROS.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+                    part = MovedPart::Gone(left - len as u64);
+                    return Some((Ok(Bytes::from_static(&ZEROS[..len])), (pieces, piece, parts, part)));
+                }
+                MovedPart::Kept(left) if !piece.is_empty() => {
+                    let len = piece.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+                    part = MovedPart::Kept(left - len as u64);
+                    let next = piece.split_to(len);
+                    return Some((Ok(next), (pieces, piece, parts, part)));
+                }
+                MovedPart::Kept(_) => match pieces.as_mut()?.next().await? {
+                    Ok(more) => piece = more,
+                    Err(error) => return Some((Err::<_, SourceError>(error), (None, piece, parts, part))),
+                },
+            }
+        }
+    });
+    Pieces::new(bytes.boxed()).from(origin)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use futures_util::TryStreamExt;
+    use futures_util::future::join_all;
+    use lamina_chunk::Frame;
+
+    use super::*;
+
+    const OLD: PackId = PackId::from_bytes([1; 32]);
+    const NEW: PackId = PackId::from_bytes([2; 32]);
+
+    fn moved() -> Moved {
+        Moved::new(NEW, [Frame { offset: 3, sealed_len: 2, plain_len: 2 }])
+    }
+
+    #[tokio::test]
+    async fn what_is_gone_comes_as_zeros_around_what_stayed() {
+        let parts =
+            vec![MovedPart::Gone(3), MovedPart::Kept(2), MovedPart::Gone(100_000), MovedPart::Kept(3)];
+        let halves = ["a", "bcd", "e"].map(|piece| Ok(Bytes::from_static(piece.as_bytes())));
+        let pieces = Pieces::new(futures_util::stream::iter(halves).boxed()).from(7);
+        let spread = spread(pieces, parts);
+        assert_eq!(spread.origin, 7);
+        let whole = spread.try_collect::<Vec<Bytes>>().await.unwrap().concat();
+        assert_eq!((&whole[..5], &whole[100_005..]), (&b"\0\0\0ab"[..], &b"cde"[..]));
+        assert!(whole[5..100_005].iter().all(|byte| *byte == 0));
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_breaks_off_ends_in_its_error() {
+        let pieces = [Ok(Bytes::from_static(b"a")), Err(SourceError::Missing(NEW))];
+        let pieces = Pieces::new(futures_util::stream::iter(pieces).boxed());
+        let came: Vec<_> = spread(pieces, vec![MovedPart::Kept(2), MovedPart::Gone(5)]).collect().await;
+        assert!(matches!(&came[..], [Ok(first), Err(SourceError::Missing(NEW))] if first == "a"), "{came:?}");
+    }
+
+    #[tokio::test]
+    async fn many_readers_ask_once_and_errors_are_not_remembered() {
+        let (packs, asked) = (MovedPacks::default(), AtomicUsize::new(0));
+        let ask = |answer: Result<Moved, ()>| {
+            let asked = &asked;
+            async move {
+                asked.fetch_add(1, Ordering::Relaxed);
+                tokio::task::yield_now().await;
+                answer
+            }
+        };
+        assert_eq!(packs.learn(OLD, ask(Err(()))).await, Err(()));
+        assert_eq!(packs.known(OLD), None);
+        let answers = join_all((0..9).map(|_| packs.learn(OLD, ask(Ok(moved()))))).await;
+        assert!(answers.iter().all(|answer| *answer == Ok(Arc::new(moved()))));
+        assert_eq!((asked.load(Ordering::Relaxed), packs.known(OLD)), (2, Some(Arc::new(moved()))));
+        packs.forget(OLD);
+        assert_eq!(packs.known(OLD), None);
+    }
+}

@@ -1,0 +1,140 @@
+//! A registry that repacks what is mostly dead, under mounts that were there before and for those that come after.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use lamina_testkit::image::Image;
+use lamina_testkit::noise;
+use lamina_testkit::process::until;
+
+use crate::rig::{DEADLINE, Rig, skopeo, text};
+
+/// Files that images share, each between two that only the first has.
+const SHARED: u64 = 8;
+const SHARED_BYTES: usize = 200_000;
+const OWN_BYTES: usize = 900_000;
+
+fn shared(number: u64) -> Vec<u8> {
+    noise(SHARED_BYTES, number)
+}
+
+fn image(own: usize) -> Image {
+    Image::new().layer(|layer| {
+        (0..SHARED).fold(layer.dir("lib"), |layer, number| {
+            let layer = layer.file(format!("lib/{number}-own"), noise(own, 100 + number + own as u64));
+            layer.file(format!("lib/{number}-shared"), shared(number))
+        })
+    })
+}
+
+fn push(rig: &Rig, name: &str, own: usize) -> Result<()> {
+    let source = rig.layout(&format!("layout-{name}"), &image(own))?;
+    rig.ok(&["push", &source, &rig.name(&format!("app:{name}"))]).map(drop)
+}
+
+/// Every file of the image that stays is what it was.
+fn is_right(mounted: &Path) -> Result<()> {
+    for number in 0..SHARED {
+        let (own, same) = (format!("lib/{number}-own"), format!("lib/{number}-shared"));
+        ensure!(fs::read(mounted.join(&own))? == noise(1_000, 100 + number + 1_000), "{own}");
+        ensure!(fs::read(mounted.join(&same))? == shared(number), "{same}");
+    }
+    Ok(())
+}
+
+/// Collects until a pack was repacked: what was written in this second is young.
+fn repack(rig: &Rig) -> Result<serde_json::Value> {
+    let storage = text(&rig.path("storage"));
+    let gc = ["gc", "--storage", &storage, "--gc-grace", "0", "--gc-quarantine", "0"];
+    until("a pack to be repacked", DEADLINE, || {
+        let report = rig.json(&gc)?;
+        Ok((report["repacked"]["packs"].as_u64() > Some(0)).then_some(report))
+    })
+}
+
+fn forget_cache(rig: &Rig) -> Result<()> {
+    rig.unmount()?;
+    rig.node_ended()?;
+    Ok(fs::remove_dir_all(rig.path("cache"))?)
+}
+
+#[test]
+fn mounts_before_and_after_a_repack_read_every_file_right() -> Result<()> {
+    let mut rig = Rig::new()?;
+    push(&rig, "gone", OWN_BYTES)?;
+    push(&rig, "stays", 1_000)?;
+    // mounted, and nothing of it read
+    let before = rig.mount_plain("app:stays")?;
+    let gone = format!("docker://{}", rig.name("app:gone"));
+    skopeo(&["delete", "--tls-verify=false", &gone])?;
+    // who was just told what is there holds it: another process does not
+    drop(rig.registry.take());
+    rig.start_registry_on(&rig.address.clone())?;
+    let report = repack(&rig)?;
+    let (bytes, left) = (&report["repacked"]["bytes"], &report["repacked"]["bytes_left"]);
+    let (bytes, left) = (bytes.as_u64().context("bytes")?, left.as_u64().context("bytes")?);
+    ensure!(bytes > SHARED * OWN_BYTES as u64 && left < bytes / 2, "{report}");
+    is_right(&before)?;
+    forget_cache(&rig)?;
+
+    let after = rig.mount_plain("app:stays")?;
+    is_right(&after)?;
+    let asked = rig.counter("verify_failures")?;
+    ensure!(asked == 0, "{asked} frames came wrong");
+    forget_cache(&rig)?;
+
+    // the same image again: its layers are known, under the old places
+    let source = rig.layout("layout-again", &image(1_000))?;
+    let again = rig.json(&["push", &source, &rig.name("other/again:t")])?;
+    ensure!(again["layers_known"] == again["layers"], "{again}");
+    is_right(&rig.mount_plain("other/again:t")?)?;
+    forget_cache(&rig)?;
+
+    // in bulk, and then with nobody to ask
+    rig.ok(&["prefetch", &rig.name("app:stays")])?;
+    rig.node_ended()?;
+    drop(rig.registry.take());
+    is_right(&rig.mount_plain("app:stays")?)?;
+    rig.unmount()?;
+
+    rig.start_registry_on(&rig.address.clone())?;
+    let storage = text(&rig.path("storage"));
+    let said = rig.ok(&["gc", "--storage", &storage, "--gc-grace", "0", "--gc-quarantine", "0"])?;
+    ensure!(!said.contains("repacked"), "there was nothing left to do: {said}");
+    let fsck = rig.json(&["fsck", "--storage", &storage])?;
+    ensure!(fsck["damaged"].as_array().is_some_and(Vec::is_empty), "{fsck}");
+    Ok(())
+}
+
+#[test]
+fn a_dry_run_says_what_would_be_repacked_and_a_frame_that_is_gone_is_an_error_and_not_zeros() -> Result<()> {
+    let mut rig = Rig::new()?;
+    push(&rig, "gone", OWN_BYTES)?;
+    push(&rig, "stays", 1_000)?;
+    // mounted while it was there, and nothing of it read
+    let mounted = rig.mount_plain("app:gone")?;
+    skopeo(&["delete", "--tls-verify=false", &format!("docker://{}", rig.name("app:gone"))])?;
+    drop(rig.registry.take());
+    rig.start_registry_on(&rig.address.clone())?;
+    let storage = text(&rig.path("storage"));
+    let dry = ["gc", "--dry-run", "--storage", &storage, "--gc-grace", "0", "--gc-quarantine", "0"];
+    let said = until("a pack to be mostly dead", DEADLINE, || {
+        let said = rig.ok(&dry)?;
+        Ok(said.contains("would repack").then_some(said))
+    })?;
+    ensure!(said.contains("of 1 packs"), "{said}");
+    let off = rig.ok(&[&dry[..], &["--repack-below", "0"]].concat())?;
+    ensure!(!off.contains("would repack"), "{off}");
+    repack(&rig)?;
+    for number in 0..SHARED {
+        ensure!(fs::read(mounted.join(format!("lib/{number}-shared")))? == shared(number), "{number}");
+        let own = fs::read(mounted.join(format!("lib/{number}-own")));
+        ensure!(
+            own.as_ref().is_err_and(|error| error.raw_os_error() == Some(5)),
+            "{:?}",
+            own.map(|own| own.len())
+        );
+    }
+    rig.unmount()
+}
