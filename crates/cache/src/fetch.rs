@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt;
-use lamina_chunk::{Chunk, Frame, FrameId, PackId, Place, Sealed};
+use lamina_chunk::{Chunk, Frame, FrameId, Opening, PackId, Place, Sealed};
 use tokio::time::timeout;
 
 use crate::cache::Shared;
@@ -192,6 +192,7 @@ async fn receive(
     let mut body = BytesMut::with_capacity(usize::try_from(range.end - range.start).unwrap_or(0));
     add(&shared.counters.source_requests, 1);
     let source = waiting[0].flight.source.clone();
+    let mut first = First::of(&waiting[0], class);
     let mut answer = match shared.within(begun, source.stream(pack, range.clone(), class)).await {
         Ok(answer) => answer,
         Err(error) => return Received { left: waiting.into(), error: Some(error), ..received },
@@ -207,13 +208,16 @@ async fn receive(
         };
         add(&shared.counters.source_bytes, piece.len());
         body.extend_from_slice(&piece);
+        if let Some(first) = &mut first {
+            first.take(&body);
+        }
         let here = range.start + body.len() as u64;
         let mut ready = Vec::new();
         while let Some(leg) = waiting.pop_front_if(|leg| leg.frame().end() <= here) {
             ready.push(leg);
         }
         if !ready.is_empty() {
-            let damaged = deliver(claimed, ready, &body, range.start, class).await;
+            let damaged = deliver(claimed, ready, first.take(), &body, range.start, class).await;
             if !damaged.is_empty() {
                 source.distrust(pack, answer.origin);
             }
@@ -225,6 +229,30 @@ async fn receive(
     add(&shared.counters.source_gap_bytes, body.len().saturating_sub(wanted));
     received.left = waiting.into();
     received
+}
+
+/// The frame that a reader waits for, opened while it comes.
+struct First {
+    id: FrameId,
+    opening: Opening,
+}
+
+impl First {
+    /// Of the first leg of a request, which its answer begins with.
+    fn of(leg: &Leg, class: Class) -> Option<Self> {
+        let Frame { sealed_len, plain_len, .. } = leg.frame();
+        let opening = || Opening::new(leg.want.id, plain_len as usize, sealed_len as usize);
+        let is_waited_for = class == Class::Demand && leg.needed;
+        Some(Self { id: leg.want.id, opening: is_waited_for.then(opening).flatten()? })
+    }
+
+    /// Takes in what has come of it.
+    fn take(&mut self, body: &[u8]) {
+        let come = self.opening.taken()..body.len().min(self.opening.sealed_len());
+        if let Some(bytes) = body.get(come).filter(|bytes| !bytes.is_empty()) {
+            self.opening.take(bytes);
+        }
+    }
 }
 
 /// What a source did whose answer is shorter than it said.
@@ -244,7 +272,14 @@ fn fail(claimed: &mut Claimed, legs: &[Leg], error: &RequestError) {
 }
 
 /// Opens and lands what arrived, and gives it to the disk. Returns what did not verify, which stays claimed.
-async fn deliver(claimed: &mut Claimed, ready: Vec<Leg>, body: &[u8], start: u64, class: Class) -> Vec<Leg> {
+async fn deliver(
+    claimed: &mut Claimed,
+    ready: Vec<Leg>,
+    first: Option<First>,
+    body: &[u8],
+    start: u64,
+    class: Class,
+) -> Vec<Leg> {
     let shared = claimed.shared.clone();
     let mut opening = Vec::new();
     let mut keep = Vec::new();
@@ -263,10 +298,10 @@ async fn deliver(claimed: &mut Claimed, ready: Vec<Leg>, body: &[u8], start: u64
     let ids: Vec<FrameId> = opening.iter().map(|(leg, _)| leg.want.id).collect();
     let plain: usize = opening.iter().map(|(leg, _)| leg.frame().plain_len as usize).sum();
     let opened = if plain <= OPEN_INLINE_BYTES {
-        open_all(&shared, opening, class)
+        open_all(&shared, opening, first, class)
     } else {
         let opener = shared.clone();
-        let opened = shared.handle.spawn_blocking(move || open_all(&opener, opening, class)).await;
+        let opened = shared.handle.spawn_blocking(move || open_all(&opener, opening, first, class)).await;
         // stopping: what has not landed stays claimed, and lands as stopped
         let Ok(opened) = opened else { return Vec::new() };
         opened
@@ -291,10 +326,14 @@ struct Opened {
 }
 
 /// Opens frames and lands each as soon as it is open.
-fn open_all(shared: &Shared, frames: Vec<(Leg, Sealed)>, class: Class) -> Opened {
+fn open_all(shared: &Shared, frames: Vec<(Leg, Sealed)>, mut first: Option<First>, class: Class) -> Opened {
     let mut opened = Opened::default();
     for (leg, sealed) in frames {
-        match sealed.open(leg.want.id) {
+        let chunk = match first.take_if(|first| first.id == leg.want.id) {
+            Some(first) => first.opening.finish(),
+            None => sealed.open(leg.want.id),
+        };
+        match chunk {
             Ok(chunk) => {
                 shared.arrived(&leg, chunk, &sealed, class);
                 if class != Class::Demand {

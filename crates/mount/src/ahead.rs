@@ -89,6 +89,11 @@ impl Ahead {
         self.small.get()
     }
 
+    /// Does something in the background.
+    pub(crate) fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
+        self.handle.spawn(work);
+    }
+
     /// Says how the kernel's own readahead is set, once it is known.
     pub(crate) fn set_window(&self, window: Window) {
         let _ = self.window.set(window);
@@ -97,6 +102,11 @@ impl Ahead {
     /// Whether to read nothing ahead from now on.
     pub(crate) fn set_lean(&self, lean: bool) {
         self.lean.store(lean, Ordering::Relaxed);
+    }
+
+    /// Whether nothing is to be read ahead.
+    pub(crate) fn is_lean(&self) -> bool {
+        self.lean.load(Ordering::Relaxed)
     }
 
     /// The kernel's readahead while reading is sparse, from now on.
@@ -110,8 +120,7 @@ impl Ahead {
     /// short. None for a read at `start` that is a step of a walk through `ino`: there they were fetched already, or are
     /// passed over.
     pub(crate) fn neighbours(&self, ino: Ino, start: u64, wants: &[Want], last: u32) -> Vec<Want> {
-        let is_lean = self.lean.load(Ordering::Relaxed);
-        if is_lean || self.files.lock().peek(&ino).is_some_and(|file| file.walks.is_walking(start)) {
+        if self.is_lean() || self.files.lock().peek(&ino).is_some_and(|file| file.walks.is_walking(start)) {
             return Vec::new();
         }
         let asked: u64 = wants.iter().map(|want| u64::from(want.place.frame.sealed_len)).sum();
@@ -142,8 +151,7 @@ impl Ahead {
             (file.streams.note(range, inode.size, self.config.file_ramp), strides)
         };
         // a stream has readahead of its own
-        let is_lean = self.lean.load(Ordering::Relaxed);
-        let strides = strides.filter(|_| !is_lean && advice.run < self.config.file_ramp.run_min);
+        let strides = strides.filter(|_| !self.is_lean() && advice.run < self.config.file_ramp.run_min);
         for range in advice.fetch.into_iter().chain(strides) {
             let extents = self.tree.extents(ino, range.start, range.end).into_iter().flatten();
             self.fetch(extents.filter_map(|extent| extent.ok()?.frame).collect());
@@ -174,7 +182,7 @@ impl Ahead {
     }
 
     /// Asks for frames that nobody waits for, away from the thread that answers the kernel.
-    fn fetch(&self, numbers: Vec<u32>) {
+    pub(crate) fn fetch(&self, numbers: Vec<u32>) {
         if numbers.is_empty() {
             return;
         }

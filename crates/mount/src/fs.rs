@@ -11,6 +11,7 @@ use lamina_image::{Ino, TreeError};
 use crate::ahead::Ahead;
 use crate::bits::Bits;
 use crate::boot::{Boot, Booted, Dropped, Waiting};
+use crate::loading::Loading;
 use crate::metrics::{add, one, us_since};
 use crate::order::{Touch, want};
 use crate::pages::Pages;
@@ -43,6 +44,7 @@ pub(crate) struct Files {
     pub(crate) recorder: Arc<Recorder>,
     /// Inodes that were read.
     pub(crate) touched: Arc<Bits>,
+    pub(crate) loading: Arc<Loading>,
 }
 
 /// A longer read is the kernel's own readahead, which asks for the rest by itself, in few requests.

@@ -288,7 +288,9 @@ impl Filesystem for Fuse {
                 // what is recorded is so in the order of the reads: the reader's next may come while this one is noted
                 let is_recording = self.files.recorder.is_recording();
                 let before = is_recording.then(note).flatten();
+                let head = (offset == 0).then(|| bytes.clone());
                 Self::send(&self.files, ino, Ok(bytes), reply);
+                head.iter().for_each(|head| self.files.loading.note(ino, head));
                 let in_stream = if is_recording { before } else { note() };
                 if let (Some(touched), Some(in_stream)) = (&touched, in_stream) {
                     self.files.store_rest(ino, offset, size, touched, in_stream);
@@ -300,7 +302,9 @@ impl Filesystem for Fuse {
                 let files = self.files.clone();
                 self.handle.spawn(async move {
                     let answer = files.complete(unread).await;
+                    let head = answer.as_ref().ok().filter(|_| offset == 0).cloned();
                     Self::send(&files, ino, answer, reply);
+                    head.iter().for_each(|head| files.loading.note(ino, head));
                     files.store_rest(ino, offset, size, &touched, in_stream);
                 });
             }

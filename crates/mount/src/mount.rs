@@ -22,6 +22,7 @@ use crate::boot::{Boot, BootFailure, BootStream, Booting};
 use crate::config::Record;
 use crate::fs::Files;
 use crate::fuse::{Agreed, Fuse};
+use crate::loading::Loading;
 use crate::metrics::us_since;
 use crate::mountpoint::{self, Device, MountPoint};
 use crate::pages::{self, Pages, Run};
@@ -252,7 +253,9 @@ impl Parts {
         let pages = Arc::new(pages);
         let touched = Arc::new(Bits::new(ahead.tree.inodes().saturating_add(1)));
         let (seen, booted, read) = (recorder.clone(), boot.clone(), touched.clone());
-        let files = Files { ahead: ahead.clone(), pages, boot: booted, recorder: seen, touched: read };
+        let loading = Arc::new(Loading::new(ahead.clone()));
+        let files =
+            Files { ahead: ahead.clone(), pages, boot: booted, recorder: seen, touched: read, loading };
         let agreed = Arc::new(OnceLock::new());
         let fuse = Fuse { files, handle, agreed: agreed.clone() };
         (Self { ahead, boot, recorder, touched, runs, agreed, config }, fuse)

@@ -13,6 +13,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::process::{Command, Stdio};
 use std::sync::atomic::Ordering;
 
+use lamina_image::Ino;
 use lamina_mount::{MountConfig, MountError};
 use rig::{Layer, Packs, Rig, is_mounted, noise, until};
 use rustix::mount::{MountFlags, UnmountFlags};
@@ -250,6 +251,38 @@ fn reading_here_and_there_fetches_little_else() {
     // one frame each, of at most 256 KiB
     let bytes = rig.packs.bytes.load(Ordering::SeqCst);
     assert!(bytes <= 40 * (256 << 10), "{bytes}; {:?}", rig.mount().snapshot());
+}
+
+/// Where an ELF file says that what the linker writes begins (`PT_GNU_RELRO`).
+fn relocated(program: &[u8]) -> u64 {
+    let word = |at: usize| u64::from_le_bytes(program[at..at + 8].try_into().unwrap());
+    let headers = usize::try_from(word(32)).unwrap();
+    let kind = |at: &usize| u32::from_le_bytes(program[*at..at + 4].try_into().unwrap());
+    let relro = (headers..).step_by(56).take(20).find(|at| kind(at) == 0x6474_e552);
+    word(relro.expect("a modern library") + 8)
+}
+
+#[test]
+fn what_the_linker_will_touch_is_fetched_when_a_program_begins_to_be_read() {
+    let maps = fs::read_to_string("/proc/self/maps").unwrap();
+    let libc = maps.lines().find(|line| line.contains("/libc.so.6")).expect("linked with a libc");
+    let libc = fs::read(&libc[libc.find('/').unwrap()..]).unwrap();
+    let layer = Layer::new().file("cat", &fs::read("/bin/cat").unwrap()).file("libc.so.6", &libc);
+    // of these nobody can say which is meant, so neither is looked into
+    let other = fs::read("/bin/true").unwrap();
+    let layer = layer.file("a/libm.so.6", &other).file("b/libm.so.6", &noise(3, 1 << 20));
+    let rig = Rig::new(layer);
+    let frame = |path: &str, at: u64| {
+        let ino = Ino(fs::metadata(rig.path(path)).unwrap().ino());
+        let extent = rig.tree.extents(ino, at, at + 1).unwrap().next().unwrap().unwrap();
+        rig.tree.frame(extent.frame.expect("stored")).unwrap().0
+    };
+    let wanted = [frame("libc.so.6", 0), frame("libc.so.6", relocated(&libc))];
+    assert!(wanted.iter().all(|id| !rig.cache.is_near(*id)), "nothing was read yet");
+    let mut head = [0; 512];
+    File::open(rig.path("cat")).unwrap().read_exact(&mut head).unwrap();
+    until("the library comes by itself", || wanted.iter().all(|id| rig.cache.is_near(*id)));
+    assert!(!rig.cache.is_near(frame("b/libm.so.6", 512 << 10)));
 }
 
 #[test]

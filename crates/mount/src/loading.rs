@@ -1,0 +1,162 @@
+//! Readahead for the dynamic linker: what it will touch is written in the libraries themselves.
+//!
+//! A linker maps a program's libraries one after the other, and then makes their relocations one after the other; each step waits
+//! for a page that the step before has named. So once the head of an ELF file was read, everything is fetched that the linker is
+//! bound to touch ([`crate::elf`]): the sections with the relocations, the pages that these write to and the symbols that they
+//! name, and the same of the libraries that it needs, all at once. Nothing is fetched on a guess but which file a
+//! needed name means: one of that name in the same directory, or the only one in the image.
+
+use std::collections::{HashMap, HashSet};
+use std::ops::Range;
+use std::sync::{Arc, OnceLock};
+
+use lamina_cache::{Class, Want};
+use lamina_image::{FileKind, Ino, Tree};
+use tokio::sync::Semaphore;
+
+use crate::ahead::Ahead;
+use crate::bits::Bits;
+use crate::elf::{self, Elf, RELOCATION_BYTES};
+use crate::order::want;
+
+/// Libraries that are looked into at the same time: each waits for the network most of the time.
+const AT_ONCE: usize = 8;
+/// How much of a file is read to find its program headers.
+const HEAD_BYTES: u64 = 4096;
+/// Relocations are read in pieces of so many bytes.
+const PIECE_BYTES: u64 = 43_690 * RELOCATION_BYTES as u64;
+/// Of one library no more frames are fetched: 2 GiB of addresses have not as many that are written to.
+const FRAMES_MAX: usize = 4096;
+/// Links from a library's name to its file.
+const LINKS_MAX: usize = 4;
+
+/// A directory, and a library in it.
+type Library = (Ino, Ino);
+
+/// Follows what is loaded from one mount.
+pub(crate) struct Loading {
+    ahead: Arc<Ahead>,
+    /// Files that were looked into.
+    seen: Bits,
+    turns: Semaphore,
+    /// Known some milliseconds after the first program was read.
+    libraries: OnceLock<HashMap<Box<[u8]>, Vec<Library>>>,
+}
+
+impl Loading {
+    pub(crate) fn new(ahead: Arc<Ahead>) -> Self {
+        let seen = Bits::new(ahead.tree.inodes());
+        Self { ahead, seen, turns: Semaphore::new(AT_ONCE), libraries: OnceLock::new() }
+    }
+
+    /// Takes note that the first bytes of a file were read, and follows it if it is a program or a library. Returns at once.
+    pub(crate) fn note(self: &Arc<Self>, ino: Ino, head: &[u8]) {
+        let is_new = || ino.index().is_some_and(|index| self.seen.set(index));
+        if elf::is_elf(head) && !self.ahead.is_lean() && is_new() {
+            self.follow(ino, None);
+        }
+    }
+
+    /// Looks into a file, whose directory is `dir` if that is known.
+    fn follow(self: &Arc<Self>, ino: Ino, dir: Option<Ino>) {
+        let loading = Arc::clone(self);
+        self.ahead.spawn(async move {
+            // it is never closed; whoever cannot be read is read again by the linker, and told why
+            let Ok(_turn) = loading.turns.acquire().await else { return };
+            let _ = loading.look_into(ino, dir).await;
+        });
+    }
+
+    async fn look_into(self: &Arc<Self>, ino: Ino, dir: Option<Ino>) -> Option<()> {
+        let elf = Elf::parse(&self.read(ino, 0..HEAD_BYTES).await?)?;
+        let linked = elf.linked(&self.read(ino, elf.dynamic.clone()).await?);
+        for range in &linked.needed {
+            if let Some(name) = elf::name(&self.read(ino, range.clone()).await?) {
+                self.need(dir, name).await;
+            }
+        }
+        let (mut pages, mut frames) = (HashSet::new(), HashSet::new());
+        for table in &linked.relocations {
+            let mut at = table.start;
+            while at < table.end && frames.len() < FRAMES_MAX && !self.ahead.is_lean() {
+                let piece = self.read(ino, at..table.end.min(at + PIECE_BYTES)).await?;
+                let touched = elf.touched(&linked, &piece, &mut pages);
+                let new = touched.into_iter().filter_map(|page| self.frame(ino, page));
+                self.ahead.fetch(new.filter(|frame| frames.insert(*frame)).collect());
+                at += PIECE_BYTES;
+            }
+        }
+        Some(())
+    }
+
+    /// Follows a library that is needed by one in `dir`.
+    async fn need(self: &Arc<Self>, dir: Option<Ino>, name: &[u8]) {
+        if self.libraries.get().is_none() {
+            let loading = Arc::clone(self);
+            let find = move || loading.libraries.get_or_init(|| libraries(&loading.ahead.tree)).len();
+            let _ = tokio::task::spawn_blocking(find).await;
+        }
+        let Some(found) = self.libraries.get().and_then(|libraries| libraries.get(name)) else { return };
+        let beside = found.iter().find(|(of, _)| Some(*of) == dir);
+        let only = || found.first().filter(|first| found.iter().all(|(_, ino)| *ino == first.1));
+        let Some((dir, ino)) = beside.or_else(only) else { return };
+        if ino.index().is_some_and(|index| self.seen.set(index)) {
+            self.follow(*ino, Some(*dir));
+        }
+    }
+
+    /// Bytes of a file, fewer at its end.
+    async fn read(&self, ino: Ino, range: Range<u64>) -> Option<Vec<u8>> {
+        let Ahead { tree, cache, source, .. } = &*self.ahead;
+        let (mut pieces, mut wants) = (Vec::new(), Vec::<Want>::new());
+        for extent in tree.extents(ino, range.start, range.end).ok()? {
+            let extent = extent.ok()?;
+            pieces.push((extent.frame.is_some(), extent.skip as usize, usize::try_from(extent.len).ok()?));
+            wants.extend(extent.frame.and_then(|number| want(tree, number)));
+        }
+        let chunks = cache.fetch(source, &wants, &[], Class::Background).await.ok()?;
+        let (mut bytes, mut chunks) = (Vec::new(), chunks.into_iter());
+        for (is_stored, skip, len) in pieces {
+            match is_stored {
+                true => bytes.extend_from_slice(chunks.next()?.bytes().get(skip..skip.checked_add(len)?)?),
+                false => bytes.resize(bytes.len() + len, 0),
+            }
+        }
+        Some(bytes)
+    }
+
+    /// The frame that a page of a file begins in.
+    fn frame(&self, ino: Ino, page: u64) -> Option<u32> {
+        self.ahead.tree.extents(ino, page, page + 1).ok()?.next()?.ok()?.frame
+    }
+}
+
+/// All files that are named like libraries. Cost: about 100 ns a name in the image.
+fn libraries(tree: &Tree) -> HashMap<Box<[u8]>, Vec<Library>> {
+    let mut found = HashMap::<Box<[u8]>, Vec<Library>>::new();
+    for index in 0..tree.inodes() {
+        let dir = Ino::from_index(index);
+        // a damaged tree is found, and told, by reading
+        let Ok(entries) = tree.entries(dir) else { continue };
+        for entry in entries.iter().map_while(Result::ok) {
+            if entry.name.windows(3).any(|part| part == b".so")
+                && let Some(ino) = file(tree, dir, entry.ino)
+            {
+                found.entry(entry.name.into()).or_default().push((dir, ino));
+            }
+        }
+    }
+    found
+}
+
+/// The file that an entry of `dir` leads to within `dir`.
+fn file(tree: &Tree, dir: Ino, mut ino: Ino) -> Option<Ino> {
+    for _ in 0..LINKS_MAX {
+        match tree.inode(ino).ok()?.kind() {
+            FileKind::Regular => return Some(ino),
+            FileKind::Symlink => ino = tree.lookup(dir, tree.symlink(ino).ok()?).ok()??,
+            _ => return None,
+        }
+    }
+    None
+}
