@@ -290,10 +290,12 @@ impl Filesystem for Fuse {
                 let before = is_recording.then(note).flatten();
                 let head = (offset == 0).then(|| bytes.clone());
                 Self::send(&self.files, ino, Ok(bytes), reply);
-                head.iter().for_each(|head| self.files.loading.note(ino, head));
                 let in_stream = if is_recording { before } else { note() };
                 if let (Some(touched), Some(in_stream)) = (&touched, in_stream) {
                     self.files.store_rest(ino, offset, size, touched, in_stream);
+                    // who reads file after file does not load them
+                    let head = head.filter(|_| !in_stream);
+                    head.iter().for_each(|head| self.files.loading.note(ino, head));
                 }
             }
             Ok((Answer::Later(unread), touched)) => {
@@ -302,7 +304,7 @@ impl Filesystem for Fuse {
                 let files = self.files.clone();
                 self.handle.spawn(async move {
                     let answer = files.complete(unread).await;
-                    let head = answer.as_ref().ok().filter(|_| offset == 0).cloned();
+                    let head = answer.as_ref().ok().filter(|_| offset == 0 && !in_stream).cloned();
                     Self::send(&files, ino, answer, reply);
                     head.iter().for_each(|head| files.loading.note(ino, head));
                     files.store_rest(ino, offset, size, &touched, in_stream);
