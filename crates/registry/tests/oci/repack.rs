@@ -69,8 +69,7 @@ impl Pushed {
         });
         let recipes = recipes.await.unwrap().ok()?;
         let (tree, config) = (Bytes::from(pack_tree(&derive_tree(&recipes).unwrap())), config_of(&tars, ""));
-        let blobs: Vec<Bytes> = recipes.iter().map(|recipe| recipe.blob().clone()).collect();
-        for blob in blobs.iter().chain([&tree, &config]) {
+        for blob in recipes.iter().map(Recipe::blob).chain([&tree, &config]) {
             let path = format!("/v2/app/blobs/uploads/?digest={}", Digest::of(blob));
             let sent = send(address, Method::POST, &path, &[], blob.clone()).await;
             sent.status.is_success().then_some(())?;
@@ -97,6 +96,13 @@ impl Pushed {
     fn packs(&self) -> BTreeSet<PackId> {
         let frames = self.recipes.iter().flat_map(Recipe::frames);
         frames.map(|(_, place)| place.pack).collect()
+    }
+
+    /// What its manifest names beside packs.
+    fn blobs(&self) -> impl Iterator<Item = Bytes> {
+        let tree = Bytes::from(pack_tree(&derive_tree(&self.recipes).unwrap()));
+        let recipes = self.recipes.iter().map(|recipe| recipe.blob().clone());
+        recipes.chain([tree, config_of(&self.tars, "")])
     }
 
     /// Every layer comes byte for byte, and every frame opens.
@@ -283,6 +289,82 @@ async fn frames_that_were_moved_twice_are_found_over_both_moves() {
     assert!(stored(&registry) < 800_000);
     let again = gc(&registry).await;
     assert_eq!((again.freed, again.repacked), Default::default());
+}
+
+/// Where the bytes of a pack and its mark are.
+fn pack_files(registry: &Registry, pack: PackId) -> [std::path::PathBuf; 2] {
+    let (objects, hex) = (registry.directory().join("objects"), Digest::from(pack).hex());
+    [objects.join("blobs/sha256").join(&hex), objects.join("packs").join(&hex)]
+}
+
+/// Packs as they are, with their marks.
+fn read_packs(
+    registry: &Registry,
+    packs: impl IntoIterator<Item = PackId>,
+) -> Vec<(std::path::PathBuf, Vec<u8>)> {
+    let files = packs.into_iter().flat_map(|pack| pack_files(registry, pack));
+    files.map(|path| (path.clone(), std::fs::read(path).unwrap())).collect()
+}
+
+/// Puts packs back as they were, like a push that cuts the same layers from nothing.
+fn bring_again(files: &[(std::path::PathBuf, Vec<u8>)]) {
+    for (path, bytes) in files {
+        std::fs::write(path, bytes).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_pack_that_comes_again_stays_where_its_frames_were_lost_on_a_later_move() {
+    let mut registry = Registry::start().await;
+    let (a, b, c) = (noise(1_000_000, 1), noise(1_000_000, 2), noise(6_000_000, 3));
+    let first = Pushed::to(&registry, "first", vec![tar_of(&[("a", &a), ("b", &b), ("c", &c)])]).await;
+    let second = Pushed::to(&registry, "second", vec![tar_of(&[("a", &a), ("b", &b), ("x", b"x")])]).await;
+    let third = Pushed::to(&registry, "third", vec![tar_of(&[("a", &a[..300_000]), ("y", b"y")])]).await;
+    let old = *first.packs().first().unwrap();
+    assert!(second.packs().contains(&old) && third.packs().contains(&old));
+    let manifest = registry.get("/v2/app/manifests/second").await.expect(StatusCode::OK).body;
+    let blobs: Vec<Bytes> = second.blobs().collect();
+    let files = read_packs(&registry, second.packs());
+    for tag in ["first", "second"] {
+        delete_tag(&registry, tag).await;
+        registry = restarted(registry).await;
+        assert_eq!(gc(&registry).await.repacked.packs, 1, "{tag}");
+    }
+    bring_again(&files);
+    registry = restarted(registry).await;
+    for blob in &blobs {
+        registry.push_blob("app", blob).await;
+    }
+    let put = registry.put_manifest("app", "second", media_type::OCI_MANIFEST, &manifest).await;
+    put.expect(StatusCode::CREATED);
+    for _ in 0..2 {
+        registry = restarted(registry).await;
+        gc(&registry).await;
+        for image in [&second, &third] {
+            image.is_whole(&registry.store, registry.address).await;
+        }
+        fsck(&registry.store).await;
+    }
+}
+
+#[tokio::test]
+async fn a_pack_that_comes_again_stays_where_its_moves_lead_nowhere() {
+    let (registry, stays, old) = mostly_dead().await;
+    let files = read_packs(&registry, [old]);
+    assert_eq!(gc(&registry).await.repacked.packs, 1);
+    let new = follow(&registry, old).await.unwrap();
+    // moved in its turn, to a pack that a repair has taken out
+    let records = registry.store.pack_records(new).await.unwrap();
+    let lost = Moved::new(PackId::from_bytes([9; 32]), records.iter().map(|record| record.frame));
+    let record = registry.directory().join("objects/moved").join(Digest::from(new).hex());
+    std::fs::write(record, lost.to_bytes()).unwrap();
+    for path in pack_files(&registry, new) {
+        std::fs::remove_file(path).unwrap();
+    }
+    bring_again(&files);
+    let registry = restarted(registry).await;
+    gc(&registry).await;
+    stays.is_whole(&registry.store, registry.address).await;
 }
 
 #[tokio::test]

@@ -76,18 +76,23 @@ impl Live {
 
     /// Whether a record says of all named frames of a pack where they are now.
     pub(crate) fn are_moved(&self, pack: PackId, moved: &Moved) -> bool {
-        let is_moved = |(offset, len): &Span| moved.at(*offset).is_some_and(|frame| frame.sealed_len == *len);
-        self.of(pack).is_some_and(|spans| spans.iter().all(is_moved))
+        self.of(pack).is_some_and(|spans| all_in_new(spans, moved).is_some())
     }
 
     /// The named frames of a pack that was moved, as they are in the new one.
     pub(crate) fn in_new(&self, pack: PackId, moved: &Moved) -> Vec<Span> {
-        let new = |(offset, len): &Span| {
-            let frame = moved.at(*offset).filter(|frame| frame.sealed_len == *len)?;
-            Some((frame.new_offset, *len))
-        };
-        self.of(pack).into_iter().flatten().filter_map(new).collect()
+        self.of(pack).into_iter().flatten().filter_map(|span| one_in_new(span, moved)).collect()
     }
+}
+
+fn one_in_new((offset, len): &Span, moved: &Moved) -> Option<Span> {
+    let frame = moved.at(*offset).filter(|frame| frame.sealed_len == *len)?;
+    Some((frame.new_offset, *len))
+}
+
+/// These frames as they are in the new pack; `None` where one was not moved.
+pub(super) fn all_in_new(spans: &[Span], moved: &Moved) -> Option<Vec<Span>> {
+    spans.iter().map(|span| one_in_new(span, moved)).collect()
 }
 
 fn sum(spans: &[Span]) -> u64 {

@@ -1,4 +1,4 @@
-//! From recipes and trees to packs, and on to where those went.
+//! From recipes and trees to packs, and on to where those went. A pack that was moved may come again, and then be needed once more.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -6,7 +6,7 @@ use futures_util::stream::{self, StreamExt, TryStreamExt};
 use lamina_chunk::{MOVES_MAX, Moved, PackId, Place};
 use lamina_image::{Digest, Recipe, TREE_BYTES_MAX, Tree, unpack_tree};
 
-use super::live::{Counted, Span};
+use super::live::{Counted, Span, all_in_new};
 use super::{Document, Marked, Marker, Roots};
 use crate::inventory::Inventory;
 use crate::keys::Named;
@@ -149,18 +149,30 @@ impl Marker {
             }
         }
         for digest in packs {
-            let record = moved_pack(inventory, digest).and_then(|pack| Some((pack, self.moved.get(&pack)?)));
-            let gone = record.is_some_and(|(pack, record)| {
-                marked.names.insert(Named::Moved(pack));
-                let new = record.pack().into();
-                let is_there = inventory.has(&Named::Blob(new)) || moved_pack(inventory, new).is_some();
-                is_there && self.live.are_moved(pack, record)
-            });
-            if !gone {
+            let moved = moved_pack(inventory, digest);
+            marked.names.extend(moved.map(Named::Moved));
+            if !moved.is_some_and(|pack| self.is_gone(inventory, pack)) {
                 marked.need([digest]);
             }
         }
         Ok(())
+    }
+
+    /// Whether nobody needs a pack that was moved: all its named frames are in another one that is there. A record says nothing of
+    /// later moves, in which frames that nothing named then were left out; so they are followed to where they end.
+    fn is_gone(&self, inventory: &Inventory, pack: PackId) -> bool {
+        let Some(named) = self.live.of(pack) else { return false };
+        let (mut at, mut spans) = (pack, named.to_vec());
+        for _ in 0..=MOVES_MAX {
+            let record = self.moved.get(&at).filter(|_| inventory.has(&Named::Moved(at)));
+            let next = record.and_then(|record| Some((record.pack(), all_in_new(&spans, record)?)));
+            match next {
+                Some(next) => (at, spans) = next,
+                // it has frames that are nowhere else, so it is needed itself
+                None => return at != pack && inventory.has(&Named::Blob(at.into())),
+            }
+        }
+        false
     }
 }
 
