@@ -331,6 +331,7 @@ impl Gc<'_> {
         // what came once more meanwhile is young
         doomed.retain(|named| inventory.0.get(named).is_some_and(|listed| listed.written < young_after));
         doomed.retain(|named| !stays(named));
+        self.link_moved(&inventory, &doomed).await?;
         doomed.extend(moved);
         doomed.sort_by_key(|named| (order(named), named.clone()));
         let deleted = self.delete(&doomed).await?;

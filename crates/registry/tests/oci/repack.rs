@@ -491,3 +491,21 @@ async fn a_new_pack_belongs_to_every_repository_that_had_the_old_one() {
     }
     fsck(&registry.store).await;
 }
+
+#[tokio::test]
+async fn a_repository_that_was_given_the_old_pack_alone_gets_the_new_one_before_the_old_one_goes() {
+    let (registry, _, old) = mostly_dead().await;
+    let files = read_packs(&registry, [old]);
+    assert_eq!(gc(&registry).await.repacked.packs, 1);
+    let new = follow(&registry, old).await.unwrap();
+    // as a collector leaves it that wrote the record late
+    bring_again(&files);
+    let links = registry.directory().join("objects/links").join(Digest::from(old).hex());
+    std::fs::copy(links.join("app"), links.join("other")).unwrap();
+    assert_eq!(get(&registry, &format!("/v2/other/blobs/{new}")).await, StatusCode::NOT_FOUND);
+    let registry = restarted(registry).await;
+    gc(&registry).await;
+    assert_eq!(get(&registry, &format!("/v2/other/blobs/{old}")).await, StatusCode::NOT_FOUND);
+    assert_eq!(get(&registry, &format!("/v2/other/blobs/{new}")).await, StatusCode::OK);
+    fsck(&registry.store).await;
+}

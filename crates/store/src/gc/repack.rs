@@ -11,6 +11,9 @@
 //! 3. Marked again: where more frames are named than the new pack has, nothing happens. Otherwise links that came meanwhile, and
 //!    then the record, from which moment all that names the old pack leads to the new one.
 //! 4. Only then the old pack is deleted. If this does not happen, it is garbage for the next collection.
+//!
+//! A collector that slept between looking for links and writing the record has missed those that came meanwhile. So whoever
+//! deletes a pack that has a record looks once more.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -160,6 +163,11 @@ fn links(inventory: &Inventory, packs: &BTreeSet<PackId>) -> BTreeMap<PackId, Ve
     found
 }
 
+/// The repositories of the old pack that have not got the new one.
+fn lacking(old: &[Repo], new: &[Repo]) -> Vec<Repo> {
+    old.iter().filter(|repo| !new.contains(repo)).cloned().collect()
+}
+
 impl Gc<'_> {
     /// Writes the new packs. See the module.
     pub(super) async fn copy(
@@ -200,6 +208,32 @@ impl Gc<'_> {
         Ok(())
     }
 
+    /// Gives the packs to which these were moved to all repositories that have the old ones.
+    pub(super) async fn link_moved(&self, inventory: &Inventory, doomed: &[Named]) -> Result<(), StoreError> {
+        let is_moved = |pack: &PackId| inventory.has(&Named::Moved(*pack));
+        let packs = doomed.iter().filter_map(|named| match named {
+            Named::Blob(digest) => PackId::try_from(*digest).ok().filter(is_moved),
+            _ => None,
+        });
+        let moved: BTreeMap<PackId, Vec<PackId>> =
+            packs.map(|pack| (pack, self.marker.moved_to(pack))).collect();
+        let all = moved.iter().flat_map(|(pack, now)| now.iter().chain([pack])).copied().collect();
+        let links = links(inventory, &all);
+        let of = |pack: &PackId| links.get(pack).map_or(&[][..], Vec::as_slice);
+        for (old, now) in &moved {
+            // where nothing names the old one, the new one may be gone
+            let is_known = |pack: &&PackId| inventory.has(&Named::Blob((**pack).into())) || is_moved(pack);
+            for new in now.iter().filter(is_known) {
+                let lacks = lacking(of(old), of(new));
+                if !lacks.is_empty() {
+                    self.collector.check().await?;
+                    self.link(*new, &lacks).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Writes the records of those that may go. Gives what is garbage from that moment.
     pub(super) async fn go(
         &mut self,
@@ -231,9 +265,7 @@ impl Gc<'_> {
                 continue;
             }
             self.collector.check().await?;
-            let has = of(&moved.pack());
-            let lacks: Vec<Repo> = of(pack).iter().filter(|repo| !has.contains(repo)).cloned().collect();
-            self.link(moved.pack(), &lacks).await?;
+            self.link(moved.pack(), &lacking(of(pack), of(&moved.pack()))).await?;
             // whoever lost the right to collect may still be writing: the first record stays
             if self.objects.create(&keys::moved(*pack), moved.to_bytes().into()).await? {
                 self.report.repacked.add(*repacked);

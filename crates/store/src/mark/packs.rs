@@ -23,6 +23,12 @@ impl Marker {
         self.documents.values().flat_map(Document::blobs).collect()
     }
 
+    /// The packs to which the frames of a pack were moved, one after the other, as far as records were read.
+    pub(crate) fn moved_to(&self, pack: PackId) -> Vec<PackId> {
+        let next = |pack: &PackId| Some(self.moved.get(pack)?.pack());
+        std::iter::successors(next(&pack), next).take(MOVES_MAX).collect()
+    }
+
     /// How often frames in this pack were moved, as far as records were read.
     pub(crate) fn moves(&self, pack: PackId) -> usize {
         let mut moves = 0;
