@@ -24,7 +24,8 @@ pub(crate) struct Live {
 enum Frames {
     /// Sorted, each once.
     Some(Vec<Span>),
-    Enough,
+    /// There are enough, or nobody has asked.
+    Unknown,
 }
 
 /// What is known of a pack before its frames are counted.
@@ -44,6 +45,8 @@ impl Live {
     /// Takes in that these frames of a pack are named. Whether any of them is new.
     pub(crate) fn add(&mut self, pack: PackId, counted: Counted, spans: Vec<Span>) -> bool {
         if self.enough_percent == 0 && !counted.moved {
+            // a record may come before the next mark, and would seem to have all of them
+            self.packs.insert(pack, Frames::Unknown);
             return false;
         }
         let frames = self.packs.entry(pack).or_insert_with(|| Frames::Some(Vec::new()));
@@ -55,21 +58,21 @@ impl Live {
         let grew = known.len() > before;
         let enough = |bytes: u64| sum(known) * 100 >= bytes.saturating_mul(self.enough_percent.into());
         if !counted.moved && counted.bytes.is_some_and(enough) {
-            *frames = Frames::Enough;
+            *frames = Frames::Unknown;
         }
         grew
     }
 
-    /// The named frames of a pack in order; `None` where there are enough.
+    /// The named frames of a pack in order; `None` where there are enough, or nobody has asked.
     pub(crate) fn of(&self, pack: PackId) -> Option<&[Span]> {
         match self.packs.get(&pack) {
             Some(Frames::Some(spans)) => Some(spans),
-            Some(Frames::Enough) => None,
+            Some(Frames::Unknown) => None,
             None => Some(&[]),
         }
     }
 
-    /// How many bytes of a pack are in named frames; `None` where it is enough.
+    /// How many bytes of a pack are in named frames; `None` as in [`of`](Self::of).
     pub(crate) fn bytes(&self, pack: PackId) -> Option<u64> {
         self.of(pack).map(sum)
     }
@@ -137,7 +140,16 @@ mod tests {
         let mut live = Live::new(0);
         assert!(!live.add(PACK, pack_of(1000), vec![(0, 1)]));
         assert!(live.add(OTHER, Counted { bytes: Some(1), moved: true }, vec![(0, 100)]));
-        assert_eq!((live.bytes(PACK), live.bytes(OTHER)), (Some(0), Some(100)));
+        assert_eq!((live.bytes(PACK), live.bytes(OTHER)), (None, Some(100)));
+    }
+
+    #[test]
+    fn a_record_that_comes_after_frames_were_not_kept_makes_no_pack_dispensable() {
+        let (mut live, moved) =
+            (Live::new(0), Moved::new(OTHER, [Frame { offset: 0, sealed_len: 10, plain_len: 10 }]));
+        live.add(PACK, pack_of(1000), vec![(20, 10)]);
+        live.add(PACK, Counted { bytes: Some(1000), moved: true }, vec![(0, 10)]);
+        assert!(!live.are_moved(PACK, &moved));
     }
 
     #[test]
