@@ -241,6 +241,15 @@ impl Sources {
         range: Range<u64>,
         class: Class,
     ) -> Result<Pieces, SourceError> {
+        let opened = self.follow(pack, range, class).await;
+        // what was said of it may be false, or old: whoever tries again asks again
+        if matches!(opened, Err(SourceError::Missing(_))) {
+            self.moved.forget(pack);
+        }
+        opened
+    }
+
+    async fn follow(&self, pack: PackId, range: Range<u64>, class: Class) -> Result<Pieces, SourceError> {
         let (mut at, mut wanted, mut moves) = (pack, range, Vec::new());
         loop {
             let moved = match self.moved.known(at) {
@@ -253,10 +262,7 @@ impl Sources {
                             self.back(jitter(PAUSE_MIN)).await;
                             continue;
                         }
-                        Err(error) => {
-                            self.moved.forget(pack);
-                            return Err(error);
-                        }
+                        Err(error) => return Err(error),
                     },
                     Err(error) => return Err(error),
                 },
@@ -269,17 +275,26 @@ impl Sources {
         }
     }
 
-    /// Where a pack went that nobody has. *Errors*: that it is missing, unless asking again may help.
+    /// Where a pack went that nobody has. Once such an answer led to wrong bytes, only the registry is asked. *Errors*: that it is missing, unless asking again may help.
     async fn ask_moved(&self, pack: PackId) -> Result<Arc<Moved>, SourceError> {
-        let ask = self.ask(MOVED_WITHIN, |client| async move {
+        let ask = |client: Client| async move {
             let bytes = client.with_tries(1).moved(&self.repository, pack).await?;
             let wrong = |error: lamina_chunk::MovedError| {
                 let url = client.base().to_owned();
                 WireError::Answer { url, reason: format!("where the frames of {pack} have gone: {error}") }
             };
             Ok(Moved::parse(&bytes).map_err(wrong)?)
-        });
-        self.moved.learn(pack, ask).await.map_err(|error| match error {
+        };
+        let answer = async {
+            if !self.moved.is_doubted() {
+                return self.ask(MOVED_WITHIN, ask).await;
+            }
+            let (registry, waited) = (self.registry(), MOVED_WITHIN);
+            let url = registry.base().to_owned();
+            let asked = timeout(waited, ask(registry)).await;
+            asked.unwrap_or_else(|_| Err(WireError::Timeout { url, waited }.into()))
+        };
+        self.moved.learn(pack, answer).await.map_err(|error| match error {
             NodeError::Wire(error) if error.is_passing() => {
                 SourceError::Unreachable { pack, cause: Arc::new(error) }
             }
@@ -313,6 +328,8 @@ impl Source for Sources {
 
     fn distrust(&self, pack: PackId, origin: usize) {
         self.demote(origin, |demoted| &mut demoted.lied, &format!("it sent wrong bytes of {pack}"));
+        // or somebody's word of where the pack went was false
+        self.moved.doubt(pack);
     }
 }
 

@@ -6,12 +6,13 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::stream::unfold;
 use lamina_cache::{Pieces, SourceError};
-use lamina_chunk::{Moved, MovedPart, PackId};
+use lamina_chunk::{MOVES_MAX, Moved, MovedPart, PackId};
 use parking_lot::Mutex;
 use tokio::sync::OnceCell;
 
@@ -22,12 +23,15 @@ static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// Where packs of an image went.
 #[derive(Debug, Default)]
-pub(super) struct MovedPacks(Mutex<HashMap<PackId, Arc<OnceCell<Arc<Moved>>>>>);
+pub(super) struct MovedPacks {
+    packs: Mutex<HashMap<PackId, Arc<OnceCell<Arc<Moved>>>>>,
+    doubted: AtomicBool,
+}
 
 impl MovedPacks {
     /// Where a pack went, if that was asked and answered.
     pub(super) fn known(&self, pack: PackId) -> Option<Arc<Moved>> {
-        self.0.lock().get(&pack)?.get().cloned()
+        self.packs.lock().get(&pack)?.get().cloned()
     }
 
     /// Where a pack went, by what `ask` says: it is asked once, however many want to know. An answer is remembered, an error
@@ -38,7 +42,7 @@ impl MovedPacks {
         ask: impl Future<Output = Result<Moved, E>>,
     ) -> Result<Arc<Moved>, E> {
         let cell = {
-            let mut packs = self.0.lock();
+            let mut packs = self.packs.lock();
             if packs.len() >= MOVED_MAX && !packs.contains_key(&pack) {
                 packs.clear();
             }
@@ -47,9 +51,26 @@ impl MovedPacks {
         cell.get_or_try_init(|| async { ask.await.map(Arc::new) }).await.cloned()
     }
 
-    /// Forgets it: the answer leads nowhere any more.
+    /// Forgets where it went, and all packs on the way: some answer leads nowhere, or to other bytes.
     pub(super) fn forget(&self, pack: PackId) {
-        self.0.lock().remove(&pack);
+        let (mut packs, mut at) = (self.packs.lock(), Some(pack));
+        for _ in 0..=MOVES_MAX {
+            let Some(cell) = at.and_then(|pack| packs.remove(&pack)) else { break };
+            at = cell.get().map(|moved| moved.pack());
+        }
+    }
+
+    /// Forgets it, since what came of it was wrong.
+    pub(super) fn doubt(&self, pack: PackId) {
+        if self.known(pack).is_some() {
+            self.doubted.store(true, Ordering::Relaxed);
+        }
+        self.forget(pack);
+    }
+
+    /// Whether any answer led to wrong bytes.
+    pub(super) fn is_doubted(&self) -> bool {
+        self.doubted.load(Ordering::Relaxed)
     }
 }
 
@@ -84,7 +105,7 @@ pub(super) fn spread(pieces: Pieces, parts: Vec<MovedPart>) -> Pieces {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::atomic::AtomicUsize;
 
     use futures_util::TryStreamExt;
     use futures_util::future::join_all;
@@ -138,5 +159,22 @@ mod tests {
         assert_eq!((asked.load(Ordering::Relaxed), packs.known(OLD)), (2, Some(Arc::new(moved()))));
         packs.forget(OLD);
         assert_eq!(packs.known(OLD), None);
+    }
+
+    #[tokio::test]
+    async fn who_forgets_a_pack_forgets_the_packs_on_its_way() {
+        let packs = MovedPacks::default();
+        let frame = Frame { offset: 0, sealed_len: 2, plain_len: 2 };
+        let next = Moved::new(PackId::from_bytes([3; 32]), [frame]);
+        packs.learn(OLD, async { Ok::<_, ()>(moved()) }).await.unwrap();
+        packs.learn(NEW, async { Ok::<_, ()>(next) }).await.unwrap();
+        packs.forget(OLD);
+        assert_eq!((packs.known(OLD), packs.known(NEW), packs.is_doubted()), (None, None, false));
+        // of one that nobody moved it is not the answers that are wrong
+        packs.doubt(OLD);
+        assert!(!packs.is_doubted());
+        packs.learn(OLD, async { Ok::<_, ()>(moved()) }).await.unwrap();
+        packs.doubt(OLD);
+        assert_eq!((packs.known(OLD), packs.is_doubted()), (None, true));
     }
 }
