@@ -18,6 +18,8 @@ use tokio::sync::OnceCell;
 
 /// Packs of one image that are remembered: some 10 KiB each, 64 GiB of packs.
 const MOVED_MAX: usize = 1024;
+/// Frames of them in all, of 12 bytes: 12 MiB. Usual packs are far from it; a record may be of half a million frames.
+const FRAMES_MAX: usize = 1 << 20;
 /// What is gone comes in pieces of this.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
@@ -43,7 +45,9 @@ impl MovedPacks {
     ) -> Result<Arc<Moved>, E> {
         let cell = {
             let mut packs = self.packs.lock();
-            if packs.len() >= MOVED_MAX && !packs.contains_key(&pack) {
+            let known = packs.values().filter_map(|cell| cell.get());
+            let frames: usize = known.map(|moved| moved.frames().len()).sum();
+            if (packs.len() >= MOVED_MAX || frames >= FRAMES_MAX) && !packs.contains_key(&pack) {
                 packs.clear();
             }
             Arc::clone(packs.entry(pack).or_default())

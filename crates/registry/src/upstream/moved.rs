@@ -14,8 +14,10 @@ use super::Upstream;
 use crate::ApiError;
 
 impl Upstream {
-    /// Where the frames of a pack have gone, as the upstream says it; `None` where it knows nothing of it.
+    /// Where the frames of a pack have gone, as the upstream says it; `None` where it knows nothing of it. Waits for its turn
+    /// like who fetches a blob: a record may be of 6 MiB.
     pub(crate) async fn moved(&self, repo: &Repo, pack: PackId) -> Result<Option<(Moved, Bytes)>, ApiError> {
+        let _place = self.fetches.acquire().await.expect("never closed");
         let bytes = match self.client.moved(repo.as_str(), pack).await {
             Ok(bytes) => bytes,
             Err(error) if error.is_unserved() => return Ok(None),
