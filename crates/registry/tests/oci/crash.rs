@@ -411,10 +411,31 @@ async fn collect_with_crashes(full: &InMemory, config: &GcConfig) -> (GcReport, 
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_crash_after_any_write_of_a_repack_loses_nothing_and_the_next_one_ends_the_same() {
-    let full = Arc::new(InMemory::new());
-    let index = tempfile::tempdir().unwrap();
-    let config = |at: &std::path::Path| StoreConfig::new(at.join("index"));
-    let store = Store::open(Arc::clone(&full) as _, config(index.path())).await.unwrap();
+    let (full, stays) = mostly_dead().await;
+    let (report, writes, left) = collect_with_crashes(&full, &collects()).await;
+    assert_eq!(report.repacked.packs, 1, "{report:?}");
+    assert!(writes > 25, "a collection of only {writes} writes");
+    assert!(kept(&Contents::read(&left).await).keys().any(|key| key.starts_with("moved/")));
+    is_whole(left, &stays).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_crash_after_any_write_of_a_repack_that_drops_originals_too_loses_nothing() {
+    let (full, stays) = mostly_dead().await;
+    let plain = Image::plain(&[&[("own", &noise(200_000, 4))]]);
+    assert!(push_as(Arc::clone(&full) as _, &plain, "v2", || false).await);
+    let drops = GcConfig { originals: Originals::Drop, ..collects() };
+    let (report, writes, left) = collect_with_crashes(&full, &drops).await;
+    assert_eq!((report.repacked.packs, report.originals.blobs), (1, 1), "{report:?}");
+    assert!(writes > 25, "a collection of only {writes} writes");
+    is_whole(left, &stays).await;
+}
+
+/// Two images of one pack, and the tag of the one that brought it deleted.
+async fn mostly_dead() -> (Arc<InMemory>, Pushed) {
+    let (full, index) = (Arc::new(InMemory::new()), tempfile::tempdir().unwrap());
+    let config = StoreConfig::new(index.path().join("index"));
+    let store = Store::open(Arc::clone(&full) as _, config).await.unwrap();
     let stays = serving(&store, async |address| {
         Pushed::new(&store, address, "v0", vec![tar((2, 2_000_000))]).await.unwrap();
         Pushed::new(&store, address, "v1", vec![tar((3, 1_000))]).await.unwrap()
@@ -422,14 +443,14 @@ async fn a_crash_after_any_write_of_a_repack_loses_nothing_and_the_next_one_ends
     .await;
     store.set_tag(&"app".parse().unwrap(), &"v0".parse().unwrap(), None).await.unwrap();
     store.close().await.unwrap();
-    drop(store);
-    let (report, writes, left) = collect_with_crashes(&full, &collects()).await;
-    assert_eq!(report.repacked.packs, 1, "{report:?}");
-    assert!(writes > 25, "a collection of only {writes} writes");
-    assert!(kept(&Contents::read(&left).await).keys().any(|key| key.starts_with("moved/")));
+    (full, stays)
+}
+
+/// All of the image comes from what is left.
+async fn is_whole(left: Arc<InMemory>, image: &Pushed) {
     let index = tempfile::tempdir().unwrap();
-    let store = Store::open(left as _, config(index.path())).await.unwrap();
-    serving(&store, async |address| stays.is_whole(&store, address).await).await;
+    let store = Store::open(left as _, StoreConfig::new(index.path().join("index"))).await.unwrap();
+    serving(&store, async |address| image.is_whole(&store, address).await).await;
 }
 
 /// Does something with a registry of the store.
