@@ -331,6 +331,8 @@ impl Gc<'_> {
         // what came once more meanwhile is young
         doomed.retain(|named| inventory.0.get(named).is_some_and(|listed| listed.written < young_after));
         doomed.retain(|named| !stays(named));
+        let unproven = self.unproven((&inventory, &marked), &doomed).await?;
+        doomed.retain(|named| named.bytes().is_none_or(|digest| !unproven.contains(&digest)));
         self.link_moved(&inventory, &doomed).await?;
         doomed.extend(moved);
         doomed.sort_by_key(|named| (order(named), named.clone()));

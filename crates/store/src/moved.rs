@@ -115,7 +115,11 @@ impl Store {
 
     /// Remembers where the frames of a pack of a repository are that is not here: in one that is.
     pub async fn know_moved(&self, repo: &Repo, pack: PackId, moved: &Moved) -> Result<(), StoreError> {
-        self.objects.create(&keys::moved(pack), moved.to_bytes().into()).await?;
+        let is_new = self.objects.create(&keys::moved(pack), moved.to_bytes().into()).await?;
+        // a record never changes; whether the image is whole over the older one is checked like any image
+        if !is_new && read(&self.objects, pack).await?.as_ref() != Some(moved) {
+            tracing::warn!(%pack, "a pack went somewhere else by an older record, which stays");
+        }
         self.link_packs(repo, [pack.into()]).await
     }
 

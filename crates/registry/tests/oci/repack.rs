@@ -509,3 +509,36 @@ async fn a_repository_that_was_given_the_old_pack_alone_gets_the_new_one_before_
     assert_eq!(get(&registry, &format!("/v2/other/blobs/{new}")).await, StatusCode::OK);
     fsck(&registry.store).await;
 }
+
+#[tokio::test]
+async fn a_record_of_other_frames_is_no_reason_to_delete_a_pack() {
+    let (registry, stays, old) = mostly_dead().await;
+    let frames = stays.recipes.iter().flat_map(Recipe::frames).map(|(_, place)| *place);
+    let used: BTreeSet<_> =
+        frames.filter(|place| place.pack == old).map(|place| place.frame.offset).collect();
+    let records = registry.store.pack_records(old).await.unwrap();
+    let used = records.iter().filter(|record| used.contains(&record.frame.offset));
+    // frames that are as long, of other bytes
+    let files = read_packs(&registry, [old]);
+    let (mut builder, mut frames) = (lamina_chunk::PackBuilder::with_capacity(0), Vec::new());
+    for record in used {
+        let frame = record.frame;
+        let bytes = Bytes::from(vec![0; frame.sealed_len as usize]);
+        let id = lamina_chunk::FrameId::of(&bytes);
+        builder.push(id, &lamina_chunk::Sealed::new(bytes, frame.plain_len as usize), record.chunks.clone());
+        frames.push(frame);
+    }
+    let (bytes, _) = builder.finish();
+    let false_one = PackId::try_from(Digest::of(&bytes)).unwrap();
+    let [blob, mark] = pack_files(&registry, false_one);
+    std::fs::write(blob, &bytes).unwrap();
+    std::fs::write(mark, "{}").unwrap();
+    let moved = registry.directory().join("objects/moved");
+    std::fs::create_dir_all(&moved).unwrap();
+    let record = Moved::new(false_one, frames).to_bytes();
+    std::fs::write(moved.join(Digest::from(old).hex()), record).unwrap();
+    let registry = restarted(registry).await;
+    gc(&registry).await;
+    assert_eq!(read_packs(&registry, [old]), files);
+    stays.is_whole(&registry.store, registry.address).await;
+}

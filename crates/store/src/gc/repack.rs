@@ -18,7 +18,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
-use lamina_chunk::{FOOTER_BYTES, MOVES_MAX, Moved, PACK_BYTES_MAX, PackBuilder, PackId, PackRecord, Sealed};
+use lamina_chunk::{
+    FOOTER_BYTES, FrameId, MOVES_MAX, Moved, PACK_BYTES_MAX, PackBuilder, PackId, PackRecord, Sealed,
+};
 use lamina_image::Digest;
 
 use super::condemn::Condemned;
@@ -206,6 +208,46 @@ impl Gc<'_> {
             self.objects.put(&keys::link(pack.into(), repo), "{}".into()).await?;
         }
         Ok(())
+    }
+
+    /// Those of the packs among `doomed` of which the named frames are not where records say, by the packs' indexes: a record that
+    /// came from an upstream is its word. *Cost*: two indexes for each pack that was moved and is here.
+    pub(super) async fn unproven(
+        &self,
+        (inventory, marked): (&Inventory, &Marked),
+        doomed: &[Named],
+    ) -> Result<BTreeSet<Digest>, StoreError> {
+        let packs = doomed.iter().filter_map(|named| match named {
+            Named::Blob(digest) => PackId::try_from(*digest).ok(),
+            _ => None,
+        });
+        let mut unproven = BTreeSet::new();
+        for pack in packs.filter(|pack| marked.names.contains(&Named::Moved(*pack))) {
+            let (named, now) = (self.marker.live().of(pack), self.marker.gone_to(inventory, pack));
+            let is_proved = match (named, now) {
+                (Some(named), Some((now, spans))) => {
+                    let (old, new) = (self.ids(pack, named).await?, self.ids(now, &spans).await?);
+                    old.is_some() && old == new
+                }
+                _ => false,
+            };
+            if !is_proved {
+                tracing::warn!(%pack, "a pack stays: what lives of it is not where its record says; see lamina fsck");
+                unproven.insert(pack.into());
+            }
+        }
+        Ok(unproven)
+    }
+
+    /// Which frames these are, by their pack's index; `None` where that does not have them.
+    async fn ids(&self, pack: PackId, frames: &[Span]) -> Result<Option<Vec<FrameId>>, StoreError> {
+        let records = match pack_records(self.objects, pack).await {
+            Ok(records) => records,
+            Err(StoreError::Pack { .. } | StoreError::Missing(_)) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let found = living(&records, frames);
+        Ok(found.map(|records| records.into_iter().map(|record| record.id).collect()))
     }
 
     /// Gives the packs to which these were moved to all repositories that have the old ones.

@@ -157,28 +157,31 @@ impl Marker {
         for digest in packs {
             let moved = moved_pack(inventory, digest);
             marked.names.extend(moved.map(Named::Moved));
-            if !moved.is_some_and(|pack| self.is_gone(inventory, pack)) {
+            if moved.is_none_or(|pack| self.gone_to(inventory, pack).is_none()) {
                 marked.need([digest]);
             }
         }
         Ok(())
     }
 
-    /// Whether nobody needs a pack that was moved: all its named frames are in another one that is there. A record says nothing of
-    /// later moves, in which frames that nothing named then were left out; so they are followed to where they end.
-    fn is_gone(&self, inventory: &Inventory, pack: PackId) -> bool {
-        let Some(named) = self.live.of(pack) else { return false };
-        let (mut at, mut spans) = (pack, named.to_vec());
+    /// Where the named frames of a pack that was moved are now, in their order; `None` where one of them is in no other pack that
+    /// is there, so that the pack is needed itself. A record says nothing of later moves, in which frames that nothing named then
+    /// were left out; so they are followed to where they end.
+    pub(crate) fn gone_to(&self, inventory: &Inventory, pack: PackId) -> Option<(PackId, Vec<Span>)> {
+        let (mut at, mut spans) = (pack, self.live.of(pack)?.to_vec());
         for _ in 0..=MOVES_MAX {
             let record = self.moved.get(&at).filter(|_| inventory.has(&Named::Moved(at)));
             let next = record.and_then(|record| Some((record.pack(), all_in_new(&spans, record)?)));
             match next {
                 Some(next) => (at, spans) = next,
                 // it has frames that are nowhere else, so it is needed itself
-                None => return at != pack && inventory.has(&Named::Blob(at.into())),
+                None => {
+                    let is_there = at != pack && inventory.has(&Named::Blob(at.into()));
+                    return is_there.then_some((at, spans));
+                }
             }
         }
-        false
+        None
     }
 }
 
