@@ -105,7 +105,8 @@ impl Opening {
     /// # Errors
     /// As there; also for a frame that says that it needs a window longer than the longest frame, which no sealer writes.
     pub fn finish(mut self) -> Result<Chunk, ChunkError> {
-        if self.is_damaged || !self.is_over || self.taken != self.sealed_len || self.done != self.plain.len() {
+        if self.is_damaged || !self.is_over || self.taken != self.sealed_len || self.done != self.plain.len()
+        {
             return Err(ChunkError::Damaged(self.id));
         }
         if self.hash.finalize() != *self.id.as_bytes() {
