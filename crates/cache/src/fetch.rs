@@ -330,7 +330,8 @@ fn open_all(shared: &Shared, frames: Vec<(Leg, Sealed)>, mut first: Option<First
     let mut opened = Opened::default();
     for (leg, sealed) in frames {
         let chunk = match first.take_if(|first| first.id == leg.want.id) {
-            Some(first) => first.opening.finish(),
+            // what only the other way of opening takes is good as well
+            Some(first) => first.opening.finish().or_else(|_| sealed.open(leg.want.id)),
             None => sealed.open(leg.want.id),
         };
         match chunk {

@@ -6,13 +6,15 @@
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use zstd::stream::raw::{Decoder, InBuffer, Operation, OutBuffer};
+use zstd::stream::raw::{DParameter, Decoder, InBuffer, Operation, OutBuffer};
 
-use crate::ChunkId;
 use crate::sealed::{Chunk, ChunkError, Sealed};
+use crate::{CHUNK_BYTES_MAX, ChunkId};
 
-/// Decoders that are kept for the next frame, some 500 KiB each.
+/// Decoders that are kept for the next frame, some 700 KiB each.
 const SPARE_MAX: usize = 4;
+/// The longest window that a frame needs, as a power of two: what it holds is no longer.
+const WINDOW_LOG_MAX: u32 = CHUNK_BYTES_MAX.ilog2();
 
 /// They are the process's: a decoder knows nothing of the frame before.
 static SPARE: Mutex<Vec<Decoder<'static>>> = Mutex::new(Vec::new());
@@ -29,6 +31,8 @@ pub struct Opening {
     hash: blake3::Hasher,
     /// None for a frame that is the plaintext itself.
     decoder: Option<Decoder<'static>>,
+    /// Whether zstd has seen the end of it.
+    is_over: bool,
     is_damaged: bool,
 }
 
@@ -45,10 +49,11 @@ impl Opening {
         Sealed::check_lengths(id, plain_len, sealed_len).ok()?;
         let decoder = match sealed_len == plain_len {
             true => None,
-            false => Some(SPARE.lock().pop().map_or_else(Decoder::new, Ok).ok()?),
+            false => Some(SPARE.lock().pop().map_or_else(decoder, Ok).ok()?),
         };
+        let is_over = decoder.is_none();
         let (plain, hash) = (vec![0; plain_len], blake3::Hasher::new());
-        Some(Self { id, sealed_len, taken: 0, plain, done: 0, hash, decoder, is_damaged: false })
+        Some(Self { id, sealed_len, taken: 0, plain, done: 0, hash, decoder, is_over, is_damaged: false })
     }
 
     /// How many bytes of the frame were taken in.
@@ -77,12 +82,14 @@ impl Opening {
             Some(decoder) => {
                 let mut input = InBuffer::around(bytes);
                 let mut output = OutBuffer::around_pos(&mut self.plain[..], before);
-                loop {
+                while !self.is_over && !self.is_damaged {
                     let (read, written) = (input.pos(), output.pos());
-                    let ran = decoder.run(&mut input, &mut output);
-                    // it reads all that it is given, unless it has more plaintext than was said, or the frame is over
-                    self.is_damaged = ran.is_err();
-                    if self.is_damaged || (input.pos() == read && output.pos() == written) {
+                    match decoder.run(&mut input, &mut output) {
+                        Ok(hint) => self.is_over = hint == 0,
+                        Err(_) => self.is_damaged = true,
+                    }
+                    // it reads all that it is given, unless it has more plaintext than was said
+                    if input.pos() == read && output.pos() == written {
                         break;
                     }
                 }
@@ -96,9 +103,10 @@ impl Opening {
     /// What [`Sealed::open`] gives of all the bytes that were taken in.
     ///
     /// # Errors
-    /// As there.
+    /// As there; also for a frame that says that it needs a window longer than the longest frame, which no sealer writes.
     pub fn finish(mut self) -> Result<Chunk, ChunkError> {
-        if self.is_damaged || self.taken != self.sealed_len || self.done != self.plain.len() {
+        if self.is_damaged || !self.is_over || self.taken != self.sealed_len || self.done != self.plain.len()
+        {
             return Err(ChunkError::Damaged(self.id));
         }
         if self.hash.finalize() != *self.id.as_bytes() {
@@ -106,6 +114,13 @@ impl Opening {
         }
         Ok(Chunk::proven(self.id, Bytes::from(std::mem::take(&mut self.plain))))
     }
+}
+
+/// A decoder that never takes more memory than our frames need.
+fn decoder() -> std::io::Result<Decoder<'static>> {
+    let mut decoder = Decoder::new()?;
+    decoder.set_parameter(DParameter::WindowLogMax(WINDOW_LOG_MAX))?;
+    Ok(decoder)
 }
 
 impl Drop for Opening {
@@ -126,7 +141,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{CHUNK_BYTES_MAX, Level, Sealer};
+    use crate::{Level, Sealer};
 
     fn sealed(plain: Vec<u8>) -> (Chunk, Sealed) {
         let chunk = Chunk::cut(plain.into());

@@ -140,12 +140,18 @@ impl Elf {
         }
     }
 
-    /// Adds the pages that making these relocations touches, each the first time it occurs, by where they begin in the file.
-    /// `seen` are those that were added before.
-    pub(crate) fn touched(&self, linked: &Linked, relocations: &[u8], seen: &mut HashSet<u64>) -> Vec<u64> {
+    /// The pages that making these relocations touches in a file of `size` bytes, each the first time it occurs, by where they
+    /// begin. `seen` are those that were met before.
+    pub(crate) fn touched(
+        &self,
+        linked: &Linked,
+        relocations: &[u8],
+        size: u64,
+        seen: &mut HashSet<u64>,
+    ) -> Vec<u64> {
         let mut pages = Vec::new();
         let mut touch = |at: Option<u64>| {
-            let page = at.map(|at| at / PAGE_BYTES * PAGE_BYTES);
+            let page = at.filter(|at| *at < size).map(|at| at / PAGE_BYTES * PAGE_BYTES);
             pages.extend(page.filter(|page| seen.insert(*page)));
         };
         for entry in relocations.chunks_exact(RELOCATION_BYTES) {
@@ -213,9 +219,11 @@ mod tests {
         // relative; by symbol 200; into no segment
         let relocations = words(&[0x1_5008, 8, 0, 0x1_6010, 200 << 32 | 1, 0, 0x9_0000, 8, 0]);
         let mut seen = HashSet::new();
-        let touched = elf.touched(&linked, &relocations, &mut seen);
+        let touched = elf.touched(&linked, &relocations, 0x8000, &mut seen);
         assert_eq!(touched, [0x5000, 0x6000, 0x3000, 0x2000]);
-        assert!(elf.touched(&linked, &relocations, &mut seen).is_empty(), "each page once");
+        assert!(elf.touched(&linked, &relocations, 0x8000, &mut seen).is_empty(), "each page once");
+        let touched = elf.touched(&linked, &relocations, 0x4000, &mut HashSet::new());
+        assert_eq!(touched, [0x3000, 0x2000], "none beyond the end");
     }
 
     #[test]
@@ -246,7 +254,7 @@ mod tests {
         assert!(needed.iter().any(|name| name.starts_with(b"libc.so")), "{needed:?}");
         let mut seen = HashSet::new();
         for table in &linked.relocations {
-            elf.touched(&linked, part(table), &mut seen);
+            elf.touched(&linked, part(table), program.len() as u64, &mut seen);
         }
         assert!(!seen.is_empty() && seen.iter().all(|page| *page < program.len() as u64));
     }
@@ -266,7 +274,7 @@ mod tests {
                 let linked = elf.linked(&words(&dynamic));
                 prop_assert!(linked.needed.len() <= NEEDED_MAX);
                 prop_assert!(linked.relocations.iter().all(|table| table.end - table.start <= RELOCATIONS_BYTES_MAX));
-                let touched = elf.touched(&linked, &relocations, &mut HashSet::new());
+                let touched = elf.touched(&linked, &relocations, u64::MAX, &mut HashSet::new());
                 prop_assert!(touched.len() <= relocations.len() / RELOCATION_BYTES * 3);
             }
         }

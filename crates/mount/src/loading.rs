@@ -4,7 +4,7 @@
 //! for a page that the step before has named. So once the head of an ELF file was read, everything is fetched that the linker is
 //! bound to touch ([`crate::elf`]): the sections with the relocations, the pages that these write to and the symbols that they
 //! name, and the same of the libraries that it needs, all at once. Nothing is fetched on a guess but which file a
-//! needed name means: one of that name in the same directory, or the only one in the image.
+//! needed name means: one of that name beside the library that needs it, or the only one in the image.
 
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
@@ -16,7 +16,7 @@ use tokio::sync::Semaphore;
 
 use crate::ahead::Ahead;
 use crate::bits::Bits;
-use crate::elf::{self, Elf, RELOCATION_BYTES};
+use crate::elf::{self, Elf, Linked, RELOCATION_BYTES};
 use crate::order::want;
 
 /// Libraries that are looked into at the same time: each waits for the network most of the time.
@@ -25,9 +25,11 @@ const AT_ONCE: usize = 8;
 const HEAD_BYTES: u64 = 4096;
 /// Relocations are read in pieces of so many bytes.
 const PIECE_BYTES: u64 = 43_690 * RELOCATION_BYTES as u64;
-/// Of one library no more frames are fetched: 2 GiB of addresses have not as many that are written to.
+/// Of one library no more frames are fetched, and a piece's worth more of its pages looked at than these: the largest ones of
+/// CUDA have relocations in some 20,000.
 const FRAMES_MAX: usize = 4096;
-/// Links from a library's name to its file.
+const PAGES_MAX: usize = 1 << 18;
+/// Links that are followed from a library's name to its file.
 const LINKS_MAX: usize = 4;
 
 /// A directory, and a library in it.
@@ -57,7 +59,7 @@ impl Loading {
         }
     }
 
-    /// Looks into a file, whose directory is `dir` if that is known.
+    /// Looks into a file, whose directory is `dir` if it is known, as it is of libraries that others need.
     fn follow(self: &Arc<Self>, ino: Ino, dir: Option<Ino>) {
         let loading = Arc::clone(self);
         self.ahead.spawn(async move {
@@ -68,6 +70,7 @@ impl Loading {
     }
 
     async fn look_into(self: &Arc<Self>, ino: Ino, dir: Option<Ino>) -> Option<()> {
+        let size = self.ahead.tree.inode(ino).ok()?.size;
         let elf = Elf::parse(&self.read(ino, 0..HEAD_BYTES).await?)?;
         let linked = elf.linked(&self.read(ino, elf.dynamic.clone()).await?);
         for range in &linked.needed {
@@ -75,15 +78,24 @@ impl Loading {
                 self.need(dir, name).await;
             }
         }
-        let (mut pages, mut frames) = (HashSet::new(), HashSet::new());
-        for table in &linked.relocations {
+        let tables = linked.relocations.clone();
+        let mut relocated = Relocated { elf, linked, size, pages: HashSet::new(), frames: HashSet::new() };
+        for table in tables {
+            // what a file says of itself may lie beyond its end
             let mut at = table.start;
-            while at < table.end && frames.len() < FRAMES_MAX && !self.ahead.is_lean() {
-                let piece = self.read(ino, at..table.end.min(at + PIECE_BYTES)).await?;
-                let touched = elf.touched(&linked, &piece, &mut pages);
-                let new = touched.into_iter().filter_map(|page| self.frame(ino, page));
-                self.ahead.fetch(new.filter(|frame| frames.insert(*frame)).collect());
-                at += PIECE_BYTES;
+            while at < table.end.min(size) && !relocated.is_full() && !self.ahead.is_lean() {
+                let end = table.end.min(size).min(at.saturating_add(PIECE_BYTES));
+                let piece = self.read(ino, at..end).await?;
+                let loading = Arc::clone(self);
+                // milliseconds of work
+                let looking = tokio::task::spawn_blocking(move || {
+                    let new = relocated.take(&piece, |page| loading.frame(ino, page));
+                    (relocated, new)
+                });
+                let (looked, new) = looking.await.ok()?;
+                relocated = looked;
+                self.ahead.fetch(new);
+                at = end;
             }
         }
         Some(())
@@ -128,6 +140,30 @@ impl Loading {
     /// The frame that a page of a file begins in.
     fn frame(&self, ino: Ino, page: u64) -> Option<u32> {
         self.ahead.tree.extents(ino, page, page + 1).ok()?.next()?.ok()?.frame
+    }
+}
+
+/// What making a library's relocations touches, as far as they were read.
+struct Relocated {
+    elf: Elf,
+    linked: Linked,
+    /// Bytes of the file.
+    size: u64,
+    pages: HashSet<u64>,
+    frames: HashSet<u32>,
+}
+
+impl Relocated {
+    fn is_full(&self) -> bool {
+        self.frames.len() >= FRAMES_MAX || self.pages.len() >= PAGES_MAX
+    }
+
+    /// The frames that these relocations touch, and no earlier ones did.
+    fn take(&mut self, relocations: &[u8], frame: impl Fn(u64) -> Option<u32>) -> Vec<u32> {
+        let touched = self.elf.touched(&self.linked, relocations, self.size, &mut self.pages);
+        let left = FRAMES_MAX.saturating_sub(self.frames.len());
+        let new = touched.into_iter().filter_map(frame).filter(|frame| self.frames.insert(*frame));
+        new.take(left).collect()
     }
 }
 

@@ -110,8 +110,8 @@ impl Disk {
         }
         let records: Vec<_> =
             records.iter().map(|&(offset, record)| located(number, offset, record)).collect();
-        for batch in records.chunks(BATCH_MAX - 1) {
-            self.count(self.index.add(batch, number, end));
+        for (batch, indexed) in batches(&records, end) {
+            self.count(self.index.add(batch, number, indexed));
         }
         let segment = Segment { file, len: AtomicU64::new(end), kind };
         self.segments.write().insert(number, Arc::new(segment));
@@ -150,6 +150,13 @@ impl Disk {
     }
 }
 
+/// Scanned records in batches for the index, each with how far the segment is indexed with it. Later batches may be lost where
+/// the process is killed: no batch says that theirs are there.
+fn batches(records: &[(FrameId, Location)], end: u64) -> impl Iterator<Item = (&[(FrameId, Location)], u64)> {
+    let next = records.chunks(BATCH_MAX - 1).skip(1).map(|batch| u64::from(batch[0].1.offset));
+    records.chunks(BATCH_MAX - 1).zip(next.chain([end]))
+}
+
 fn located(segment: u32, offset: u64, record: RecordHeader) -> (FrameId, Location) {
     let offset = u32::try_from(offset).expect("adopted segments stay below 4 GiB");
     let RecordHeader { id, sealed_len, plain_len } = record;
@@ -180,4 +187,22 @@ fn lock(directory: &Path, inherited: Option<OwnedFd>) -> Result<File, CacheError
     let pid = format!("{}\n", std::process::id());
     let _ = file.set_len(0).and_then(|()| file.write_all_at(pid.as_bytes(), 0));
     Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_batch_says_that_records_of_a_later_one_are_indexed() {
+        let records: Vec<_> = (0..250u32)
+            .map(|n| {
+                let location = Location { segment: 1, offset: 16 + n * 100, sealed_len: 56, plain_len: 60 };
+                (FrameId::of(&n.to_le_bytes()), location)
+            })
+            .collect();
+        let batches: Vec<_> =
+            batches(&records, 25_016).map(|(batch, indexed)| (batch.len(), indexed)).collect();
+        assert_eq!(batches, [(99, 16 + 99 * 100), (99, 16 + 198 * 100), (52, 25_016)]);
+    }
 }

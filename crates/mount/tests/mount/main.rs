@@ -10,6 +10,7 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::Ordering;
 
@@ -266,11 +267,12 @@ fn relocated(program: &[u8]) -> u64 {
 fn what_the_linker_will_touch_is_fetched_when_a_program_begins_to_be_read() {
     let maps = fs::read_to_string("/proc/self/maps").unwrap();
     let libc = maps.lines().find(|line| line.contains("/libc.so.6")).expect("linked with a libc");
-    let libc = fs::read(&libc[libc.find('/').unwrap()..]).unwrap();
-    let layer = Layer::new().file("cat", &fs::read("/bin/cat").unwrap()).file("libc.so.6", &libc);
-    // of these nobody can say which is meant, so neither is looked into
-    let other = fs::read("/bin/true").unwrap();
-    let layer = layer.file("a/libm.so.6", &other).file("b/libm.so.6", &noise(3, 1 << 20));
+    let libc = Path::new(&libc[libc.find('/').unwrap()..]);
+    let libm = fs::read(libc.with_file_name("libm.so.6")).unwrap();
+    let libc = fs::read(libc).unwrap();
+    // awk computes, so it needs libm; of these two nobody can say which is meant, so neither is looked into
+    let layer = Layer::new().file("awk", &fs::read("/usr/bin/awk").unwrap()).file("libc.so.6", &libc);
+    let layer = layer.file("a/libm.so.6", &libm).file("b/libm.so.6", &[&libm[..], b"other"].concat());
     let rig = Rig::new(layer);
     let frame = |path: &str, at: u64| {
         let ino = Ino(fs::metadata(rig.path(path)).unwrap().ino());
@@ -280,9 +282,49 @@ fn what_the_linker_will_touch_is_fetched_when_a_program_begins_to_be_read() {
     let wanted = [frame("libc.so.6", 0), frame("libc.so.6", relocated(&libc))];
     assert!(wanted.iter().all(|id| !rig.cache.is_near(*id)), "nothing was read yet");
     let mut head = [0; 512];
-    File::open(rig.path("cat")).unwrap().read_exact(&mut head).unwrap();
+    File::open(rig.path("awk")).unwrap().read_exact(&mut head).unwrap();
     until("the library comes by itself", || wanted.iter().all(|id| rig.cache.is_near(*id)));
-    assert!(!rig.cache.is_near(frame("b/libm.so.6", 512 << 10)));
+    assert!(!rig.cache.is_near(frame("a/libm.so.6", relocated(&libm))));
+}
+
+#[test]
+fn a_program_whose_tables_lie_beyond_every_end_costs_nothing() {
+    // one segment at the end of all offsets, mapped at 0, and a dynamic section that puts relocations and names there
+    let header = |kind: u32, words: [u64; 5]| {
+        let words = words.iter().flat_map(|word| word.to_le_bytes());
+        [kind.to_le_bytes(), 4u32.to_le_bytes()]
+            .concat()
+            .into_iter()
+            .chain(words)
+            .chain([0; 8])
+            .collect::<Vec<u8>>()
+    };
+    let mut program = b"\x7fELF\x02\x01".to_vec();
+    program.resize(64, 0);
+    program[32..40].copy_from_slice(&64u64.to_le_bytes());
+    program[54..58].copy_from_slice(&[56, 0, 2, 0]);
+    program.extend(header(1, [u64::MAX - 200, 0, 0, 0x1000, 0x1000]));
+    program.extend(header(2, [176, 0, 0, 96, 96]));
+    let dynamic: [u64; 12] = [7, 0, 8, 100, 5, 0, 1, 0, 6, 8, 0, 0];
+    program.extend(dynamic.iter().flat_map(|word| word.to_le_bytes()));
+    let programs: Vec<String> = (0..16).map(|number| format!("program{number}")).collect();
+    let layer = programs.iter().fold(Layer::new(), |layer, name| {
+        layer.file(name, &[&program[..], &noise(name.len() as u64, 100_000), name.as_bytes()].concat())
+    });
+    let rig = Rig::new(layer);
+    for name in &programs {
+        let mut head = [0; 512];
+        File::open(rig.path(name)).unwrap().read_exact(&mut head).unwrap();
+    }
+    // whatever looks into them lets others work
+    let others = (0..64).map(|_| rig.runtime.spawn(tokio::task::yield_now()));
+    let others: Vec<_> = others.collect();
+    rig.runtime.block_on(async {
+        for other in others {
+            tokio::time::timeout(std::time::Duration::from_secs(20), other).await.expect("in time").unwrap();
+        }
+    });
+    assert_eq!(fs::read(rig.path("program3")).unwrap()[..program.len()], program[..]);
 }
 
 #[test]
