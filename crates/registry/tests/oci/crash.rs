@@ -154,25 +154,20 @@ async fn push_as(
         assert!(crashed(), "a store that does not crash was not opened");
         return false;
     };
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    let (stop, stopped) = oneshot::channel::<()>();
-    let served = store.clone();
-    let serving =
-        tokio::spawn(serve(listener, served, RegistryConfig::default(), async { drop(stopped.await) }));
-    let pushed = send(address, image, tag).await;
-    let digest = Digest::of(&image.manifest);
-    let begun = Instant::now();
-    let mut done = false;
-    while pushed && !done && !crashed() {
-        assert!(begun.elapsed() < DEADLINE, "neither converted nor crashed");
-        done = store.image(digest).await.unwrap().is_some_and(|image| image.state == ImageState::Done)
-            && store.jobs().await.unwrap().is_empty();
-        tokio::task::yield_now().await;
-    }
-    drop(stop);
-    timeout(DEADLINE, serving).await.unwrap().unwrap().unwrap();
-    done
+    serving(&store, async |address| {
+        let pushed = send(address, image, tag).await;
+        let digest = Digest::of(&image.manifest);
+        let begun = Instant::now();
+        let mut done = false;
+        while pushed && !done && !crashed() {
+            assert!(begun.elapsed() < DEADLINE, "neither converted nor crashed");
+            done = store.image(digest).await.unwrap().is_some_and(|image| image.state == ImageState::Done)
+                && store.jobs().await.unwrap().is_empty();
+            tokio::task::yield_now().await;
+        }
+        done
+    })
+    .await
 }
 
 /// False where any request was refused.
