@@ -41,7 +41,8 @@ pub(crate) fn parse() -> Result<Arguments> {
 
 /// The file, and whether somebody asked for it.
 fn file(words: &[OsString]) -> Option<(PathBuf, bool)> {
-    let mut words = words.iter().map(|word| word.to_string_lossy());
+    // what comes behind `--` is for others
+    let mut words = words.iter().take_while(|word| *word != "--").map(|word| word.to_string_lossy());
     let mut named = None;
     while let Some(word) = words.next() {
         if word == "--config" {
@@ -133,6 +134,13 @@ mod tests {
         let crate::args::Command::Mount(mount) = arguments.command else { panic!("not a mount") };
         assert_eq!(mount.settings.cache_mib, 100);
         assert_eq!(mount.settings.deadline, 30);
+    }
+
+    #[test]
+    fn the_configuration_of_a_program_that_is_run_is_not_ours() {
+        let words = ["lamina", "run", "r/a", "--", "serve", "--config", "its.toml"].map(OsString::from);
+        assert_eq!(file(&words[..]).filter(|(_, named)| *named), None);
+        assert_eq!(file(&words[4..]), Some((PathBuf::from("its.toml"), true)));
     }
 
     #[test]
