@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use lamina_node::{ControlError, Controller, Held};
+use lamina_wire::Reference;
 use lamina_wire::proto::{MountRequest, MountResponse, UnmountRequest};
 
 use super::interrupted;
@@ -42,6 +43,7 @@ pub(crate) async fn run(arguments: MountArguments, common: Common) -> Result<()>
         fill_bytes_per_s: arguments.fill_rate.unwrap_or(0) << 20,
         require_lazy: arguments.require_lazy,
         command: arguments.command.as_ref().map_or_else(String::new, ToString::to_string),
+        owner: 0,
     };
     let controller = Controller::new(&arguments.cache.directory);
     if arguments.foreground && controller.stats().await.is_err_and(|error| is_absent(&error)) {
@@ -137,14 +139,19 @@ async fn alone(
     Ok(())
 }
 
-fn report(arguments: &MountArguments, mounted: &MountResponse) {
-    if !mounted.offline.is_empty() {
-        let (reference, manifest) = (&arguments.reference, &mounted.manifest);
-        eprintln!("lamina: {}", mounted.offline);
+/// Says that an image is not what its registry says now, where that did not answer.
+pub(crate) fn report_offline(reference: &Reference, mounted: &MountResponse) {
+    let MountResponse { offline, manifest, .. } = mounted;
+    if !offline.is_empty() {
+        eprintln!("lamina: {offline}");
         eprintln!(
             "lamina: nobody says what {reference} is now; mounted what it was when last asked, {manifest}"
         );
     }
+}
+
+fn report(arguments: &MountArguments, mounted: &MountResponse) {
+    report_offline(&arguments.reference, mounted);
     if arguments.json {
         let report = serde_json::json!({
             "reference": arguments.reference.to_string(),

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -25,6 +26,7 @@ use crate::fill::{Fills, PAUSED, Policy};
 use crate::held::Held;
 use crate::known::Known;
 use crate::line::MOUNT;
+use crate::owner::{self, Owner};
 use crate::pins::Pins;
 use crate::records::{Records, image_record};
 use crate::resolve::{Resolved, resolve};
@@ -215,6 +217,10 @@ impl Node {
         }
         Policy::of(&request.fill)?;
         command_of(&request)?;
+        let owner_began = match request.owner {
+            0 => 0,
+            pid => Owner::find(pid).map_err(|error| NodeError::Owner { pid, error })?.began,
+        };
         let _reserved = self.reserve(Path::new(&request.directory))?;
         let mut asked = self.ask(&request)?;
         let Asked { sources, reference, .. } = &asked;
@@ -226,6 +232,7 @@ impl Node {
         let record = MountRecord {
             image: Some(image_record(&asked.reference.to_string(), &found)),
             request: Some(request),
+            owner_began,
             ..MountRecord::default()
         };
         let number = self.records.number();
@@ -358,6 +365,7 @@ impl Node {
         let (mount, number) = (Arc::clone(&mounted.mount), mounted.number);
         let path = mount.mountpoint().to_owned();
         let request = mounted.record.request.clone().unwrap_or_default();
+        let owner = owner::ended(request.owner, mounted.record.owner_began);
         if !mounted.record.detached {
             self.mounts.lock().insert(path.clone(), mounted);
         }
@@ -365,9 +373,20 @@ impl Node {
         let busy = self.busy();
         let node = Arc::clone(self);
         tokio::spawn(async move {
-            let report = starting.see(Arc::clone(&mount), boot).await;
-            started.send_replace(Some(known.unwrap_or(report)));
-            mount.wait().await;
+            let life = async {
+                let report = starting.see(Arc::clone(&mount), boot).await;
+                started.send_replace(Some(known.unwrap_or(report)));
+                mount.wait().await;
+            };
+            let mut life = pin!(life);
+            tokio::select! {
+                () = &mut life => {}
+                () = owner => {
+                    // an error means that somebody was faster
+                    let _ = node.unmount(&path, true).await;
+                    life.await;
+                }
+            }
             node.forget(&path, &mount);
             node.held.forget(&held_name(number));
             if !node.ending.load(Ordering::Relaxed) {

@@ -68,6 +68,15 @@ pub enum NodeError {
         #[source]
         error: io::Error,
     },
+    /// A mount is wanted for a process that is not there.
+    #[error("process {pid}, which is to own the mount, cannot be watched: {error}")]
+    Owner {
+        /// Its number.
+        pid: u32,
+        /// What the system said.
+        #[source]
+        error: io::Error,
+    },
     /// The cache cannot be opened.
     #[error(transparent)]
     Cache(#[from] CacheError),

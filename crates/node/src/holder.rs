@@ -292,7 +292,7 @@ impl Holder {
 }
 
 /// A descriptor that tokio waits on.
-fn watched(descriptor: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+pub(crate) fn watched(descriptor: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
     #[expect(unsafe_code, reason = "any type may say that it has another descriptor each time")]
     // SAFETY: an OwnedFd has the same descriptor for as long as it lives, and closes it when it ends
     let watched = unsafe { AsyncFd::register_with_interest(descriptor, interest) };

@@ -14,6 +14,7 @@ mod image;
 mod known;
 mod line;
 mod metrics;
+mod owner;
 mod pins;
 mod records;
 mod resolve;

@@ -89,8 +89,9 @@ impl Node {
             None => return self.lose(number, "its record names no image"),
         };
         let connection = self.held.find(&held_name(number));
-        if !record.mounted || (record.detached && connection.is_none()) {
-            // whoever asked for it has got an error, or nobody can reach it any more
+        let owned = record.request.as_ref().is_some_and(|request| request.owner != 0);
+        if !record.mounted || ((record.detached || owned) && connection.is_none()) {
+            // whoever asked for it has got an error, or nobody can reach it any more, or its owner's root directory is dead
             self.held.forget(&held_name(number));
             self.records.forget_mount(number);
             let _ = Mount::clear(&directory, &terms);
