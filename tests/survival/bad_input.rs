@@ -10,9 +10,10 @@ use anyhow::{Result, ensure};
 use lamina_testkit::image::Image;
 use lamina_testkit::mounts::mounts;
 use lamina_testkit::noise;
+use lamina_testkit::process::until;
 
 use crate::node::daemon;
-use crate::rig::{Rig, text};
+use crate::rig::{DEADLINE, Rig, text};
 
 fn pushed() -> Result<Rig> {
     let rig = Rig::new()?;
@@ -48,6 +49,25 @@ fn garbage_on_the_control_socket_harms_nobody_and_only_root_may_send_it() -> Res
     ensure!(!answer.windows(8).any(|text| text == b"HTTP/1.1"), "noise was answered as a request");
     drop(streams);
     rig.unmount()
+}
+
+#[test]
+fn a_daemon_whose_directory_was_moved_away_leaves_the_socket_of_the_next_one_alone() -> Result<()> {
+    let rig = pushed()?;
+    let mounted = rig.mount("a:t")?;
+    let before = daemon(&rig)?;
+    fs::rename(rig.path("cache"), rig.path("moved"))?;
+    rig.ok(&["mount", &rig.name("a:t"), &text(&rig.path("scratch"))])?;
+    let after = daemon(&rig)?;
+    ensure!(after != before, "nothing was moved");
+    // the only mount of the first goes, and with it the first
+    rustix::mount::unmount(&mounted, rustix::mount::UnmountFlags::empty())?;
+    until("the first daemon to end", DEADLINE, || {
+        Ok(rustix::process::test_kill_process(before).is_err().then_some(()))
+    })?;
+    ensure!(daemon(&rig)? == after, "nobody finds the second daemon any more");
+    ensure!(fs::read(rig.path("scratch/a"))? == b"a");
+    Ok(())
 }
 
 #[test]

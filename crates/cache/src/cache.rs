@@ -182,6 +182,12 @@ impl Cache {
         self.shared.disk.lock()
     }
 
+    /// Whether its directory is still found where it was opened. Where somebody has moved it away, what is there now may be
+    /// another process's.
+    pub fn is_in_place(&self) -> bool {
+        self.shared.disk.is_locked(&self.shared.config.directory)
+    }
+
     /// The counters now.
     pub fn snapshot(&self) -> Snapshot {
         Snapshot { disk_max_bytes: self.shared.config.bytes_max, ..self.shared.counters.snapshot() }

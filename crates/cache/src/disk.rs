@@ -13,10 +13,10 @@ mod open;
 mod segment;
 
 use std::collections::{HashMap, HashSet};
-use std::fs::{self, File};
+use std::fs::{self, File, Metadata};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -35,6 +35,9 @@ use crate::metrics::{Counters, add};
 /// Frames go to a segment in writes of up to so many bytes: a file system takes one long one several times as fast as many
 /// that are as long as a frame.
 const WRITE_BYTES: u64 = 1 << 20;
+
+/// The file in the directory that is locked by whoever owns it.
+const LOCK: &str = "lock";
 
 /// The directory of frames.
 pub(crate) struct Disk {
@@ -175,6 +178,13 @@ impl Disk {
     /// A copy of what the directory is locked by.
     pub(crate) fn lock(&self) -> io::Result<OwnedFd> {
         self.lock.as_fd().try_clone_to_owned()
+    }
+
+    /// Whether the lock of that directory is this one.
+    pub(crate) fn is_locked(&self, directory: &Path) -> bool {
+        let (ours, there) = (self.lock.metadata(), fs::metadata(directory.join(LOCK)));
+        let same = |ours: Metadata, there: Metadata| ours.dev() == there.dev() && ours.ino() == there.ino();
+        ours.is_ok_and(|ours| there.is_ok_and(|there| same(ours, there)))
     }
 
     /// Appends a record for each frame, all with one write, if they fit under the cap; whether they are on disk now.

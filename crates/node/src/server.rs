@@ -59,7 +59,9 @@ pub async fn serve(
         () = shutdown => {}
     }
     // whoever comes now finds no socket and starts another daemon, which waits for this one's lock
-    let _ = std::fs::remove_file(socket);
+    if node.cache.is_in_place() {
+        let _ = std::fs::remove_file(socket);
+    }
     node.unmount_all().await;
     node.held.done();
     Ok(())

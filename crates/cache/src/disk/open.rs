@@ -17,7 +17,7 @@ use super::evict::Marks;
 use super::index::{BATCH_MAX, Index, Location};
 use super::locations::Locations;
 use super::segment::{self, Kind, RecordHeader, SEGMENT_HEADER_BYTES, Segment};
-use super::{Disk, Writing, directory, segment_path};
+use super::{Disk, LOCK, Writing, directory, segment_path};
 use crate::CacheError;
 use crate::metrics::{Counters, add};
 
@@ -166,7 +166,7 @@ fn located(segment: u32, offset: u64, record: RecordHeader) -> (FrameId, Locatio
 /// Makes this process the owner of the directory: by the `inherited` lock of one that died, where there is one.
 fn lock(directory: &Path, inherited: Option<OwnedFd>) -> Result<File, CacheError> {
     let failed = |cause| CacheError::Directory { directory: directory.to_owned(), cause: Arc::new(cause) };
-    let path = directory.join("lock");
+    let path = directory.join(LOCK);
     let mut file = match inherited {
         Some(lock) => File::from(lock),
         None => {
