@@ -12,5 +12,7 @@ mod profile;
 mod pushing;
 #[path = "cli/rig.rs"]
 mod rig;
+#[path = "cli/running.rs"]
+mod running;
 #[path = "cli/seeing.rs"]
 mod seeing;

@@ -12,6 +12,8 @@ mod kill;
 mod leaks;
 #[path = "survival/node.rs"]
 mod node;
+#[path = "survival/owner.rs"]
+mod owner;
 #[expect(dead_code, reason = "other tests use the rest")]
 #[path = "e2e/proxy.rs"]
 mod proxy;

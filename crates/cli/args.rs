@@ -4,6 +4,7 @@ mod fsck;
 mod gc;
 mod limits;
 mod profile;
+mod run;
 mod storage;
 mod upstream;
 
@@ -21,6 +22,7 @@ pub(crate) use self::profile::{
     ProfileArguments, ProfileCommand, ProfileDrop, ProfileExport, ProfileImport, ProfilePush, ProfileRecord,
     ProfileShow,
 };
+pub(crate) use self::run::{InsideArguments, RunArguments};
 pub(crate) use self::storage::StorageArguments;
 pub(crate) use self::upstream::UpstreamArguments;
 use crate::source::SourceName;
@@ -38,6 +40,7 @@ pub(crate) struct Arguments {
 const EXAMPLES: &str = "Examples:
   lamina registry --storage /var/lib/lamina
   lamina push oci:layout:v1 localhost:5000/team/torch:v1
+  lamina run localhost:5000/team/torch:v1 -- python3 train.py
   lamina mount localhost:5000/team/torch:v1 /mnt/torch
   lamina unmount /mnt/torch
 
@@ -96,6 +99,9 @@ pub(crate) enum Command {
     Mount(MountArguments),
     /// Unmount an image
     Unmount(UnmountArguments),
+    Run(RunArguments),
+    #[command(hide = true)]
+    Inside(InsideArguments),
     /// Run the daemon that owns a cache directory (`lamina mount` starts one by itself)
     Node(NodeArguments),
     /// Show an image's layers, its tree, and how far its conversion is

@@ -4,6 +4,7 @@ mod artifact;
 pub(crate) mod doctor;
 pub(crate) mod fsck;
 pub(crate) mod gc;
+pub(crate) mod inside;
 pub(crate) mod inspect;
 pub(crate) mod mount;
 pub(crate) mod node;
@@ -12,6 +13,8 @@ pub(crate) mod prefetch;
 pub(crate) mod profile;
 pub(crate) mod push;
 pub(crate) mod registry;
+pub(crate) mod run;
+mod signals;
 pub(crate) mod stats;
 
 use anyhow::Result;

@@ -14,6 +14,10 @@ use tracing_subscriber::EnvFilter;
 
 use crate::args::{Arguments, Command, LogFormat};
 
+/// Something went wrong.
+const FAILED: u8 = 1;
+/// The same where the usual code could be the program's: as docker has it.
+const RUN_FAILED: u8 = 125;
 /// Ended by Ctrl-C or SIGTERM, as shells count it.
 const INTERRUPTED: u8 = 130;
 /// Ended by SIGPIPE, as shells count it.
@@ -26,14 +30,16 @@ fn main() -> ExitCode {
     end_at_closed_pipes();
     let arguments = match config::parse() {
         Ok(arguments) => arguments,
-        Err(error) => return complain(&error),
+        Err(error) => return complain(&error, FAILED),
     };
     if matches!(arguments.command, Command::Mount(_) | Command::Node(_)) {
         give_large_buffers_back();
     }
     start_logging(&arguments);
-    // a holder does next to nothing, and must not be in the way
+    let failure = if matches!(arguments.command, Command::Run(_)) { RUN_FAILED } else { FAILED };
+    // a holder does next to nothing, and must not be in the way; an init may have but one thread
     let mut runtime = match &arguments.command {
+        Command::Inside(_) => tokio::runtime::Builder::new_current_thread(),
         Command::Node(node) if !node.held => tokio::runtime::Builder::new_current_thread(),
         _ => tokio::runtime::Builder::new_multi_thread(),
     };
@@ -53,7 +59,7 @@ fn main() -> ExitCode {
         }
         Err(error) => match error.downcast_ref::<commands::Ended>() {
             Some(ended) => ExitCode::from(ended.0),
-            None => complain(&error),
+            None => complain(&error, failure),
         },
     }
 }
@@ -83,6 +89,8 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Push(it) => commands::push::run(it, common).await,
         Command::Mount(it) => commands::mount::run(it, common).await,
         Command::Unmount(it) => commands::mount::unmount(it).await,
+        Command::Run(it) => commands::run::run(it, common).await,
+        Command::Inside(it) => commands::inside::init(it).await,
         Command::Node(it) => commands::node::run(it, common).await,
         Command::Inspect(it) => commands::inspect::run(it, common).await,
         Command::Stats(it) => commands::stats::run(it).await,
@@ -97,7 +105,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
 }
 
 /// Says what went wrong, once, with its causes unless a message already contains the next.
-fn complain(error: &anyhow::Error) -> ExitCode {
+fn complain(error: &anyhow::Error, code: u8) -> ExitCode {
     let mut message = String::new();
     for cause in error.chain().map(ToString::to_string) {
         if message.is_empty() {
@@ -107,7 +115,8 @@ fn complain(error: &anyhow::Error) -> ExitCode {
         }
     }
     eprintln!("lamina: {message}");
-    ExitCode::FAILURE
+    let unstarted = error.downcast_ref::<commands::inside::Unstarted>();
+    ExitCode::from(unstarted.map_or(code, |unstarted| unstarted.code))
 }
 
 fn start_logging(arguments: &Arguments) {

@@ -4,32 +4,23 @@ use std::fs;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use lamina_testkit::image::Image;
+use lamina_testkit::image::{Image, Layer};
 use lamina_testkit::mounts::mounts;
 use lamina_testkit::noise;
-use lamina_testkit::process::{Process, run, until};
+use lamina_testkit::process::{Process, until};
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::rig::{DEADLINE, Rig, text};
+use crate::rig::{DEADLINE, Rig, programs, text};
 
 /// An image in which `/bin/cat` runs: this machine's, with the libraries that it needs.
 fn pushed() -> Result<Rig> {
     let rig = Rig::new()?;
-    let output = String::from_utf8(run(Command::new("ldd").arg("/bin/cat"))?.stdout)?;
-    let mut files = vec!["/bin/cat"];
-    files.extend(output.split_whitespace().filter(|word| word.starts_with('/')));
-    let files: Vec<_> = files.into_iter().map(|path| Ok((path, fs::read(path)?))).collect::<Result<_>>()?;
-    let image = Image::new()
-        .layer(|layer| {
-            files.iter().fold(layer, |layer, (path, bytes)| {
-                layer.file(path.trim_start_matches('/'), bytes.clone()).mode(0o755)
-            })
-        })
-        .layer(|layer| {
-            let layer = layer.file("data/second", noise(100_000, 2)).file("data/first", noise(1_000_000, 1));
-            layer.file("unread", noise(50_000, 3)).file("ready", "ready\n").fifo("fifo")
-        });
+    let cat = programs(Layer::new(), &["/bin/cat"])?;
+    let image = Image::new().layer(|_| cat).layer(|layer| {
+        let layer = layer.file("data/second", noise(100_000, 2)).file("data/first", noise(1_000_000, 1));
+        layer.file("unread", noise(50_000, 3)).file("ready", "ready\n").fifo("fifo")
+    });
     let source = rig.layout("layout", &image)?;
     rig.ok(&["push", &source, &rig.name("a:t")])?;
     Ok(rig)

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use lamina_testkit::compare::Compare;
-use lamina_testkit::image::Image;
+use lamina_testkit::image::{Image, Layer};
 use lamina_testkit::mounts::unmount_below;
 use lamina_testkit::noise;
 use lamina_testkit::process::{Process, run, until};
@@ -159,6 +159,18 @@ pub(crate) fn text(path: &Path) -> String {
 
 pub(crate) fn skopeo(arguments: &[&str]) -> Result<String> {
     Ok(String::from_utf8(run(Command::new("skopeo").args(arguments))?.stdout)?)
+}
+
+/// Adds programs of this machine, by their paths, with the libraries that they need.
+pub(crate) fn programs(layer: Layer, paths: &[&str]) -> Result<Layer> {
+    let output = String::from_utf8(run(Command::new("ldd").args(paths))?.stdout)?;
+    let libraries = output.split_whitespace().filter(|word| word.starts_with('/') && !word.ends_with(':'));
+    let mut files: Vec<&str> = paths.iter().copied().chain(libraries).collect();
+    files.sort_unstable();
+    files.dedup();
+    files.into_iter().try_fold(layer, |layer, path| {
+        Ok(layer.file(path.trim_start_matches('/'), std::fs::read(path)?).mode(0o755))
+    })
 }
 
 /// The real small image, as a source: made by `scripts/small-image`, found by `LAMINA_TEST_IMAGES`.

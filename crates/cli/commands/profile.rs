@@ -8,10 +8,11 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::path::Path;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use bytes::Bytes;
 use lamina_image::{
-    CommandKey, Descriptor, Digest, Document, PROFILE_ANNOTATION, PROFILE_BYTES_MAX, Profile, media_type,
+    CommandKey, Descriptor, Digest, Document, MANIFEST_BYTES_MAX, PROFILE_ANNOTATION, PROFILE_BYTES_MAX,
+    Process, Profile, media_type, parse_config,
 };
 use lamina_wire::{Client, Reference};
 
@@ -31,16 +32,16 @@ pub(crate) async fn run(arguments: ProfileArguments, common: Common) -> Result<(
 }
 
 /// An image that its registry has.
-struct Image<'a> {
+pub(super) struct Image<'a> {
     client: Client,
     reference: &'a Reference,
-    manifest: Digest,
+    pub(super) manifest: Digest,
     subject: Descriptor,
     document: Document,
 }
 
 impl<'a> Image<'a> {
-    async fn find(reference: &'a Reference, common: &Common) -> Result<Self> {
+    pub(super) async fn find(reference: &'a Reference, common: &Common) -> Result<Self> {
         let client = Client::new(&reference.host, client_config(common)?)?;
         let (fetched, document) = Remote::manifest(&client, reference, &host_platform()).await?;
         let subject = Descriptor::named(&fetched.media_type, fetched.digest, fetched.bytes.len() as u64);
@@ -49,6 +50,21 @@ impl<'a> Image<'a> {
 
     fn repository(&self) -> &str {
         &self.reference.repository
+    }
+
+    /// How it wants its programs run.
+    pub(super) async fn process(&self) -> Result<Process> {
+        let Document::Manifest(manifest) = &self.document else {
+            bail!("{} has no image for this machine", self.reference);
+        };
+        if !manifest.is_image() {
+            bail!("{} is an artifact of type {}", self.reference, manifest.config.media_type);
+        }
+        let max = MANIFEST_BYTES_MAX as u64;
+        let bytes = self.client.blob(self.repository(), manifest.config.digest, max).await?;
+        let config =
+            parse_config(manifest, &bytes).with_context(|| format!("{}: its config", self.reference))?;
+        Ok(config.config.unwrap_or_default())
     }
 
     /// What of an artifact type hangs on the image.

@@ -224,7 +224,7 @@ pub struct RootFs {
 }
 
 /// What an image runs.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
 pub struct Process {
     /// `NAME=value` each.

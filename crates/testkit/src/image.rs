@@ -37,7 +37,10 @@ const REF_NAME: &str = "org.opencontainers.image.ref.name";
 pub struct Image {
     layers: Vec<Layer>,
     command: Vec<String>,
+    entrypoint: Vec<String>,
     env: Vec<String>,
+    user: String,
+    working_dir: String,
 }
 
 impl Image {
@@ -55,6 +58,24 @@ impl Image {
     /// What a container of this image runs.
     pub fn command<'a>(mut self, words: impl IntoIterator<Item = &'a str>) -> Self {
         self.command = words.into_iter().map(str::to_owned).collect();
+        self
+    }
+
+    /// What stands before the command of its containers.
+    pub fn entrypoint<'a>(mut self, words: impl IntoIterator<Item = &'a str>) -> Self {
+        self.entrypoint = words.into_iter().map(str::to_owned).collect();
+        self
+    }
+
+    /// Who runs its containers: `user[:group]`.
+    pub fn user(mut self, user: &str) -> Self {
+        user.clone_into(&mut self.user);
+        self
+    }
+
+    /// Where its containers start.
+    pub fn working_dir(mut self, dir: &str) -> Self {
+        dir.clone_into(&mut self.working_dir);
         self
     }
 
@@ -85,7 +106,10 @@ impl Image {
         }
         let config = json!({
             "architecture": "amd64", "os": "linux",
-            "config": { "Env": self.env, "Cmd": self.command },
+            "config": {
+                "Env": self.env, "Cmd": self.command, "Entrypoint": self.entrypoint, "User": self.user,
+                "WorkingDir": self.working_dir,
+            },
             "rootfs": { "type": "layers", "diff_ids": diff_ids },
         });
         let config = layout.put(CONFIG, &serde_json::to_vec(&config)?)?;

@@ -1,0 +1,190 @@
+//! A program inside a mounted image: what `lamina run` and `lamina profile record` have in common.
+//!
+//! Between this process and the program stands the program's init: this binary again, as the first process of a namespace of
+//! process ids, in a mount namespace of its own. It makes the root directory (see `root.rs`), starts the program and ends with it
+//! (see `init.rs`). Whatever else the program has started is killed by the kernel then, and what is mounted there goes with the
+//! last of them; nobody outside ever sees it. The kernel kills the init when this process dies, however that comes about.
+
+mod init;
+mod root;
+mod user;
+
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus};
+
+use anyhow::{Context, Result};
+use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::process::{Pid, PidfdFlags, Signal, getpgrp, pidfd_open, pidfd_send_signal};
+use rustix::termios::tcsetpgrp;
+use rustix::thread::{UnshareFlags, unshare_unsafe};
+use serde::{Deserialize, Serialize};
+use tokio::sync::oneshot;
+
+pub(crate) use self::init::run as init;
+
+/// What shells add to the number of the signal that ended a program.
+const SIGNALLED: i32 = 128;
+/// Longer reasons for not starting are cut, in bytes.
+const REASON_BYTES_MAX: u64 = 64 << 10;
+
+/// A program and the image that it is to run in.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Plan {
+    /// A directory to mount things in, absolute; the image is mounted at [`Plan::image`].
+    pub(crate) directory: PathBuf,
+    pub(crate) changes: Changes,
+    pub(crate) volumes: Vec<Volume>,
+    /// The program and its arguments; never empty.
+    pub(crate) command: Vec<String>,
+    /// `NAME=value` each; of one name the last counts.
+    pub(crate) environment: Vec<String>,
+    /// Where it starts; the root directory if this is empty.
+    pub(crate) working_directory: String,
+    /// `user[:group]`, by name or number as the image knows them; root if this is empty.
+    pub(crate) user: String,
+    /// Whether the program gets the terminal that is ours: a shell there wants to hand it on, and to have it back.
+    pub(crate) terminal: bool,
+}
+
+impl Plan {
+    /// Where the image has to be mounted.
+    pub(crate) fn image(&self) -> PathBuf {
+        self.directory.join("image")
+    }
+}
+
+/// Where what the program writes goes to. None of it stays.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Changes {
+    Memory,
+    /// [`Plan::directory`].
+    Disk,
+    /// Nothing can be written.
+    Refused,
+}
+
+/// A file or directory of this machine that the program sees as well.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Volume {
+    /// Absolute.
+    pub(crate) host: PathBuf,
+    /// Absolute, in the image.
+    pub(crate) inside: PathBuf,
+    pub(crate) read_only: bool,
+}
+
+/// Why the program did not start, and what exit code docker has for that.
+#[derive(Debug, thiserror::Error, Serialize, Deserialize)]
+#[error("{message}")]
+pub(crate) struct Unstarted {
+    pub(crate) code: u8,
+    pub(crate) message: String,
+}
+
+/// A program's init. Dropping this kills the program.
+pub(crate) struct Running {
+    init: OwnedFd,
+    terminal: bool,
+    started: oneshot::Receiver<Result<()>>,
+    ended: oneshot::Receiver<io::Result<ExitStatus>>,
+}
+
+impl Running {
+    /// Begins to start the program. Its standard streams are ours.
+    pub(crate) async fn start(plan: Plan) -> Result<Self> {
+        let (began, init) = oneshot::channel();
+        let (start, started) = oneshot::channel();
+        let (end, ended) = oneshot::channel();
+        let terminal = plan.terminal;
+        // a thread of its own, since of its namespace nobody else wants to have children; and the kernel takes its end for that of
+        // the init's parent
+        std::thread::Builder::new().name("inside".into()).spawn(move || {
+            let (mut child, line) = match spawn() {
+                Ok(spawned) => spawned,
+                Err(error) => return drop(began.send(Err(error))),
+            };
+            // whoever waits for one of these may have gone; then the init is being killed
+            let _ = began.send(pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).map_err(Into::into));
+            let _ = start.send(agree(line, &plan));
+            let _ = end.send(child.wait());
+        })?;
+        let init = init.await.context("the thread that starts the program ended early")??;
+        Ok(Self { init, terminal, started, ended })
+    }
+
+    /// Returns once the program runs. *Errors*: also [`Unstarted`]. Once.
+    pub(crate) async fn started(&mut self) -> Result<()> {
+        (&mut self.started).await.context("the program's init ended early")?
+    }
+
+    /// The exit code of the program, as shells have it, once neither it nor anything that it has started runs. Once.
+    pub(crate) async fn ended(&mut self) -> Result<u8> {
+        let status = (&mut self.ended).await.context("nobody waits for the program's init")??;
+        if self.terminal {
+            take_terminal_back();
+        }
+        let code = status.code().or_else(|| Some(SIGNALLED + status.signal()?));
+        Ok(code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
+    }
+
+    /// Sends the program a signal, once it runs.
+    pub(crate) fn signal(&self, signal: Signal) {
+        // it may have ended just now
+        let _ = pidfd_send_signal(&self.init, signal);
+    }
+
+    /// Kills everything in there, and returns when it is dead.
+    pub(crate) async fn kill(&mut self) {
+        self.signal(Signal::KILL);
+        let _ = self.ended().await;
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.signal(Signal::KILL);
+    }
+}
+
+/// Has the group of this process in the foreground of its terminal again.
+#[expect(unsafe_code, reason = "rustix has no signal dispositions")]
+fn take_terminal_back() {
+    // SAFETY: nothing is called when the signal comes
+    unsafe { libc::signal(libc::SIGTTOU, libc::SIG_IGN) };
+    // an error means that the terminal has gone
+    let _ = tcsetpgrp(io::stdin(), getpgrp());
+}
+
+/// Starts an init, in a namespace of process ids, and gives our end of the line to it. *Cost*: the calling thread has all
+/// its later children there.
+#[expect(unsafe_code, reason = "there is no safe call for namespaces")]
+fn spawn() -> Result<(Child, UnixStream)> {
+    // SAFETY: file descriptors stay shared
+    unsafe { unshare_unsafe(UnshareFlags::NEWPID) }.context("a namespace of process ids: are you root?")?;
+    let (ours, theirs) = UnixStream::pair()?;
+    fcntl_setfd(&theirs, FdFlags::empty())?;
+    // this very binary, though another may have taken its path
+    let mut command = Command::new("/proc/self/exe");
+    command.arg("inside").arg(theirs.as_raw_fd().to_string());
+    Ok((command.spawn().context("the program's init cannot be started")?, ours))
+}
+
+/// Tells the init what to do. Returns when the program runs.
+fn agree(mut line: UnixStream, plan: &Plan) -> Result<()> {
+    // from here on it dies with us
+    line.read_exact(&mut [0]).context("the program's init ended early")?;
+    serde_json::to_writer(&line, plan).context("the program's init does not listen")?;
+    line.flush()?;
+    line.shutdown(Shutdown::Write)?;
+    let mut answer = Vec::new();
+    line.take(REASON_BYTES_MAX).read_to_end(&mut answer)?;
+    if answer.is_empty() {
+        return Ok(());
+    }
+    Err(serde_json::from_slice::<Unstarted>(&answer).context("what the program's init said")?.into())
+}

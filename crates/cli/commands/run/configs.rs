@@ -1,0 +1,121 @@
+//! How images want their programs run, as their registries last said. So an image that the node has can be run while nobody
+//! answers, and one that has not changed a request sooner.
+//!
+//! One small JSON file a reference. Every file can be deleted; it is written again at the next run.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use lamina_image::{Digest, Process};
+use lamina_wire::Reference;
+use serde::{Deserialize, Serialize};
+
+/// Where they are in a cache directory.
+const CONFIGS: &str = "configs";
+/// References that are remembered, some kilobytes each; the oldest are forgotten.
+const CONFIGS_MAX: usize = 1024;
+/// What a config says of programs is not kept where it is longer than this, in bytes.
+const FILE_BYTES_MAX: u64 = 64 << 10;
+
+/// The directory.
+pub(super) struct Configs(PathBuf);
+
+/// What a reference meant.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Known {
+    reference: String,
+    /// The digest of its manifest.
+    pub(super) manifest: String,
+    pub(super) process: Process,
+}
+
+impl Configs {
+    pub(super) fn of(cache: &Path) -> Self {
+        Self(cache.join(CONFIGS))
+    }
+
+    fn path(&self, reference: &str) -> PathBuf {
+        self.0.join(format!("{}.json", Digest::of(reference.as_bytes()).hex()))
+    }
+
+    /// What a reference meant when it was last run. Blocks for one small read.
+    pub(super) fn find(&self, reference: &Reference) -> Option<Known> {
+        let reference = reference.to_string();
+        let mut bytes = Vec::new();
+        File::open(self.path(&reference)).ok()?.take(FILE_BYTES_MAX).read_to_end(&mut bytes).ok()?;
+        let known: Known = serde_json::from_slice(&bytes).ok()?;
+        Some(known).filter(|known| known.reference == reference)
+    }
+
+    /// Remembers it. A failure costs a request later, and nothing else.
+    pub(super) fn remember(&self, reference: &Reference, manifest: String, process: Process) -> Known {
+        let known = Known { reference: reference.to_string(), manifest, process };
+        if let Err(error) = self.write(&known) {
+            tracing::debug!(%reference, %error, "its config cannot be remembered");
+        }
+        known
+    }
+
+    fn write(&self, known: &Known) -> io::Result<()> {
+        fs::create_dir_all(&self.0)?;
+        let path = self.path(&known.reference);
+        let bytes = serde_json::to_vec(known)?;
+        if bytes.len() as u64 > FILE_BYTES_MAX {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        if !path.exists() {
+            self.shrink()?;
+        }
+        let mut file = tempfile::NamedTempFile::new_in(&self.0)?;
+        file.write_all(&bytes)?;
+        file.persist(path).map_err(|error| error.error)?;
+        Ok(())
+    }
+
+    /// Forgets the oldest until one more has room.
+    fn shrink(&self) -> io::Result<()> {
+        let mut aged = Vec::new();
+        for entry in fs::read_dir(&self.0)? {
+            let path = entry?.path();
+            let modified = fs::metadata(&path).and_then(|found| found.modified());
+            aged.push((modified.unwrap_or(SystemTime::UNIX_EPOCH), path));
+        }
+        aged.sort();
+        aged.truncate((aged.len() + 1).saturating_sub(CONFIGS_MAX));
+        aged.into_iter().try_for_each(|(_, path)| fs::remove_file(path))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_remembered_is_found_and_what_is_damaged_is_unknown() {
+        let cache = tempfile::tempdir().unwrap();
+        let configs = Configs::of(cache.path());
+        let reference: Reference = "localhost:5000/a:t".parse().unwrap();
+        let other: Reference = "localhost:5000/a:u".parse().unwrap();
+        assert_eq!(configs.find(&reference), None);
+        let process = Process { cmd: vec!["x".into()], user: "app".into(), ..Process::default() };
+        let known = configs.remember(&reference, "sha256:0".into(), process);
+        assert_eq!(configs.find(&reference), Some(known));
+        assert_eq!(configs.find(&other), None);
+        for damage in [&b""[..], b"{}", b"\xff"] {
+            fs::write(configs.path(&reference.to_string()), damage).unwrap();
+            assert_eq!(configs.find(&reference), None);
+        }
+    }
+
+    #[test]
+    fn a_config_that_is_too_long_is_not_kept() {
+        let cache = tempfile::tempdir().unwrap();
+        let configs = Configs::of(cache.path());
+        let reference: Reference = "localhost:5000/a:t".parse().unwrap();
+        let process = Process { cmd: vec!["x".repeat(100_000)], ..Process::default() };
+        configs.remember(&reference, "sha256:0".into(), process);
+        assert_eq!(configs.find(&reference), None);
+    }
+}
