@@ -6,12 +6,13 @@ use std::sync::Arc;
 use http::{HeaderValue, Response, StatusCode, header};
 use lamina_chunk::PackId;
 use lamina_image::Digest;
-use lamina_store::Repo;
+use lamina_store::{Content, Repo};
 
 use crate::ApiError;
 use crate::api::{Answer, Api, Head, empty, etag_of, not_modified};
 use crate::body::{Body, full, streamed};
 use crate::range::{Wanted, bounded, wanted};
+use crate::sendfile;
 use crate::upstream::{Brought, Upstream};
 
 /// What an answer carries: which bytes of a blob of `size`, or all.
@@ -77,8 +78,17 @@ impl Api {
         let Some(range) = head.header(header::RANGE).and_then(bounded) else { return Ok(None) };
         // whatever is wrong shows again where it is asked for step by step
         let Ok(Some(part)) = self.store.part_in(repo, digest, range).await else { return Ok(None) };
-        let body = streamed(part.bytes, self.metrics.sent.clone());
+        let body = self.sent(part.bytes);
         Ok(Some(Download { size: part.size, status: StatusCode::PARTIAL_CONTENT, range: part.range, body }))
+    }
+
+    /// What an answer to a client carries of the store.
+    pub(crate) fn sent(&self, content: Content) -> Body {
+        let bytes = match self.config().tls {
+            None => sendfile::frames(content),
+            Some(_) => content.into_stream(),
+        };
+        streamed(bytes, self.metrics.sent.clone())
     }
 
     async fn read_any(&self, head: &Head, repo: &Repo, digest: Digest) -> Result<Download, ApiError> {
@@ -103,10 +113,7 @@ impl Api {
         };
         let body = match is_head {
             true => nothing(),
-            false => {
-                let bytes = self.store.read_blob(digest, blob, range.clone()).await?;
-                streamed(bytes, self.metrics.sent.clone())
-            }
+            false => self.sent(self.store.read_blob(digest, blob, range.clone()).await?),
         };
         Ok(Download { size, status, range, body })
     }

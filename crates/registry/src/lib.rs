@@ -31,6 +31,7 @@ mod queue;
 mod range;
 mod reach;
 mod route;
+mod sendfile;
 mod server;
 mod stall;
 mod tls;

@@ -7,7 +7,7 @@ use lamina_store::{Blob, Referrer, Repo, StoreError};
 
 use crate::ApiError;
 use crate::api::{Answer, Api, Head, empty, etag_of, not_modified};
-use crate::body::{full, streamed};
+use crate::body::full;
 use crate::put::OUR_ARTIFACTS;
 use crate::route::Target;
 
@@ -35,7 +35,7 @@ impl Api {
             // as a stream, so that many slow readers of long manifests do not each hold a whole one
             false => {
                 let bytes = self.store.read_blob(digest, Blob::Stored { size }, 0..size).await;
-                streamed(bytes.map_err(|error| missing(error, unknown))?, self.metrics.sent.clone())
+                self.sent(bytes.map_err(|error| missing(error, unknown))?)
             }
         };
         let mut response = Response::new(body);

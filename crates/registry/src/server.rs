@@ -22,6 +22,7 @@ use crate::api::Api;
 use crate::convert::Converter;
 use crate::learn::Learner;
 use crate::metrics::{Metrics, Open};
+use crate::sendfile::Direct;
 use crate::stall::Stalling;
 
 /// A head of a request is at most this long, and frames of bodies too, in bytes.
@@ -116,11 +117,11 @@ async fn accept(listener: &TcpListener, api: &Arc<Api>, graceful: &GracefulShutd
 }
 
 /// The connection as requests come on it.
-async fn secured(stream: TcpStream, api: &Api) -> io::Result<Either<TcpStream, TlsStream<TcpStream>>> {
+async fn secured(stream: TcpStream, api: &Api) -> io::Result<Either<Direct, TlsStream<TcpStream>>> {
     // a socket that refuses this option is still a good one
     let _ = stream.set_nodelay(true);
     match &api.config().tls {
-        None => Ok(Either::Left(stream)),
+        None => Ok(Either::Left(Direct(stream))),
         Some(tls) => {
             let accepted = timeout(HANDSHAKE, tls.accept(stream)).await;
             accepted.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())).map(Either::Right)
@@ -129,7 +130,7 @@ async fn secured(stream: TcpStream, api: &Api) -> io::Result<Either<TcpStream, T
 }
 
 fn connection(
-    stream: Either<TcpStream, TlsStream<TcpStream>>,
+    stream: Either<Direct, TlsStream<TcpStream>>,
     peer: SocketAddr,
     api: &Arc<Api>,
 ) -> impl hyper_util::server::graceful::GracefulConnection<Error = hyper::Error> + Send + use<> {

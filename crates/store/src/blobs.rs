@@ -8,7 +8,7 @@ use lamina_image::{Digest, Recipe};
 
 use crate::objects::Objects;
 use crate::record::LayerRecord;
-use crate::{ByteStream, Store, StoreError, keys};
+use crate::{Content, Store, StoreError, keys};
 
 /// Recipes over 512 MiB are refused: enough for a layer of 300 GiB.
 const RECIPE_BYTES_MAX: u64 = 512 << 20;
@@ -37,7 +37,7 @@ pub struct BlobPart {
     /// Which they are; at least one.
     pub range: Range<u64>,
     /// They.
-    pub bytes: ByteStream,
+    pub bytes: Content,
 }
 
 impl std::fmt::Debug for BlobPart {
@@ -83,11 +83,11 @@ impl Store {
         digest: Digest,
         blob: Blob,
         range: Range<u64>,
-    ) -> Result<ByteStream, StoreError> {
+    ) -> Result<Content, StoreError> {
         assert!(range.start <= range.end && range.end <= blob.size(), "{range:?} of {blob:?}");
         let recipe = match blob {
             Blob::Stored { size } => {
-                if let Some(body) = self.objects.stream(&keys::blob(digest), range.clone()).await? {
+                if let Some(body) = self.objects.content(&keys::blob(digest), range.clone()).await? {
                     return Ok(body);
                 }
                 // an original that was dropped since somebody looked
@@ -98,7 +98,7 @@ impl Store {
             }
             Blob::Rebuilt { recipe, .. } => recipe,
         };
-        self.rebuild(Arc::new(self.recipe(recipe).await?), range).await
+        self.rebuild(Arc::new(self.recipe(recipe).await?), range).await.map(Content::Stream)
     }
 
     /// A whole stored blob, of at most `limit` bytes.

@@ -1,4 +1,4 @@
-//! Files as bodies, in frames of [`FRAME_BYTES`].
+//! What objects hold, on its way out: files in frames of [`FRAME_BYTES`], and streams.
 //!
 //! Budget: a registry serves the same file to many readers from the page cache, and is measured against sendfile. So what
 //! is cached is read where it is asked for, without a thread in between, into buffers that are used again: a new one of
@@ -58,24 +58,72 @@ impl Drop for Frame {
     }
 }
 
-/// The bytes of a range of a file, which must lie inside.
-pub(crate) fn file_frames(file: File, range: Range<u64>) -> ByteStream {
-    let file = Arc::new(file);
-    let frames = stream::try_unfold(range, move |range| {
-        let file = Arc::clone(&file);
-        async move {
-            if range.is_empty() {
-                return Ok(None);
-            }
-            let len = FRAME_BYTES.min(range.end - range.start);
-            let frame = read(file, range.start, usize::try_from(len).expect("at most 1 MiB")).await;
-            let wrong =
-                |error: io::Error| object_store::Error::Generic { store: "file", source: error.into() };
-            let frame = frame.map_err(|error| StoreError::Object(wrong(error)))?;
-            Ok(Some((Bytes::from_owner(frame), range.start + len..range.end)))
+/// The bytes of an object, or of a range of it.
+pub enum Content {
+    /// They lie in a file, from where the kernel can send them by itself.
+    File(FileRange),
+    /// They come from elsewhere.
+    Stream(ByteStream),
+}
+
+impl Content {
+    /// The bytes as they come, in frames of [`FRAME_BYTES`], the last one shorter.
+    pub fn into_stream(self) -> ByteStream {
+        match self {
+            Self::File(part) => part.into_stream(),
+            Self::Stream(bytes) => bytes,
         }
-    });
-    frames.boxed()
+    }
+}
+
+impl std::fmt::Debug for Content {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::File(part) => part.fmt(f),
+            Self::Stream(_) => f.write_str("Stream"),
+        }
+    }
+}
+
+/// Bytes of a file, which is as long as that and is not written any more.
+#[derive(Clone, Debug)]
+pub struct FileRange {
+    file: Arc<File>,
+    range: Range<u64>,
+}
+
+impl FileRange {
+    /// The bytes `range` of `file`.
+    pub fn new(file: File, range: Range<u64>) -> Self {
+        Self { file: Arc::new(file), range }
+    }
+
+    /// The file.
+    pub fn file(&self) -> &Arc<File> {
+        &self.file
+    }
+
+    /// Cuts off the next frame, at most [`FRAME_BYTES`], and gives where it lies; `None` at the end.
+    pub fn next_frame(&mut self) -> Option<(u64, usize)> {
+        let (start, len) = (self.range.start, FRAME_BYTES.min(self.range.end - self.range.start));
+        self.range.start += len;
+        (len > 0).then(|| (start, usize::try_from(len).expect("at most 1 MiB")))
+    }
+
+    /// Reads a frame that [`next_frame`](Self::next_frame) gave. Fails where the file cannot be read, or has become shorter.
+    pub async fn read(&self, (offset, len): (u64, usize)) -> Result<Bytes, StoreError> {
+        let wrong = |error: io::Error| object_store::Error::Generic { store: "file", source: error.into() };
+        let frame = read(self.file.clone(), offset, len).await;
+        frame.map(Bytes::from_owner).map_err(|error| StoreError::Object(wrong(error)))
+    }
+
+    fn into_stream(self) -> ByteStream {
+        let frames = stream::try_unfold(self, |mut part| async move {
+            let Some(frame) = part.next_frame() else { return Ok(None) };
+            Ok(Some((part.read(frame).await?, part)))
+        });
+        frames.boxed()
+    }
 }
 
 async fn read(file: Arc<File>, offset: u64, len: usize) -> io::Result<Frame> {
@@ -113,8 +161,8 @@ mod tests {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&bytes).unwrap();
         for range in [0..0, 0..1, 3..FRAME_LEN + 3, 0..bytes.len(), bytes.len() - 1..bytes.len()] {
-            let frames = file_frames(file.try_clone().unwrap(), range.start as u64..range.end as u64);
-            let frames: Vec<Bytes> = frames.try_collect().await.unwrap();
+            let part = FileRange::new(file.try_clone().unwrap(), range.start as u64..range.end as u64);
+            let frames: Vec<Bytes> = part.into_stream().try_collect().await.unwrap();
             assert!(frames.concat() == bytes[range.clone()], "{range:?}");
             assert!(frames.iter().rev().skip(1).all(|frame| frame.len() == FRAME_LEN));
         }
@@ -124,7 +172,7 @@ mod tests {
     async fn a_file_that_became_shorter_is_an_error_and_not_a_short_body() {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&[1; 1000]).unwrap();
-        let frames: Result<Vec<Bytes>, _> = file_frames(file, 0..2000).try_collect().await;
+        let frames: Result<Vec<Bytes>, _> = FileRange::new(file, 0..2000).into_stream().try_collect().await;
         assert!(frames.is_err());
     }
 

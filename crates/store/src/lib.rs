@@ -42,6 +42,7 @@ mod upload;
 pub use blobs::{Blob, BlobPart};
 pub use check::Proof;
 pub use error::StoreError;
+pub use frames::{Content, FileRange};
 pub use fsck::{Damage, FsckReport, Wrong};
 pub use gc::{GcAmount, GcConfig, GcRepacked, GcReport, Keeper};
 

@@ -15,7 +15,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::StoreError;
-use crate::frames::file_frames;
+use crate::frames::{Content, FileRange};
 use crate::lease::Lease;
 
 /// Bodies come in frames of 1 MiB, the last one shorter: an HTTP server is twice as fast with them as with 64 KiB.
@@ -131,11 +131,16 @@ impl Objects {
         key: &Path,
         range: Range<u64>,
     ) -> Result<Option<ByteStream>, StoreError> {
+        Ok(self.content(key, range).await?.map(Content::into_stream))
+    }
+
+    /// The same, for whoever can send files as such.
+    pub(crate) async fn content(&self, key: &Path, range: Range<u64>) -> Result<Option<Content>, StoreError> {
         if range.is_empty() {
-            return Ok(self.exists(key).await?.then(|| stream::empty().boxed()));
+            return Ok(self.exists(key).await?.then(|| Content::Stream(stream::empty().boxed())));
         }
         let options = GetOptions { range: Some(GetRange::Bounded(range)), ..GetOptions::default() };
-        Ok(present(self.raw.get_opts(key, options).await)?.map(frames))
+        Ok(present(self.raw.get_opts(key, options).await)?.map(content_of))
     }
 
     /// As much of a range as lies inside the object, where it begins there: the bytes, which they are, and how long the object is.
@@ -144,13 +149,13 @@ impl Objects {
         &self,
         key: &Path,
         range: Range<u64>,
-    ) -> Result<Option<(ByteStream, Range<u64>, u64)>, StoreError> {
+    ) -> Result<Option<(Content, Range<u64>, u64)>, StoreError> {
         let options = GetOptions { range: Some(GetRange::Bounded(range.clone())), ..GetOptions::default() };
         let Some(result) = present(self.raw.get_opts(key, options).await)? else { return Ok(None) };
         let (part, size) = (result.range.clone(), result.meta.size);
         // not every storage refuses what begins beyond the end
         let is_it = part.start == range.start && part.end == range.end.min(size) && !part.is_empty();
-        Ok(is_it.then(|| (frames(result), part, size)))
+        Ok(is_it.then(|| (content_of(result), part, size)))
     }
 
     pub(crate) async fn json<T: DeserializeOwned>(&self, key: &Path) -> Result<Option<T>, StoreError> {
@@ -236,12 +241,11 @@ fn present<T>(result: object_store::Result<T>) -> object_store::Result<Option<T>
     }
 }
 
-/// The body in frames of [`FRAME_BYTES`].
-fn frames(result: GetResult) -> ByteStream {
+fn content_of(result: GetResult) -> Content {
     let range = result.range.clone();
     match result.payload {
-        GetResultPayload::File(file, _) => file_frames(file, range),
-        GetResultPayload::Stream(body) => coalesce(body.map_err(StoreError::from).boxed()),
+        GetResultPayload::File(file, _) => Content::File(FileRange::new(file, range)),
+        GetResultPayload::Stream(body) => Content::Stream(coalesce(body.map_err(StoreError::from).boxed())),
     }
 }
 

@@ -33,7 +33,7 @@ impl BlobReader {
 
     async fn open(store: &Store, digest: Digest) -> Result<ByteStream, StoreError> {
         let blob = store.blob(digest).await?.ok_or(StoreError::Missing(digest))?;
-        store.read_blob(digest, blob, 0..blob.size()).await
+        Ok(store.read_blob(digest, blob, 0..blob.size()).await?.into_stream())
     }
 }
 

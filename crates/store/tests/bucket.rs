@@ -27,7 +27,7 @@ async fn upload(store: &Store, repo: &Repo, bytes: &[u8]) -> Result<Digest, Stor
 
 async fn read(store: &Store, digest: Digest) -> Vec<u8> {
     let blob = store.blob(digest).await.unwrap().unwrap();
-    let body = store.read_blob(digest, blob, 0..blob.size()).await.unwrap();
+    let body = store.read_blob(digest, blob, 0..blob.size()).await.unwrap().into_stream();
     let frames: Vec<Bytes> = body.try_collect().await.unwrap();
     frames.concat()
 }
