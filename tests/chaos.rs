@@ -5,7 +5,7 @@
 //! It shows: no wrong byte, no error, nobody stuck, and no wait beyond [`programs::STALL_MAX`]. It takes a minute; longer with
 //! `LAMINA_CHAOS_SECONDS=600`, and again as it was with the `LAMINA_CHAOS_SEED` that it prints.
 //!
-//! Needs root and `/dev/fuse`. Without them it fails; it is not skipped.
+//! Needs root, `/dev/fuse` and libfaketime. Without them it fails; it is not skipped.
 
 #[path = "chaos/clock.rs"]
 mod clock;
