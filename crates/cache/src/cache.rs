@@ -197,6 +197,11 @@ impl Cache {
         self.shared.writer.flush()
     }
 
+    /// The same without blocking.
+    pub async fn flushed(&self) -> bool {
+        self.shared.writer.drained().await
+    }
+
     /// Waits for a frame until whoever calls this gives up. A fetch that failed for another mount's source is tried with
     /// this one; a reader tries again as long as that may help.
     async fn landed(
