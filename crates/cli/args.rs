@@ -173,7 +173,7 @@ pub(crate) struct PushArguments {
 
 #[derive(Args, Clone, Debug)]
 pub(crate) struct CacheArguments {
-    /// The cache directory; all mounts that name the same one share it
+    /// The cache directory, on a local disk; all mounts that name the same one share it
     #[arg(
         id = "cache",
         long = "cache",

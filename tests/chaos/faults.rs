@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
+use crate::clock::Clock;
 use crate::line::{Line, Weather};
 use crate::node::{daemon, holder, kill, successor};
 use crate::rig::Rig;
@@ -44,12 +45,13 @@ pub(crate) enum Fault {
     FramesRot,
     DiskFull,
     Upgrade,
+    ClockStepped,
     Nothing,
 }
 
 impl Fault {
     pub(crate) fn any(chance: &mut Chance) -> Self {
-        match chance.below(12) {
+        match chance.below(14) {
             0..=2 => Self::NodeKilled,
             3 => Self::HolderKilled,
             4 => Self::RegistryKilled,
@@ -59,6 +61,7 @@ impl Fault {
             8 => Self::FramesRot,
             9 => Self::DiskFull,
             10 => Self::Upgrade,
+            11..=12 => Self::ClockStepped,
             _ => Self::Nothing,
         }
     }
@@ -69,6 +72,7 @@ pub(crate) struct World<'a> {
     pub(crate) rig: &'a mut Rig,
     pub(crate) lines: &'a [Line; 2],
     pub(crate) cache: &'a Path,
+    pub(crate) clock: &'a Clock,
     pub(crate) chance: &'a mut Chance,
 }
 
@@ -103,6 +107,10 @@ impl World<'_> {
             Fault::FramesRot => self.rot()?,
             Fault::DiskFull => self.fill()?,
             Fault::Upgrade => drop(self.rig.ok(&["node", "upgrade"])?),
+            Fault::ClockStepped => {
+                self.clock.step_anywhere(self.chance)?;
+                pass(self.chance.time(100, 1000));
+            }
             Fault::Nothing => pass(self.chance.time(100, 1000)),
         }
         Ok(())

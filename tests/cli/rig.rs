@@ -17,17 +17,23 @@ pub(crate) const DEADLINE: Duration = Duration::from_secs(90);
 pub(crate) struct Rig {
     pub(crate) registry: Option<Process>,
     pub(crate) address: String,
+    /// What every process is started with besides the test's own environment.
+    environment: Vec<(&'static str, String)>,
     directory: tempfile::TempDir,
 }
 
 impl Rig {
     pub(crate) fn new() -> Result<Self> {
+        Self::with_environment(Vec::new())
+    }
+
+    pub(crate) fn with_environment(environment: Vec<(&'static str, String)>) -> Result<Self> {
         ensure!(Path::new("/dev/fuse").exists(), "these tests need /dev/fuse and root");
         let directory = tempfile::tempdir()?;
         for name in ["mount", "scratch", "tmp"] {
             std::fs::create_dir(directory.path().join(name))?;
         }
-        let mut rig = Self { registry: None, address: String::new(), directory };
+        let mut rig = Self { registry: None, address: String::new(), environment, directory };
         rig.start_registry()?;
         Ok(rig)
     }
@@ -40,6 +46,7 @@ impl Rig {
     pub(crate) fn start_registry_on(&mut self, address: &str) -> Result<()> {
         let mut command = Command::new(env!("CARGO_BIN_EXE_lamina"));
         command.args(["registry", "--listen", address, "--storage"]).arg(self.path("storage"));
+        command.envs(self.environment.iter().cloned());
         let mut process = Process::spawn("registry", &mut command)?;
         let line = process.wait_line("listening on ", DEADLINE)?;
         self.address = line.rsplit('/').next().context("an address")?.to_owned();
@@ -65,6 +72,7 @@ impl Rig {
     pub(crate) fn lamina(&self, arguments: &[&str]) -> Result<Output> {
         let mut command = Command::new(env!("CARGO_BIN_EXE_lamina"));
         command.args(arguments).env("LAMINA_CACHE", self.path("cache")).env("TMPDIR", self.path("tmp"));
+        command.envs(self.environment.iter().cloned());
         Ok(command.output()?)
     }
 

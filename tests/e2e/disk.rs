@@ -11,10 +11,10 @@ use anyhow::{Context, Result, ensure};
 use lamina_testkit::image::Image;
 use lamina_testkit::mounts::MountGuard;
 use lamina_testkit::noise;
-use lamina_testkit::process::run;
+use lamina_testkit::process::{run, until};
 use rustix::mount::MountFlags;
 
-use crate::rig::{Rig, text};
+use crate::rig::{DEADLINE, Rig, text};
 
 const FILES: u64 = 6;
 const FILE_BYTES: usize = 4_000_000;
@@ -44,7 +44,7 @@ fn reads_right(mounted: &Path, number: u64) -> Result<()> {
 }
 
 /// What the segment files of a cache take now. Files that go meanwhile are not counted.
-fn segment_bytes(cache: &Path) -> u64 {
+pub(crate) fn segment_bytes(cache: &Path) -> u64 {
     let files = fs::read_dir(cache.join("segments")).into_iter().flatten().flatten();
     files.filter_map(|file| Some(file.metadata().ok()?.size())).sum()
 }
@@ -118,6 +118,16 @@ impl Drop for Disk {
     }
 }
 
+impl Disk {
+    /// Makes the file system take nothing any more, as ext4 does after an error where it is told to.
+    fn turn_read_only(&self) -> Result<()> {
+        run(Command::new("mount").args(["-o", "remount,errors=remount-ro"]).arg(self._mounted.path()))?;
+        let name = Path::new(&self.device).file_name().context("a device")?;
+        let trigger = Path::new("/sys/fs/ext4").join(name).join("trigger_fs_error");
+        Ok(fs::write(trigger, "a test")?)
+    }
+}
+
 #[test]
 fn a_full_disk_leaves_a_working_mount() -> Result<()> {
     let rig = Rig::new()?;
@@ -174,5 +184,76 @@ fn a_directory_that_is_not_this_nodes_is_refused_and_left_as_it_is() -> Result<(
     rig.ok(&["mount", &name, &mounted])?;
     let second = rig.fails(&["node", "--cache", &text(&cache)])?;
     ensure!(second.contains("is in use by process"), "{second}");
+    rig.unmount()
+}
+
+#[test]
+fn a_disk_that_turns_read_only_leaves_a_working_mount_and_is_named_at_the_next_start() -> Result<()> {
+    let rig = Rig::new()?;
+    let name = push(&rig, 1)?;
+    let disk = Disk::new(&rig)?;
+    let mounted = rig.path("mount");
+    rig.ok(&["mount", "--no-boot", "--no-trace", &name, &text(&mounted)])?;
+    fs::read(mounted.join("file-0"))?;
+    disk.turn_read_only()?;
+    reads_right(&mounted, 1)?;
+    ensure!(rig.counter("disk_failures")? > 0, "the disk never failed");
+    ensure!(rig.counter("verify_failures")? == 0);
+    let node = rig.json(&["stats"])?["pid"].to_string();
+    rig.unmount()?;
+    // its socket cannot be removed from such a disk
+    until("the node to end", DEADLINE, || Ok((!Path::new("/proc").join(&node).exists()).then_some(())))?;
+    let said = rig.fails(&["mount", &name, &text(&mounted)])?;
+    ensure!(said.contains(&text(&rig.path("cache"))) && said.contains("read-only"), "{said}");
+    Ok(())
+}
+
+#[test]
+fn a_directory_on_a_read_only_mount_is_refused_until_it_can_be_written() -> Result<()> {
+    let mut rig = Rig::new()?;
+    let name = push(&rig, 1)?;
+    let (cache, mounted) = (rig.path("cache"), rig.path("mount"));
+    fs::create_dir(&cache)?;
+    rustix::mount::mount("tmpfs", &cache, "tmpfs", MountFlags::empty(), c"size=64m,mode=0700")?;
+    let _guard = MountGuard::new(&cache);
+    rig.ok(&["mount", "--no-boot", "--no-trace", &name, &text(&mounted)])?;
+    reads_right(&mounted, 1)?;
+    rig.unmount()?;
+    rig.node_ended()?;
+    let remount = |how| run(Command::new("mount").args(["-o", how]).arg(&cache));
+    // as long as a process of the node has its log open, it is busy
+    until("the directory to be let go", DEADLINE, || Ok(remount("remount,ro").ok()))?;
+    for command in ["mount", "prefetch"] {
+        let arguments = [command, &name, &text(&mounted)];
+        let said = rig.fails(&arguments[..if command == "mount" { 3 } else { 2 }])?;
+        ensure!(said.contains(&text(&cache)) && said.contains("read-only; remount it"), "{said}");
+    }
+    let seen = String::from_utf8(rig.lamina(&["doctor"])?.stdout)?;
+    ensure!(seen.contains(&text(&cache)) && seen.contains("read-only; remount it"), "{seen}");
+    remount("remount,rw")?;
+    drop(rig.registry.take());
+    rig.ok(&["mount", "--no-boot", "--no-trace", "--deadline", "3", &name, &text(&mounted)])?;
+    reads_right(&mounted, 1)?;
+    rig.unmount()
+}
+
+#[test]
+fn a_directory_on_another_machine_is_refused_and_left_as_it_is() -> Result<()> {
+    let rig = Rig::new()?;
+    let name = push(&rig, 1)?;
+    let image = Image::new().layer(|layer| layer.dir("cache"));
+    let source = rig.layout("layout-remote", &image)?;
+    rig.ok(&["push", &source, &rig.name("remote:t")])?;
+    // a file system that is served over the network, as sshfs is: by a process
+    let remote = rig.mount("remote:t")?;
+    let other = rig.path("other");
+    fs::create_dir(&other)?;
+    let cache = text(&remote.join("cache"));
+    let said = rig.fails(&["mount", "--cache", &cache, &name, &text(&other)])?;
+    ensure!(said.contains(&cache) && said.contains("fuse.lamina, a network file system"), "{said}");
+    ensure!(said.contains("use a directory on a local disk"), "{said}");
+    let seen = String::from_utf8(rig.lamina(&["doctor", "--cache", &cache])?.stdout)?;
+    ensure!(seen.contains("a network file system"), "{seen}");
+    ensure!(fs::read_dir(remote.join("cache"))?.next().is_none());
     rig.unmount()
 }

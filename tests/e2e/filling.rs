@@ -2,7 +2,8 @@
 
 use std::fs;
 use std::io::Read;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -12,6 +13,7 @@ use lamina_testkit::mounts::mounted_on;
 use lamina_testkit::noise;
 use lamina_testkit::process::until;
 
+use crate::disk::segment_bytes;
 use crate::rig::{DEADLINE, Rig, text};
 
 const BYTES: usize = 3_000_000;
@@ -31,7 +33,11 @@ fn pushed() -> Result<Rig> {
 }
 
 fn mount(rig: &Rig, name: &str, more: &[&str]) -> Result<PathBuf> {
-    let (name, point) = (rig.name(name), rig.path("mount"));
+    mount_at(rig, name, "mount", more)
+}
+
+fn mount_at(rig: &Rig, name: &str, point: &str, more: &[&str]) -> Result<PathBuf> {
+    let (name, point) = (rig.name(name), rig.path(point));
     let point_text = text(&point);
     let mut arguments = vec!["mount", "--no-boot", "--no-trace", "--deadline", "3", &name, &point_text];
     arguments.extend(more);
@@ -161,4 +167,90 @@ fn a_pinned_image_stays_while_others_pass_through_a_small_cache() -> Result<()> 
     );
     ensure!(rig.json(&["pin", "--remove", &rig.name("a:t")])?["bytes"] == 0);
     rig.unmount()
+}
+
+/// The most that the segment files of a cache took while `act` ran.
+fn most_bytes(cache: &Path, act: impl FnOnce() -> Result<()>) -> Result<u64> {
+    let ended = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let watcher = scope.spawn(|| {
+            let mut most = 0;
+            while !ended.load(Ordering::SeqCst) {
+                most = most.max(segment_bytes(cache));
+            }
+            most
+        });
+        let done = act();
+        ended.store(true, Ordering::SeqCst);
+        let most = watcher.join().expect("it does not panic");
+        done.map(|()| most)
+    })
+}
+
+/// The beginning of a file.
+fn read_start(path: &Path, len: usize) -> Result<Vec<u8>> {
+    let mut bytes = vec![0; len];
+    fs::File::open(path)?.read_exact(&mut bytes).with_context(|| path.display().to_string())?;
+    Ok(bytes)
+}
+
+const CAP: u64 = 16 << 20;
+
+#[test]
+fn what_a_start_has_read_stays_while_the_rest_fills_a_cache_that_is_too_small_and_the_cap_holds() -> Result<()>
+{
+    let mut rig = pushed()?;
+    push(&rig, "b:t", 30, 7_200_000)?;
+    fs::create_dir(rig.path("other"))?;
+    let small = ["--cache-mib", "16"];
+    fs::read(mount(&rig, "a:t", &small)?.join("one"))?;
+    rig.unmount()?;
+    rig.node_ended()?;
+    // what is read from disk again is worth more than what is only filled, so the other image will not find room for all of it
+    let mounted = mount(&rig, "a:t", &small)?;
+    fs::read(mounted.join("one"))?;
+    fs::read(mounted.join("two"))?;
+    let start = 3_000_000;
+    let most = most_bytes(&rig.path("cache"), || {
+        let other = mount_at(&rig, "b:t", "other", &["--fill", "all"])?;
+        ensure!(read_start(&other.join("two"), start)? == noise(start, 31));
+        job(&rig, "failed").map(drop)
+    })?;
+    ensure!(most <= CAP && most > CAP / 2, "{most} bytes where {CAP} are the cap");
+    let reason = rig.json(&["stats"])?["fills"][0]["reason"].to_string();
+    ensure!(reason.contains("--cache-mib"), "{reason}");
+    ensure!(rig.counter("evicted_bytes")? > 0, "it never was full");
+    rig.ok(&["unmount", &text(&rig.path("other"))])?;
+    rig.unmount()?;
+    rig.node_ended()?;
+    drop(rig.registry.take());
+    let mounted = mount(&rig, "a:t", &small)?;
+    ensure!(fs::read(mounted.join("one"))? == noise(BYTES, 5));
+    let other = mount_at(&rig, "b:t", "other", &[])?;
+    ensure!(read_start(&other.join("two"), start)? == noise(start, 31));
+    rig.ok(&["unmount", &text(&other)])?;
+    rig.unmount()
+}
+
+#[test]
+fn an_image_larger_than_the_cache_is_not_filled_and_neither_are_files_that_are() -> Result<()> {
+    let rig = Rig::new()?;
+    push(&rig, "large:t", 20, 10_000_000)?;
+    for policy in ["all", "touched"] {
+        let most = most_bytes(&rig.path("cache"), || {
+            let mounted = mount(&rig, "large:t", &["--cache-mib", "16", "--fill", policy])?;
+            for name in ["one", "two"] {
+                read_start(&mounted.join(name), 1_000_000)?;
+            }
+            job(&rig, "failed").map(drop)
+        })?;
+        ensure!(most <= CAP, "{policy}: {most} bytes where {CAP} are the cap");
+        let reason = rig.json(&["stats"])?["fills"].to_string();
+        ensure!(reason.contains("large:t") && reason.contains("--cache-mib"), "{policy}: {reason}");
+        // readahead of what was read may still have been under way
+        ensure!(rig.counter("source_bytes")? < CAP / 2, "{policy}: more came than was read");
+        rig.unmount()?;
+        rig.node_ended()?;
+    }
+    Ok(())
 }

@@ -24,6 +24,9 @@ const PAUSE_MIN: Duration = Duration::from_millis(50);
 /// that knows when it is back holds its answer until then.
 const PAUSE_MAX: Duration = Duration::from_millis(500);
 
+/// Events of this target say for what the cache was asked that memory does not have, in order: what `benches/eviction` replays.
+const ASKED: &str = "lamina_cache::asked";
+
 /// Where a node gets bytes. One for each process and directory; all mounts share it.
 ///
 /// Dropping it writes what is queued (at most `write_behind_bytes`) and gives the directory up.
@@ -85,6 +88,7 @@ impl Cache {
     pub fn try_local(&self, id: FrameId) -> Option<Chunk> {
         self.try_memory(id).or_else(|| {
             let chunk = self.shared.read_disk(id)?;
+            tracing::trace!(target: ASKED, %id);
             self.shared.memory.insert(chunk.clone(), None);
             Some(chunk)
         })
@@ -197,6 +201,11 @@ impl Cache {
     /// for 20 s at most.
     pub fn flush(&self) -> bool {
         self.shared.writer.flush()
+    }
+
+    /// The same without blocking.
+    pub async fn flushed(&self) -> bool {
+        self.shared.writer.drained().await
     }
 
     /// Waits for a frame until whoever calls this gives up. A fetch that failed for another mount's source is tried with
@@ -326,6 +335,8 @@ impl Shared {
                     if demand {
                         waiter.flight.urge();
                     }
+                    let sealed_len = want.place.frame.sealed_len;
+                    tracing::trace!(target: ASKED, id = %want.id, sealed_len, ?class);
                     fresh.push(Leg { want, flight: waiter.flight.clone(), needed: true });
                     waiter
                 }
@@ -337,6 +348,8 @@ impl Shared {
                 continue;
             }
             if let Boarding::Fresh(waiter) = self.flights.board(want.id, source, || None) {
+                let sealed_len = want.place.frame.sealed_len;
+                tracing::trace!(target: ASKED, id = %want.id, sealed_len, class = "Along");
                 fresh.push(Leg { want, flight: waiter.flight, needed: false });
             }
         }

@@ -109,6 +109,20 @@ impl WriteBehind {
         self.wait(|queue| queue.order.is_empty() && queue.frames.is_empty())
     }
 
+    /// The same without blocking.
+    pub(crate) async fn drained(&self) -> bool {
+        let drained = async {
+            loop {
+                let changed = self.room.notified();
+                if self.queue.lock().frames.is_empty() {
+                    return;
+                }
+                changed.await;
+            }
+        };
+        tokio::time::timeout(DRAIN_DEADLINE, drained).await.is_ok()
+    }
+
     /// Tells the thread to write what is queued and end; whether it has. Blocks.
     pub(crate) fn close(&self) -> bool {
         self.queue.lock().closed = true;

@@ -168,6 +168,8 @@ fn report(arguments: &MountArguments, mounted: &MountResponse) {
 /// Starts a daemon that stays when this process has gone, and waits until it answers.
 async fn start_daemon(cache: &CacheArguments, settings: &NodeSettings, common: &Common) -> Result<()> {
     let cache = cache.directory.clone();
+    // before anything is written to it, a log included
+    lamina_node::check_cache_directory(&cache)?;
     let log_path = cache.join("node.log");
     let log = File::options()
         .create(true)

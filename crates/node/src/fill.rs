@@ -2,6 +2,9 @@
 //!
 //! A job asks for frames in the order in which they lie in packs, some megabytes at a time. Between two such batches it makes way
 //! for readers, keeps to its rate, and can be paused or cancelled.
+//!
+//! What is here when a job begins, such as what a start has read, stays until it ends: otherwise it would be the oldest, and the
+//! first to go. A job whose own frames go again before it has ended is of no use any more, and ends.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -10,6 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use lamina_cache::{Cache, Source, Want};
+use lamina_chunk::FrameId;
 use lamina_image::Tree;
 use lamina_mount::Mount;
 use lamina_wire::Reference;
@@ -40,6 +44,10 @@ const WRITTEN: Duration = Duration::from_secs(20);
 const ENDED_MAX: usize = 64;
 /// What is filled may take this part of the cache, in percent: the rest is for what is read besides.
 const CACHE_PERCENT: u64 = 90;
+
+/// Why frames of a job do not stay, and what to do.
+const FULL: &str =
+    "the cache is full of what is read or pinned: make it larger (--cache-mib), or its disk fails";
 
 /// What says that filling is paused, where it is kept.
 pub(crate) const PAUSED: &str = "paused";
@@ -192,7 +200,8 @@ impl Fills {
         self.jobs.lock().values().map(|job| job.stats()).collect()
     }
 
-    /// Brings `wants` to disk; whether all came, and the state is still to be set.
+    /// Brings `wants` to disk, where what is there already stays meanwhile; whether all came, and the state is still to be set.
+    /// What came is written by then, if the disk takes it.
     async fn run(
         &self,
         job: &Job,
@@ -201,18 +210,25 @@ impl Fills {
         wants: &[Want],
         pace: Pace,
     ) -> bool {
-        let here = wants.iter().filter(|want| cache.is_on_disk(want.id)).map(bytes).sum();
+        let (here, far): (Vec<Want>, Vec<Want>) = wants.iter().partition(|want| cache.is_on_disk(want.id));
         job.total.store(wants.iter().map(bytes).sum(), Ordering::Relaxed);
-        job.done.store(here, Ordering::Relaxed);
-        let far: Vec<Want> = wants.iter().filter(|want| !cache.is_on_disk(want.id)).copied().collect();
+        job.done.store(here.iter().map(bytes).sum(), Ordering::Relaxed);
+        let _stay = Stay::begin(cache, &here);
         let mut cancelled = job.cancelled.subscribe();
-        tokio::select! {
+        let filled = tokio::select! {
             filled = self.fill(job, cache, source, &far, pace) => filled,
             _ = cancelled.wait_for(|cancelled| *cancelled) => {
                 job.set(State::Cancelled);
                 false
             }
+        };
+        // what has come and is not written yet would push out what is to stay
+        if filled {
+            written(cache, &far).await;
+        } else {
+            cache.flushed().await;
         }
+        filled
     }
 
     async fn fill(
@@ -223,6 +239,7 @@ impl Fills {
         wants: &[Want],
         pace: Pace,
     ) -> bool {
+        let (mut first, mut first_here_max) = (&[][..], 0);
         for batch in batches(wants) {
             let came = loop {
                 // the sender lives as long as this does
@@ -246,11 +263,49 @@ impl Fills {
             };
             job.set(State::Running);
             job.done.fetch_add(batch.iter().map(bytes).sum(), Ordering::Relaxed);
+            if first.is_empty() {
+                first = batch;
+            }
+            let first_here = first.iter().filter(|want| cache.is_on_disk(want.id)).count();
+            first_here_max = first_here.max(first_here_max);
+            // a few may have been damaged
+            if 2 * first_here < first_here_max {
+                job.set(State::Failed(format!("what came first has gone again; {FULL}")));
+                return false;
+            }
             if let Some(ms) = (came.0 * 1000).checked_div(pace.bytes_per_s) {
                 sleep(Duration::from_millis(ms).saturating_sub(came.1)).await;
             }
         }
         true
+    }
+}
+
+/// Waits until frames that have come are on disk, or will not be.
+async fn written(cache: &Cache, wants: &[Want]) {
+    let begun = Instant::now();
+    while begun.elapsed() < WRITTEN && !wants.iter().all(|want| cache.is_on_disk(want.id)) {
+        sleep(WRITTEN / 200).await;
+    }
+}
+
+/// Keeps frames on disk for as long as it lives.
+struct Stay<'a> {
+    cache: &'a Cache,
+    ids: Vec<FrameId>,
+}
+
+impl<'a> Stay<'a> {
+    fn begin(cache: &'a Cache, wants: &[Want]) -> Self {
+        let ids: Vec<FrameId> = wants.iter().map(|want| want.id).collect();
+        cache.pin(ids.iter().copied());
+        Self { cache, ids }
+    }
+}
+
+impl Drop for Stay<'_> {
+    fn drop(&mut self) {
+        self.cache.unpin(self.ids.iter().copied());
     }
 }
 
@@ -296,7 +351,7 @@ impl Node {
         let source: Arc<dyn Source> = Arc::new(sources);
         tokio::spawn(async move {
             if node.fills.run(&job, &node.cache, &source, &wants, pace).await {
-                node.finish(&job, &wants).await;
+                node.finish(&job, &wants);
             }
             drop(busy);
         });
@@ -373,28 +428,19 @@ impl Node {
                 return;
             }
             if policy != Policy::Touched {
-                return self.finish(job, &wants).await;
+                return self.finish(job, &wants);
             }
             sleep(LOOK).await;
         }
     }
 
-    /// Everything came. Whether it stays is for the disk to say, which may still be writing the last of it.
-    async fn finish(&self, job: &Job, wants: &[Want]) {
-        let begun = Instant::now();
-        loop {
-            let gone = wants.iter().filter(|want| !self.cache.is_on_disk(want.id)).count();
-            if gone == 0 {
-                return job.set(State::Done);
-            }
-            if begun.elapsed() > WRITTEN {
-                let all = wants.len();
-                let reason =
-                    format!("{gone} of {all} frames came and are not on disk; it is full, or failing");
-                return job.set(State::Failed(reason));
-            }
-            sleep(WRITTEN / 200).await;
-        }
+    /// Everything came. Whether it is there is for the disk to say.
+    fn finish(&self, job: &Job, wants: &[Want]) {
+        let gone = wants.iter().filter(|want| !self.cache.is_on_disk(want.id)).count();
+        job.set(match gone {
+            0 => State::Done,
+            _ => State::Failed(format!("{gone} of {} frames came and are not on disk; {FULL}", wants.len())),
+        });
     }
 
     fn must_fit(&self, reference: &str, wants: &[Want]) -> Result<(), NodeError> {
@@ -426,7 +472,7 @@ fn is_dense(mount: &Mount) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use lamina_chunk::{Frame, FrameId, PackId, Place};
+    use lamina_chunk::{Frame, PackId, Place};
 
     use super::*;
 

@@ -26,7 +26,7 @@ pub use error::WireError;
 pub use profile::{read_trace, write_trace};
 pub use push::{KnownLayer, write_places};
 pub use reference::{ParseReferenceError, Reference, Version, is_repository_name, is_tag};
-pub use referrers::CREATED_ANNOTATION;
+pub use referrers::{CREATED_ANNOTATION, created_after};
 
 /// The messages of `proto/lamina/v1`, as prost makes them.
 pub mod proto {

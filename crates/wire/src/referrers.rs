@@ -12,6 +12,16 @@ use crate::{Client, Version, WireError};
 const REFERRER_PAGES_MAX: usize = 16;
 /// Annotation on an artifact that a client has made: when, in seconds since 1970. The newest of its kind counts.
 pub const CREATED_ANNOTATION: &str = "dev.lamina.created";
+/// What to write as [`CREATED_ANNOTATION`] on what takes the place of `old`, in seconds since 1970: `now`, or just after the newest
+/// of them, where a clock was ahead when that was made. It may stay listed, and would count until then.
+pub fn created_after(old: &[Descriptor], now: u64) -> u64 {
+    old.iter().filter_map(created).max().map_or(now, |newest| now.max(newest.saturating_add(1)))
+}
+
+fn created(artifact: &Descriptor) -> Option<u64> {
+    artifact.annotations.get(CREATED_ANNOTATION)?.parse().ok()
+}
+
 /// Set in answers to a manifest with a subject, by registries that list it there by themselves.
 const OCI_SUBJECT: &str = "oci-subject";
 
@@ -43,7 +53,6 @@ impl Client {
                 None => break,
             }
         }
-        let created = |one: &Descriptor| one.annotations.get(CREATED_ANNOTATION)?.parse::<u64>().ok();
         found.sort_by_key(|one| std::cmp::Reverse(created(one)));
         Ok(found)
     }
@@ -148,4 +157,24 @@ fn empty_index() -> Index {
 fn read_index(url: &str, bytes: &[u8]) -> Result<Index, WireError> {
     serde_json::from_slice(bytes)
         .map_err(|error| WireError::Answer { url: url.to_owned(), reason: error.to_string() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn made(at: Option<&str>) -> Descriptor {
+        let mut artifact = Descriptor::of(media_type::PROFILE, b"");
+        artifact.annotations.extend(at.map(|at| (CREATED_ANNOTATION.to_owned(), at.to_owned())));
+        artifact
+    }
+
+    #[test]
+    fn what_is_made_after_a_clock_was_stepped_back_is_newer_than_what_it_replaces() {
+        assert_eq!(created_after(&[], 50), 50);
+        assert_eq!(created_after(&[made(Some("40")), made(None), made(Some("later"))], 50), 50);
+        assert_eq!(created_after(&[made(Some("40")), made(Some("90"))], 50), 91);
+        assert_eq!(created_after(&[made(Some("50"))], 50), 51);
+        assert_eq!(created_after(&[made(Some("18446744073709551615"))], 50), u64::MAX);
+    }
 }

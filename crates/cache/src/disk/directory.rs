@@ -6,6 +6,9 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
 
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+
 use crate::CacheError;
 
 /// The file that says whose the directory is.
@@ -16,7 +19,7 @@ const STAMP: &str = "lamina cache 1\n";
 const STAMP_BYTES_MAX: u64 = 64;
 
 /// File systems that live on another machine, by `statfs(2)`'s number (linux/magic.h).
-const REMOTE: [(i64, &str); 8] = [
+const REMOTE: [(i64, &str); 11] = [
     (0x6969, "nfs"),
     (0x517b, "smb"),
     (0xff53_4d42, "cifs"),
@@ -24,7 +27,31 @@ const REMOTE: [(i64, &str); 8] = [
     (0x00c3_6400, "ceph"),
     (0x0102_1997, "9p"),
     (0x5346_414f, "afs"),
+    (0x6b41_4653, "afs"),
     (0x0bd0_0bd0, "lustre"),
+    // not in Linux itself; coreutils' stat.c knows them
+    (0x4750_4653, "gpfs"),
+    (0x1983_0326, "beegfs"),
+];
+/// What `statfs(2)` says of all that is served by a process: only the mount's type tells what that is.
+const FUSE: i64 = 0x6573_5546;
+/// Types of such mounts that live on another machine, or are shared with it. Others, such as `fuse.mergerfs`, are of local disks.
+const REMOTE_FUSE: [&str; 15] = [
+    "fuse.lamina",
+    "fuse.sshfs",
+    "fuse.s3fs",
+    "fuse.gcsfuse",
+    "fuse.goofys",
+    "fuse.mountpoint-s3",
+    "fuse.blobfuse2",
+    "fuse.rclone",
+    "fuse.juicefs",
+    "fuse.glusterfs",
+    "fuse.ceph-fuse",
+    "fuse.moosefs",
+    "fuse.seaweedfs",
+    "fuse.davfs",
+    "virtiofs",
 ];
 
 /// Why a directory will not do, and what to do about it.
@@ -45,7 +72,12 @@ pub enum Unfit {
     },
     /// Two machines could own it at once, and a link that breaks would take running programs with it.
     #[error("it is on {0}, a network file system; use a directory on a local disk")]
-    Remote(&'static str),
+    Remote(String),
+    /// Nothing could be kept in it, nor the lock be taken that makes it one node's.
+    #[error(
+        "it is on a file system that is mounted read-only; remount it writable (its disk may have failed), or use another directory"
+    )]
+    ReadOnly,
 }
 
 /// Makes the directory where it is missing, and checks that it can be a cache's. Changes nothing in it.
@@ -61,9 +93,11 @@ pub fn prepare(directory: &Path) -> Result<(), CacheError> {
     if owner != user {
         return Err(unfit(Unfit::Owner { owner, user }));
     }
-    let kind = rustix::fs::statfs(directory).map_err(|error| failed(error.into()))?.f_type;
-    if let Some((_, name)) = REMOTE.iter().find(|(number, _)| *number == kind) {
+    if let Some(name) = remote(directory).map_err(failed)? {
         return Err(unfit(Unfit::Remote(name)));
+    }
+    if is_read_only(directory) {
+        return Err(unfit(Unfit::ReadOnly));
     }
     match File::open(directory.join(STAMP_FILE)) {
         Ok(file) => {
@@ -82,6 +116,30 @@ pub fn prepare(directory: &Path) -> Result<(), CacheError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(failed(error)),
     }
+}
+
+/// Whether nothing can be written, found out by a file without a name: `statfs(2)` does not say what ext4 does after an error.
+fn is_read_only(directory: &Path) -> bool {
+    let flags = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
+    rustix::fs::open(directory, flags, Mode::RUSR | Mode::WUSR).err() == Some(Errno::ROFS)
+}
+
+/// The network file system that a directory is on, if it is.
+fn remote(directory: &Path) -> io::Result<Option<String>> {
+    let kind = rustix::fs::statfs(directory)?.f_type;
+    if kind != FUSE {
+        return Ok(REMOTE.iter().find(|(number, _)| *number == kind).map(|(_, name)| (*name).to_owned()));
+    }
+    let device = fs::metadata(directory)?.dev();
+    let device = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
+    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+    Ok(mount_type(&mounts, &device).filter(|name| REMOTE_FUSE.contains(name)).map(str::to_owned))
+}
+
+/// The type of the mount with this device (`major:minor`) in the text of `/proc/PID/mountinfo`, as proc(5) has it.
+fn mount_type<'a>(mounts: &'a str, device: &str) -> Option<&'a str> {
+    let of_device = mounts.lines().find(|line| line.split(' ').nth(2) == Some(device))?;
+    of_device.split_once(" - ")?.1.split(' ').next()
 }
 
 /// Says whose the directory is, once it is locked. A full disk must not keep the cache from opening.
@@ -113,6 +171,25 @@ mod tests {
         let error = prepare(&directory).expect_err("another user's");
         assert!(error.to_string().contains("user 12345"), "{error}");
         assert_eq!(fs::read(directory.join(STAMP_FILE)).expect("read"), STAMP.as_bytes());
+    }
+
+    #[test]
+    fn the_type_of_a_mount_is_found_by_its_device() {
+        let mounts = "22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw\n\
+                      40 22 0:53 / /mnt/a\\040b rw,nosuid master:7 shared:9 - fuse.sshfs host:/x rw,user_id=0\n\
+                      41 22 0:5 / /mnt/c rw\n";
+        assert_eq!(mount_type(mounts, "254:0"), Some("ext4"));
+        assert_eq!(mount_type(mounts, "0:53"), Some("fuse.sshfs"));
+        assert_eq!(mount_type(mounts, "0:5"), None, "a line that is cut off");
+        assert_eq!(mount_type(mounts, "0:6"), None);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_text_of_mounts_has_a_type_or_none(mounts in "([0-9:]{1,3} |- |[a-z]{1,3} |\n){0,40}", device in "[0-9:]{1,3}") {
+            let found = mount_type(&mounts, &device);
+            proptest::prop_assert!(found.is_none_or(|name| mounts.contains(name)));
+        }
     }
 
     #[test]

@@ -6,6 +6,10 @@
 //! every start reads. Only where new segments hold less than a tenth of the cap the oldest kept one is evicted, and there too
 //! what was read since stays. A frame that is fetched again soon after it went is kept at once.
 //!
+//! On a recorded trace of two torch images (`cargo bench --bench eviction`, the table in FORMAT.md) starts that come again find
+//! 85 % of their bytes where the cap is a quarter of all, with an exact LRU 59 %, and at no cap less than with it. The price is what
+//! survives and is written again: up to four fifths of what is fetched.
+//!
 //! Reads are those of the disk: the memory in front of it takes the many reads of one frame that belong together.
 //! Pinned frames always stay.
 

@@ -13,7 +13,7 @@ use lamina_image::{
     unpack_tree,
 };
 use lamina_node::{KeptTrace, KeptTraces};
-use lamina_wire::{CREATED_ANNOTATION, Client, read_trace};
+use lamina_wire::{CREATED_ANNOTATION, Client, created_after, read_trace};
 use lru::LruCache;
 use tokio::runtime::Handle;
 
@@ -200,7 +200,7 @@ async fn replace(
     let Some((blob, mut annotations)) = new else { return image.take_down(old, None).await };
     let descriptor = Descriptor::of(kind, &blob);
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    annotations.insert(CREATED_ANNOTATION.to_owned(), now.as_secs().to_string());
+    annotations.insert(CREATED_ANNOTATION.to_owned(), created_after(&old, now.as_secs()).to_string());
     annotations.extend(CommandKey::annotation(command));
     image.client.push_blob(image.repository(), descriptor.digest, blob).await?;
     let artifact = Artifact { kind, subject: image.subject.clone(), blobs: vec![descriptor], annotations };

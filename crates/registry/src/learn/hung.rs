@@ -8,7 +8,7 @@ use lamina_image::{
     BootPack, COMMANDS_MAX, CommandKey, Descriptor, Digest, PROFILE_ANNOTATION, PROFILE_BYTES_MAX, media_type,
 };
 use lamina_store::{Repo, Store, StoreError};
-use lamina_wire::CREATED_ANNOTATION;
+use lamina_wire::{CREATED_ANNOTATION, created_after};
 
 use super::Subject;
 use crate::artifact::{Artifact, hang};
@@ -114,6 +114,11 @@ fn created(artifact: &Descriptor) -> Option<u64> {
 }
 
 impl Slot<'_> {
+    /// The same, where something takes the place of `old`, which a crash may leave beside it.
+    fn after(self, old: &[Descriptor]) -> Self {
+        Self { now: created_after(old, self.now), ..self }
+    }
+
     /// What a referrers answer says beside what it says of the blob.
     fn annotations(self) -> impl Iterator<Item = (String, String)> {
         let created = (CREATED_ANNOTATION.to_owned(), self.now.to_string());
@@ -133,7 +138,7 @@ impl Subject {
         let size = json.len() as u64;
         let blob = Descriptor::named(media_type::PROFILE, store.put_blob(json).await?, size);
         let mut annotations = BTreeMap::from([(PROFILE_ANNOTATION.to_owned(), blob.digest.to_string())]);
-        annotations.extend(slot.annotations());
+        annotations.extend(slot.after(&hung.profiles).annotations());
         self.replace(store, media_type::PROFILE, Some((blob, annotations)), &hung.profiles).await
     }
 
@@ -151,7 +156,7 @@ impl Subject {
             let blob = Descriptor::named(media_type::BOOT, store.put_blob(boot.into()).await?, size);
             let pack = BootPack { blob: blob.digest, bytes: size, tree: self.tree.digest };
             let mut annotations = pack.annotations();
-            annotations.extend(slot.annotations());
+            annotations.extend(slot.after(&hung.boots).annotations());
             new = Some((blob, annotations));
         }
         self.replace(store, media_type::BOOT, new, &hung.boots).await
