@@ -1,9 +1,9 @@
 //! Mounts as their users meet them.
 
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::symlink;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use lamina_testkit::image::Image;
@@ -69,6 +69,40 @@ fn two_mounts_share_a_node_and_a_busy_one_is_not_unmounted() -> Result<()> {
     open.read_to_end(&mut bytes)?;
     ensure!(bytes == noise(4_000_000, 5), "a file that was open is still whole");
     rig.ok(&["unmount", &text(&second)]).map(drop)
+}
+
+#[test]
+fn an_unmount_does_not_wait_for_the_copy_that_another_mount_namespace_has() -> Result<()> {
+    let rig = pushed()?;
+    let mounted = rig.mount("a:t")?;
+    // it says so when it has its copy, and keeps it until its input ends
+    let mut other = Command::new("unshare")
+        .args([
+            "--mount",
+            "--propagation",
+            "private",
+            "sh",
+            "-c",
+            "echo there; read line; cat \"$0\"/big | wc -c",
+        ])
+        .arg(&mounted)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let mut said = BufReader::new(other.stdout.take().context("its output")?);
+    let mut line = String::new();
+    said.read_line(&mut line)?;
+    ensure!(line == "there\n", "{line}");
+    let output = rig.lamina(&["unmount", &text(&mounted)])?;
+    let warned = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success() && warned.contains("another mount namespace"), "{output:?}");
+    ensure!(mounted_on(&mounted)?.is_none());
+    writeln!(other.stdin.take().context("its input")?, "now")?;
+    line.clear();
+    said.read_line(&mut line)?;
+    ensure!(line.trim() == "4000000", "the copy is served no more: {line}");
+    ensure!(other.wait()?.success());
+    rig.node_ended()
 }
 
 #[test]

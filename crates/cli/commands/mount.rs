@@ -262,7 +262,12 @@ async fn check_namespaces(controller: &Controller) -> Result<()> {
 pub(crate) async fn unmount(arguments: UnmountArguments) -> Result<()> {
     let controller = Controller::new(&arguments.cache.directory);
     let directory = mountpoint(&arguments.directory)?.display().to_string();
-    controller.unmount(&UnmountRequest { directory, lazy: arguments.lazy }).await?;
+    let done = controller.unmount(&UnmountRequest { directory, lazy: arguments.lazy }).await?;
+    if done.held && !arguments.lazy {
+        eprintln!(
+            "unmounted here; another mount namespace (a container, a service) has a copy of it, which is served until that ends"
+        );
+    }
     Ok(())
 }
 

@@ -18,6 +18,7 @@ use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
+use tokio::time::timeout;
 use tokio_util::io::{StreamReader, SyncIoBridge};
 use tracing::warn;
 
@@ -42,6 +43,9 @@ const TREE_BLOB_BYTES_MAX: u64 = 1 << 30;
 
 /// What the cache directory's lock is called where it is kept.
 const LOCK: &str = "lock";
+/// How long an unmount waits for the kernel to let go of what is mounted nowhere any more. A mount namespace that was made
+/// meanwhile may have a copy, and keep it for ever.
+const COPIES: Duration = Duration::from_secs(3);
 /// A tree that takes longer to come is given up: the largest one over 100 Mbit/s.
 const TREE: Duration = Duration::from_secs(90);
 /// Boot packs get this part of what the cache may take, beside it.
@@ -466,18 +470,19 @@ impl Node {
             mounted.ok_or_else(|| NodeError::NotMounted(directory.to_owned()))?;
         let waiting = Arc::clone(&mount);
         blocking(move || mount.unmount(lazy)).await?;
-        if !lazy {
-            waiting.wait().await;
-        } else if !self.ending.load(Ordering::Relaxed) {
+        let held = lazy || timeout(COPIES, waiting.wait()).await.is_err();
+        if held && !self.ending.load(Ordering::Relaxed) {
             self.remember(number, &MountRecord { detached: true, ..record });
         }
         self.forget(directory, &waiting);
-        let Some(mut report) = report.filter(|_| !lazy) else { return Ok(UnmountResponse::default()) };
+        let Some(mut report) = report.filter(|_| !held) else {
+            return Ok(UnmountResponse { held, ..UnmountResponse::default() });
+        };
         let report =
             report.wait_for(Option::is_some).await.ok().and_then(|report| report.clone()).unwrap_or_default();
         let trace_refused = report.refused.unwrap_or_default();
         let (trace_names, trace_pages, trace_kept) = (report.names, report.pages, report.kept);
-        Ok(UnmountResponse { trace_names, trace_pages, trace_refused, trace_kept })
+        Ok(UnmountResponse { trace_names, trace_pages, trace_refused, trace_kept, held })
     }
 
     /// Unmounts everything, lazily where something is in use. Used at the end. A daemon that stays remembers what it had.
