@@ -19,6 +19,7 @@
 //! What is due of those is made again before it is condemned, since others wait for what is.
 
 mod condemn;
+mod moved;
 mod quarantine;
 mod repack;
 mod report;
