@@ -4,10 +4,12 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use lamina_chunk::{Frame, Moved, MovedFrame, PackId};
 use lamina_testkit::image::Image;
 use lamina_testkit::noise;
 use lamina_testkit::process::until;
 
+use crate::proxy::{Fault, Proxy};
 use crate::rig::{DEADLINE, Rig, skopeo, text};
 
 /// Files that images share, each between two that only the first has.
@@ -104,6 +106,56 @@ fn mounts_before_and_after_a_repack_read_every_file_right() -> Result<()> {
     ensure!(!said.contains("repacked"), "there was nothing left to do: {said}");
     let fsck = rig.json(&["fsck", "--storage", &storage])?;
     ensure!(fsck["damaged"].as_array().is_some_and(Vec::is_empty), "{fsck}");
+    Ok(())
+}
+
+/// The record of the only pack that was moved.
+fn moved(rig: &Rig) -> Result<Moved> {
+    let mut records = fs::read_dir(rig.path("storage/objects/moved"))?;
+    let record = records.next().context("a record")??;
+    ensure!(records.next().is_none(), "one pack was moved");
+    Ok(Moved::parse(&fs::read(record.path())?)?)
+}
+
+/// Frames that lay in an old pack so, but one after the other where the record says.
+fn frames(of: &[MovedFrame]) -> impl Iterator<Item = Frame> {
+    of.iter().map(|at| Frame { offset: at.offset, sealed_len: at.sealed_len, plain_len: at.sealed_len })
+}
+
+#[test]
+fn a_mirror_that_lies_about_where_a_pack_went_costs_no_reader_his_bytes() -> Result<()> {
+    let mut rig = Rig::new()?;
+    push(&rig, "gone", OWN_BYTES)?;
+    push(&rig, "stays", 1_000)?;
+    skopeo(&["delete", "--tls-verify=false", &format!("docker://{}", rig.name("app:gone"))])?;
+    drop(rig.registry.take());
+    rig.start_registry_on(&rig.address.clone())?;
+    repack(&rig)?;
+    let truth = moved(&rig)?;
+    let all = truth.frames();
+    ensure!(all.len() > 2, "{all:?}");
+    let lies = [
+        ("other frames", Moved::new(truth.pack(), frames(&all[1..]))),
+        ("the last frame alone", Moved::new(truth.pack(), frames(&all[all.len() - 1..]))),
+        ("a pack that nobody has", Moved::new(PackId::from_bytes([9; 32]), frames(all))),
+    ];
+    for (what, lie) in lies {
+        // with the packs, and without
+        for packs in [Fault::None, Fault::Status(404)] {
+            let lie: &[u8] = Box::leak(lie.to_bytes().into_boxed_slice());
+            let mirror = Proxy::start(&rig.address, move |request| match request.ranged {
+                true => packs,
+                false if request.line.contains("/moved/") => Fault::Say(lie),
+                false => Fault::None,
+            })?;
+            let (name, point) = (rig.name("app:stays"), rig.path("mount"));
+            let mirrors = format!("{}={}", rig.address, mirror.address);
+            rig.ok(&["mount", "--no-boot", "--no-trace", "--mirror", &mirrors, &name, &text(&point)])?;
+            is_right(&point).with_context(|| format!("{what}, {packs:?}"))?;
+            mirror.faulted()?;
+            forget_cache(&rig)?;
+        }
+    }
     Ok(())
 }
 
