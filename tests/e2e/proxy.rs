@@ -23,6 +23,8 @@ pub(crate) enum Fault {
     Flip,
     /// The registry is not even asked; this status comes instead.
     Status(u16),
+    /// The same with these bytes, as if they were right.
+    Say(&'static [u8]),
 }
 
 /// The head of a request.
@@ -107,6 +109,11 @@ fn serve(stream: TcpStream, upstream: &str, policy: &Policy, faults: &AtomicUsiz
         Fault::Status(status) => {
             let head = format!("HTTP/1.1 {status} No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
             stream.write_all(head.as_bytes())?;
+        }
+        Fault::Say(body) => {
+            let len = body.len();
+            write!(stream, "HTTP/1.1 200 OK\r\nContent-Length: {len}\r\nConnection: close\r\n\r\n")?;
+            stream.write_all(body)?;
         }
         Fault::Hang => {
             // until the client has had enough

@@ -4,10 +4,12 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use lamina_chunk::{Frame, Moved, MovedFrame, PackId};
 use lamina_testkit::image::Image;
 use lamina_testkit::noise;
 use lamina_testkit::process::until;
 
+use crate::proxy::{Fault, Proxy};
 use crate::rig::{DEADLINE, Rig, skopeo, text};
 
 /// Files that images share, each between two that only the first has.
@@ -104,6 +106,106 @@ fn mounts_before_and_after_a_repack_read_every_file_right() -> Result<()> {
     ensure!(!said.contains("repacked"), "there was nothing left to do: {said}");
     let fsck = rig.json(&["fsck", "--storage", &storage])?;
     ensure!(fsck["damaged"].as_array().is_some_and(Vec::is_empty), "{fsck}");
+    Ok(())
+}
+
+/// The same by any client's push, and converted.
+fn push_ordinary(rig: &Rig, name: &str, own: usize) -> Result<()> {
+    let source = rig.layout(&format!("layout-{}", name.replace([':', '/'], "-")), &image(own))?;
+    skopeo(&["copy", "--dest-tls-verify=false", &source, &format!("docker://{}", rig.name(name))])?;
+    let status = rig.converted(name)?;
+    ensure!(status["conversion"]["state"] == "done", "{status}");
+    Ok(())
+}
+
+/// What any client gets of the image that stays: the index of a layout, which names all.
+fn pulled(rig: &Rig, layout: &str) -> Result<Vec<u8>> {
+    let (from, to) = (format!("docker://{}", rig.name("app:stays")), text(&rig.path(layout)));
+    skopeo(&["copy", "--src-tls-verify=false", &from, &format!("oci:{to}:t")])?;
+    Ok(fs::read(rig.path(layout).join("index.json"))?)
+}
+
+#[test]
+fn after_ordinary_pushes_too_mounts_before_and_after_a_repack_read_every_file_right() -> Result<()> {
+    let mut rig = Rig::new()?;
+    push_ordinary(&rig, "app:gone", OWN_BYTES)?;
+    push_ordinary(&rig, "app:stays", 1_000)?;
+    let pulled_before = pulled(&rig, "pulled-before")?;
+    let before = rig.mount_plain("app:stays")?;
+    skopeo(&["delete", "--tls-verify=false", &format!("docker://{}", rig.name("app:gone"))])?;
+    drop(rig.registry.take());
+    rig.start_registry_on(&rig.address.clone())?;
+    repack(&rig)?;
+    // the old pack is still there; then it is garbage, and gone
+    let storage = text(&rig.path("storage"));
+    let gc = ["gc", "--storage", &storage, "--gc-grace", "0", "--gc-quarantine", "0"];
+    until("the old pack to go", DEADLINE, || {
+        let freed = rig.json(&gc)?["freed"]["bytes"].as_u64().context("bytes")?;
+        Ok((freed > SHARED * OWN_BYTES as u64).then_some(()))
+    })?;
+    is_right(&before)?;
+    forget_cache(&rig)?;
+    is_right(&rig.mount_plain("app:stays")?)?;
+    let wrong = rig.counter("verify_failures")?;
+    ensure!(wrong == 0, "{wrong} frames came wrong");
+    forget_cache(&rig)?;
+    ensure!(pulled(&rig, "pulled-after")? == pulled_before, "an ordinary pull gives something else");
+    // the same image elsewhere
+    push_ordinary(&rig, "other/again:t", 1_000)?;
+    is_right(&rig.mount_plain("other/again:t")?)?;
+    forget_cache(&rig)?;
+    let fsck = rig.json(&["fsck", "--storage", &storage])?;
+    ensure!(fsck["damaged"].as_array().is_some_and(Vec::is_empty), "{fsck}");
+    Ok(())
+}
+
+/// The record of the only pack that was moved.
+fn moved(rig: &Rig) -> Result<Moved> {
+    let mut records = fs::read_dir(rig.path("storage/objects/moved"))?;
+    let record = records.next().context("a record")??;
+    ensure!(records.next().is_none(), "one pack was moved");
+    Ok(Moved::parse(&fs::read(record.path())?)?)
+}
+
+/// Frames that lay in an old pack so, but one after the other where the record says.
+fn frames(of: &[MovedFrame]) -> impl Iterator<Item = Frame> {
+    of.iter().map(|at| Frame { offset: at.offset, sealed_len: at.sealed_len, plain_len: at.sealed_len })
+}
+
+#[test]
+fn a_mirror_that_lies_about_where_a_pack_went_costs_no_reader_his_bytes() -> Result<()> {
+    let mut rig = Rig::new()?;
+    push(&rig, "gone", OWN_BYTES)?;
+    push(&rig, "stays", 1_000)?;
+    skopeo(&["delete", "--tls-verify=false", &format!("docker://{}", rig.name("app:gone"))])?;
+    drop(rig.registry.take());
+    rig.start_registry_on(&rig.address.clone())?;
+    repack(&rig)?;
+    let truth = moved(&rig)?;
+    let all = truth.frames();
+    ensure!(all.len() > 2, "{all:?}");
+    let lies = [
+        ("other frames", Moved::new(truth.pack(), frames(&all[1..]))),
+        ("the last frame alone", Moved::new(truth.pack(), frames(&all[all.len() - 1..]))),
+        ("a pack that nobody has", Moved::new(PackId::from_bytes([9; 32]), frames(all))),
+    ];
+    for (what, lie) in lies {
+        // with the packs, and without
+        for packs in [Fault::None, Fault::Status(404)] {
+            let lie: &[u8] = Box::leak(lie.to_bytes().into_boxed_slice());
+            let mirror = Proxy::start(&rig.address, move |request| match request.ranged {
+                true => packs,
+                false if request.line.contains("/moved/") => Fault::Say(lie),
+                false => Fault::None,
+            })?;
+            let (name, point) = (rig.name("app:stays"), rig.path("mount"));
+            let mirrors = format!("{}={}", rig.address, mirror.address);
+            rig.ok(&["mount", "--no-boot", "--no-trace", "--mirror", &mirrors, &name, &text(&point)])?;
+            is_right(&point).with_context(|| format!("{what}, {packs:?}"))?;
+            mirror.faulted()?;
+            forget_cache(&rig)?;
+        }
+    }
     Ok(())
 }
 

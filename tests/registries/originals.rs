@@ -70,6 +70,48 @@ fn gc_drops_what_its_dry_run_says_and_inspect_says_what_was_dropped() -> Result<
 }
 
 #[test]
+fn what_becomes_of_originals_is_said_by_a_flag_before_the_environment_before_the_file() -> Result<()> {
+    let rig = pushed()?;
+    let (storage, config) = (text(&rig.path("storage")), rig.path("config.toml"));
+    let gc = |file: Option<&str>, variable: Option<&str>, flag: Option<&str>| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_lamina"));
+        command.args(["gc", "--dry-run", "--json", "--storage", &storage]).args(AT_ONCE);
+        command.env_remove("LAMINA_CONFIG").env_remove("LAMINA_ORIGINALS");
+        if let Some(policy) = file {
+            std::fs::write(&config, format!("originals = \"{policy}\"\n"))?;
+            command.env("LAMINA_CONFIG", &config);
+        }
+        command.envs(variable.map(|policy| ("LAMINA_ORIGINALS", policy)));
+        command.args(flag.map(|policy| format!("--originals={policy}")));
+        Ok::<_, anyhow::Error>(command.output()?)
+    };
+    let drops = |file, variable, flag| {
+        let report: serde_json::Value = serde_json::from_slice(&gc(file, variable, flag)?.stdout)?;
+        Ok::<_, anyhow::Error>(report["originals"]["blobs"] == 1)
+    };
+    let (keep, drop) = (Some("keep"), Some("drop"));
+    // what was written within this second is young
+    until("a second to pass", DEADLINE, || Ok(drops(None, None, drop)?.then_some(())))?;
+    let cases = [
+        (None, None, None, false),
+        (drop, None, None, true),
+        (None, drop, None, true),
+        (drop, keep, None, false),
+        (keep, drop, None, true),
+        (drop, drop, keep, false),
+        (keep, keep, drop, true),
+    ];
+    for (file, variable, flag, expected) in cases {
+        ensure!(drops(file, variable, flag)? == expected, "file {file:?}, {variable:?}, flag {flag:?}");
+    }
+    for wrong in [gc(Some("burn"), None, None)?, gc(None, Some("burn"), None)?] {
+        let said = String::from_utf8_lossy(&wrong.stderr).into_owned();
+        ensure!(wrong.status.code() == Some(2) && said.contains("burn") && said.contains("drop"), "{said}");
+    }
+    Ok(())
+}
+
+#[test]
 fn a_registry_drops_originals_by_itself_where_its_configuration_says_so() -> Result<()> {
     let mut rig = pushed()?;
     let config = rig.path("registry.toml");

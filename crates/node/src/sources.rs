@@ -25,7 +25,7 @@ use parking_lot::Mutex;
 use tokio::time::timeout;
 
 pub(crate) use self::host::{Host, State};
-use self::moved::{MovedPacks, spread};
+use self::moved::{MovedPacks, Told, spread};
 use self::race::Race;
 use crate::NodeError;
 use crate::metrics::{FetchSeconds, fetch_seconds};
@@ -241,23 +241,61 @@ impl Sources {
         range: Range<u64>,
         class: Class,
     ) -> Result<Pieces, SourceError> {
-        let opened = self.follow(pack, range, class).await;
+        let mut tellers = Vec::new();
+        let opened = self.follow(pack, range.clone(), class, &mut tellers).await;
+        if !matches!(opened, Err(SourceError::Missing(_))) {
+            return opened;
+        }
         // what was said of it may be false, or old: whoever tries again asks again
-        if matches!(opened, Err(SourceError::Missing(_))) {
-            self.moved.forget(pack);
+        self.moved.forget(pack);
+        let mirrors = self.mirrors_among(tellers);
+        if mirrors.is_empty() {
+            return opened;
+        }
+        // and if a mirror said so, the registry may know better
+        self.moved.doubt();
+        let opened = self.follow(pack, range, class, &mut Vec::new()).await;
+        match opened {
+            Ok(_) => self.disbelieve(pack, &mirrors),
+            Err(_) => drop(self.moved.forget(pack)),
         }
         opened
     }
 
-    async fn follow(&self, pack: PackId, range: Range<u64>, class: Class) -> Result<Pieces, SourceError> {
+    /// Mirrors are asked last for a while that had said of a pack that it went somewhere else.
+    fn disbelieve(&self, pack: PackId, mirrors: &[usize]) {
+        for mirror in mirrors {
+            let reason = format!("what it said of where {pack} went was false");
+            self.demote(*mirror, |demoted| &mut demoted.lied, &reason);
+        }
+    }
+
+    fn mirrors_among(&self, mut hosts: Vec<usize>) -> Vec<usize> {
+        hosts.retain(|position| position + 1 < self.hosts.len());
+        hosts
+    }
+
+    /// Whether it is gone by: after an answer that led nowhere or to wrong bytes only the registry's are.
+    fn believes(&self, told: &Told) -> bool {
+        !self.moved.is_doubted() || told.by + 1 == self.hosts.len()
+    }
+
+    /// The same, and who has said where the pack went.
+    async fn follow(
+        &self,
+        pack: PackId,
+        range: Range<u64>,
+        class: Class,
+        tellers: &mut Vec<usize>,
+    ) -> Result<Pieces, SourceError> {
         let (mut at, mut wanted, mut moves) = (pack, range, Vec::new());
         loop {
-            let moved = match self.moved.known(at) {
-                Some(moved) => moved,
+            let told = match self.moved.known(at).filter(|told| self.believes(told)) {
+                Some(told) => told,
                 None => match self.open(at, wanted.clone(), class).await {
                     Ok(pieces) => return Ok(moves.into_iter().rev().fold(pieces, spread)),
                     Err(SourceError::Missing(_)) => match self.ask_moved(at).await {
-                        Ok(moved) => moved,
+                        Ok(told) => told,
                         Err(SourceError::Unreachable { .. }) if class == Class::Demand => {
                             self.back(jitter(PAUSE_MIN)).await;
                             continue;
@@ -267,42 +305,57 @@ impl Sources {
                     Err(error) => return Err(error),
                 },
             };
+            tellers.push(told.by);
             // what is nowhere any more nobody has
-            let span = moved.span(wanted).filter(|_| moves.len() < MOVES_MAX);
+            let span = told.moved.span(wanted).filter(|_| moves.len() < MOVES_MAX);
             let span = span.ok_or(SourceError::Missing(pack))?;
-            (at, wanted) = (moved.pack(), span.range);
+            (at, wanted) = (told.moved.pack(), span.range);
             moves.push(span.parts);
         }
     }
 
-    /// Where a pack went that nobody has. Once such an answer led to wrong bytes, only the registry is asked. *Errors*: that it is missing, unless asking again may help.
-    async fn ask_moved(&self, pack: PackId) -> Result<Arc<Moved>, SourceError> {
+    /// Where a pack went that nobody has, by somebody who is believed. *Errors*: that it is missing, unless asking again may help.
+    async fn ask_moved(&self, pack: PackId) -> Result<Told, SourceError> {
+        loop {
+            let told = self.moved.learn(pack, self.told(pack)).await.map_err(|error| match error {
+                NodeError::Wire(error) if error.is_passing() => {
+                    SourceError::Unreachable { pack, cause: Arc::new(error) }
+                }
+                error => {
+                    tracing::debug!(%pack, %error, "nobody has the pack, and nobody says where it went");
+                    SourceError::Missing(pack)
+                }
+            })?;
+            if self.believes(&told) {
+                return Ok(told);
+            }
+            // a mirror was asked before it was doubted; of those there are only so many
+            self.moved.forget(pack);
+        }
+    }
+
+    /// What the first of the hosts says that says anything; once any of it was found wrong, the registry alone.
+    async fn told(&self, pack: PackId) -> Result<Told, NodeError> {
         let ask = |client: Client| async move {
             let bytes = client.with_tries(1).moved(&self.repository, pack).await?;
+            let url = client.base().to_owned();
             let wrong = |error: lamina_chunk::MovedError| {
-                let url = client.base().to_owned();
-                WireError::Answer { url, reason: format!("where the frames of {pack} have gone: {error}") }
+                let reason = format!("where the frames of {pack} have gone: {error}");
+                WireError::Answer { url: url.clone(), reason }
             };
-            Ok(Moved::parse(&bytes).map_err(wrong)?)
+            Ok((Arc::new(Moved::parse(&bytes).map_err(wrong)?), url))
         };
-        let answer = async {
-            if !self.moved.is_doubted() {
-                return self.ask(MOVED_WITHIN, ask).await;
-            }
-            let (registry, waited) = (self.registry(), MOVED_WITHIN);
-            let url = registry.base().to_owned();
-            let asked = timeout(waited, ask(registry)).await;
-            asked.unwrap_or_else(|_| Err(WireError::Timeout { url, waited }.into()))
-        };
-        self.moved.learn(pack, answer).await.map_err(|error| match error {
-            NodeError::Wire(error) if error.is_passing() => {
-                SourceError::Unreachable { pack, cause: Arc::new(error) }
-            }
-            error => {
-                tracing::debug!(%pack, %error, "nobody has the pack, and nobody says where it went");
-                SourceError::Missing(pack)
-            }
-        })
+        let registry = self.hosts.len() - 1;
+        if !self.moved.is_doubted() {
+            let (moved, url) = self.ask(MOVED_WITHIN, ask).await?;
+            let by = self.hosts.iter().position(|host| host.client().base() == url);
+            return Ok(Told { moved, by: by.unwrap_or(registry) });
+        }
+        let (client, waited) = (self.registry(), MOVED_WITHIN);
+        let url = client.base().to_owned();
+        let asked = timeout(waited, ask(client)).await;
+        let (moved, _) = asked.unwrap_or_else(|_| Err(WireError::Timeout { url, waited }.into()))?;
+        Ok(Told { moved, by: registry })
     }
 
     /// Why nobody is asked.
@@ -327,9 +380,15 @@ impl Source for Sources {
     }
 
     fn distrust(&self, pack: PackId, origin: usize) {
-        self.demote(origin, |demoted| &mut demoted.lied, &format!("it sent wrong bytes of {pack}"));
-        // or somebody's word of where the pack went was false
-        self.moved.doubt(pack);
+        let tellers = self.moved.forget(pack);
+        if !tellers.is_empty() {
+            self.moved.doubt();
+        }
+        // who sent what he was asked for is right, where a mirror has said falsely what that is; if not, he sends it again
+        match &self.mirrors_among(tellers)[..] {
+            [] => self.demote(origin, |demoted| &mut demoted.lied, &format!("it sent wrong bytes of {pack}")),
+            mirrors => self.disbelieve(pack, mirrors),
+        }
     }
 }
 
@@ -380,6 +439,26 @@ mod tests {
         assert_eq!(order(), [1]);
         sources.demote(1, |demoted| &mut demoted.lied, "it lied");
         assert_eq!(order(), [0, 1]);
+    }
+
+    #[tokio::test]
+    async fn of_wrong_bytes_of_a_moved_pack_the_mirror_is_blamed_that_said_where_they_are() {
+        let pack = PackId::from_bytes([1; 32]);
+        let frame = lamina_chunk::Frame { offset: 0, sealed_len: 2, plain_len: 2 };
+        let moved = Arc::new(Moved::new(PackId::from_bytes([2; 32]), [frame]));
+        // who said it, who sent the bytes, and who is asked first then
+        for (by, origin, first) in
+            [(Some(0), 1, 1), (Some(1), 0, 1), (None, 0, 1), (Some(1), 1, 0), (None, 1, 0)]
+        {
+            let sources = two();
+            if let Some(by) = by {
+                let told = Told { moved: Arc::clone(&moved), by };
+                sources.moved.learn(pack, async { Ok::<_, ()>(told) }).await.unwrap();
+            }
+            sources.distrust(pack, origin);
+            assert_eq!(sources.order(true)[0].position, first, "{by:?} {origin}");
+            assert_eq!(sources.moved.is_doubted(), by.is_some());
+        }
     }
 
     #[tokio::test]

@@ -8,9 +8,10 @@ use std::ops::Range;
 
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
-use lamina_chunk::{MOVED_BYTES_MAX, MOVES_MAX, Moved, PackId, PackRecord};
+use lamina_chunk::{Frame, FrameId, MOVED_BYTES_MAX, MOVES_MAX, Moved, PackId, PackRecord};
 use lamina_image::Digest;
 
+use crate::check::at;
 use crate::objects::Objects;
 use crate::packs::pack_records;
 use crate::{Repo, Store, StoreError, keys};
@@ -113,14 +114,33 @@ impl Store {
         Ok(followed(&self.objects, pack).await?.last().copied().unwrap_or(pack))
     }
 
-    /// Remembers where the frames of a pack of a repository are that is not here: in one that is.
+    /// Remembers where the frames of a pack of a repository are that is not here: in one that is. An older record that says something
+    /// else stays, since images that were checked may lean on it, and without the old pack nobody can tell which of the two is right;
+    /// but not one that leads to no pack that is here, by which nothing can be read.
     pub async fn know_moved(&self, repo: &Repo, pack: PackId, moved: &Moved) -> Result<(), StoreError> {
-        let is_new = self.objects.create(&keys::moved(pack), moved.to_bytes().into()).await?;
-        // a record never changes; whether the image is whole over the older one is checked like any image
+        let key = keys::moved(pack);
+        let is_new = self.objects.create(&key, moved.to_bytes().into()).await?;
         if !is_new && read(&self.objects, pack).await?.as_ref() != Some(moved) {
-            tracing::warn!(%pack, "a pack went somewhere else by an older record, which stays");
+            match self.blob(self.pack_now(pack).await?.into()).await? {
+                Some(_) => {
+                    tracing::warn!(%pack, "a pack went somewhere else by an older record, which stays")
+                }
+                None => self.objects.put(&key, moved.to_bytes().into()).await?,
+            }
         }
         self.link_packs(repo, [pack.into()]).await
+    }
+
+    /// Whether these frames of a pack are in `now`, by its index, where these moves one after the other say that they are.
+    pub async fn are_moved(
+        &self,
+        frames: &[(FrameId, Frame)],
+        moves: &[Moved],
+        now: PackId,
+    ) -> Result<bool, StoreError> {
+        let records = pack_records(&self.objects, now).await?;
+        let records = moves.iter().rev().fold(records, |new, moved| moved.old_records(&new));
+        Ok(frames.iter().all(|(id, frame)| at(&records, *id, *frame).is_some()))
     }
 
     /// Where the frames of a pack of a repository have gone, as [`Moved`] has the bytes; `None` where it was not moved or does

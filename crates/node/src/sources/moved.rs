@@ -23,16 +23,24 @@ const FRAMES_MAX: usize = 1 << 20;
 /// What is gone comes in pieces of this.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
+/// Where a pack went, and who says so.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Told {
+    pub(super) moved: Arc<Moved>,
+    /// The host, by position.
+    pub(super) by: usize,
+}
+
 /// Where packs of an image went.
 #[derive(Debug, Default)]
 pub(super) struct MovedPacks {
-    packs: Mutex<HashMap<PackId, Arc<OnceCell<Arc<Moved>>>>>,
+    packs: Mutex<HashMap<PackId, Arc<OnceCell<Told>>>>,
     doubted: AtomicBool,
 }
 
 impl MovedPacks {
     /// Where a pack went, if that was asked and answered.
-    pub(super) fn known(&self, pack: PackId) -> Option<Arc<Moved>> {
+    pub(super) fn known(&self, pack: PackId) -> Option<Told> {
         self.packs.lock().get(&pack)?.get().cloned()
     }
 
@@ -41,38 +49,37 @@ impl MovedPacks {
     pub(super) async fn learn<E>(
         &self,
         pack: PackId,
-        ask: impl Future<Output = Result<Moved, E>>,
-    ) -> Result<Arc<Moved>, E> {
+        ask: impl Future<Output = Result<Told, E>>,
+    ) -> Result<Told, E> {
         let cell = {
             let mut packs = self.packs.lock();
             let known = packs.values().filter_map(|cell| cell.get());
-            let frames: usize = known.map(|moved| moved.frames().len()).sum();
+            let frames: usize = known.map(|told| told.moved.frames().len()).sum();
             if (packs.len() >= MOVED_MAX || frames >= FRAMES_MAX) && !packs.contains_key(&pack) {
                 packs.clear();
             }
             Arc::clone(packs.entry(pack).or_default())
         };
-        cell.get_or_try_init(|| async { ask.await.map(Arc::new) }).await.cloned()
+        cell.get_or_try_init(|| ask).await.cloned()
     }
 
-    /// Forgets where it went, and all packs on the way: some answer leads nowhere, or to other bytes.
-    pub(super) fn forget(&self, pack: PackId) {
-        let (mut packs, mut at) = (self.packs.lock(), Some(pack));
+    /// Forgets where it went, and all packs on the way: some answer leads nowhere, or to other bytes. Gives who had said so.
+    pub(super) fn forget(&self, pack: PackId) -> Vec<usize> {
+        let (mut packs, mut at, mut tellers) = (self.packs.lock(), Some(pack), Vec::new());
         for _ in 0..=MOVES_MAX {
             let Some(cell) = at.and_then(|pack| packs.remove(&pack)) else { break };
-            at = cell.get().map(|moved| moved.pack());
+            at = cell.get().map(|told| told.moved.pack());
+            tellers.extend(cell.get().map(|told| told.by));
         }
+        tellers
     }
 
-    /// Forgets it, since what came of it was wrong.
-    pub(super) fn doubt(&self, pack: PackId) {
-        if self.known(pack).is_some() {
-            self.doubted.store(true, Ordering::Relaxed);
-        }
-        self.forget(pack);
+    /// From now on only the registry is asked.
+    pub(super) fn doubt(&self) {
+        self.doubted.store(true, Ordering::Relaxed);
     }
 
-    /// Whether any answer led to wrong bytes.
+    /// Whether some answer led nowhere, or to wrong bytes.
     pub(super) fn is_doubted(&self) -> bool {
         self.doubted.load(Ordering::Relaxed)
     }
@@ -124,6 +131,10 @@ mod tests {
         Moved::new(NEW, [Frame { offset: 3, sealed_len: 2, plain_len: 2 }])
     }
 
+    fn told() -> Told {
+        Told { moved: Arc::new(moved()), by: 0 }
+    }
+
     #[tokio::test]
     async fn what_is_gone_comes_as_zeros_around_what_stayed() {
         let parts =
@@ -148,7 +159,7 @@ mod tests {
     #[tokio::test]
     async fn many_readers_ask_once_and_errors_are_not_remembered() {
         let (packs, asked) = (MovedPacks::default(), AtomicUsize::new(0));
-        let ask = |answer: Result<Moved, ()>| {
+        let ask = |answer: Result<Told, ()>| {
             let asked = &asked;
             async move {
                 asked.fetch_add(1, Ordering::Relaxed);
@@ -158,27 +169,23 @@ mod tests {
         };
         assert_eq!(packs.learn(OLD, ask(Err(()))).await, Err(()));
         assert_eq!(packs.known(OLD), None);
-        let answers = join_all((0..9).map(|_| packs.learn(OLD, ask(Ok(moved()))))).await;
-        assert!(answers.iter().all(|answer| *answer == Ok(Arc::new(moved()))));
-        assert_eq!((asked.load(Ordering::Relaxed), packs.known(OLD)), (2, Some(Arc::new(moved()))));
+        let answers = join_all((0..9).map(|_| packs.learn(OLD, ask(Ok(told()))))).await;
+        assert!(answers.iter().all(|answer| *answer == Ok(told())));
+        assert_eq!((asked.load(Ordering::Relaxed), packs.known(OLD)), (2, Some(told())));
         packs.forget(OLD);
         assert_eq!(packs.known(OLD), None);
     }
 
     #[tokio::test]
-    async fn who_forgets_a_pack_forgets_the_packs_on_its_way() {
+    async fn who_forgets_a_pack_forgets_the_packs_on_its_way_and_hears_who_spoke_of_them() {
         let packs = MovedPacks::default();
         let frame = Frame { offset: 0, sealed_len: 2, plain_len: 2 };
         let next = Moved::new(PackId::from_bytes([3; 32]), [frame]);
-        packs.learn(OLD, async { Ok::<_, ()>(moved()) }).await.unwrap();
-        packs.learn(NEW, async { Ok::<_, ()>(next) }).await.unwrap();
-        packs.forget(OLD);
-        assert_eq!((packs.known(OLD), packs.known(NEW), packs.is_doubted()), (None, None, false));
-        // of one that nobody moved it is not the answers that are wrong
-        packs.doubt(OLD);
-        assert!(!packs.is_doubted());
-        packs.learn(OLD, async { Ok::<_, ()>(moved()) }).await.unwrap();
-        packs.doubt(OLD);
-        assert_eq!((packs.known(OLD), packs.is_doubted()), (None, true));
+        packs.learn(OLD, async { Ok::<_, ()>(told()) }).await.unwrap();
+        packs.learn(NEW, async { Ok::<_, ()>(Told { moved: Arc::new(next), by: 1 }) }).await.unwrap();
+        assert_eq!(packs.forget(OLD), [0, 1]);
+        assert_eq!((packs.known(OLD), packs.known(NEW)), (None, None));
+        // of one that nobody moved nobody has said anything
+        assert!(packs.forget(OLD).is_empty());
     }
 }

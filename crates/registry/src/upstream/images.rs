@@ -3,11 +3,12 @@
 //! An image whose parts are here is converted, or where it names its tree itself, checked, as if it had been pushed. One
 //! that is found false is taken out.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
+use lamina_chunk::PackId;
 use lamina_image::{Digest, Document, Manifest, RECIPE_ANNOTATION};
 use lamina_store::{ImageRecord, ImageState, Repo, StoreError};
 use parking_lot::Mutex;
@@ -184,12 +185,14 @@ impl Api {
         let recipes: BTreeSet<Digest> = recipes.filter_map(|recipe| recipe.parse().ok()).collect();
         let small = recipes.iter().copied().chain([manifest.config.digest, tree]);
         upstream.bring_blobs(repo, small).await?;
-        let mut packs = BTreeSet::new();
+        let mut packs = BTreeMap::<PackId, Vec<_>>::new();
         for recipe in recipes {
             let recipe = self.store.recipe(recipe).await?;
-            packs.extend(recipe.frames().iter().map(|(_, place)| place.pack));
+            for (id, place) in recipe.frames() {
+                packs.entry(place.pack).or_default().push((*id, place.frame));
+            }
         }
-        let bring = packs.into_iter().map(|pack| upstream.bring_pack(repo, pack));
+        let bring = packs.into_iter().map(|(pack, frames)| upstream.bring_pack(repo, pack, frames));
         stream::iter(bring).buffer_unordered(BLOBS_AT_ONCE).try_collect::<()>().await?;
         if let Some(record) = self.admit(repo, image, manifest).await? {
             self.store.put_image(image, &record).await?;

@@ -1,11 +1,12 @@
 //! Packs that the upstream has repacked: the pack where their frames are now comes, and then the record that leads there.
 //!
-//! The record is the upstream's word, like a recipe: an image that leans on it is checked once all of it has come.
+//! The record is the upstream's word. It is kept only if the frames that the image's recipes name are where it says, by the new
+//! pack's index: another one may come later, and it would be too late for that. The image is checked once all of it has come.
 
 use std::sync::Arc;
 
 use bytes::Bytes;
-use lamina_chunk::{MOVES_MAX, Moved, PackId};
+use lamina_chunk::{Frame, FrameId, MOVES_MAX, Moved, PackId};
 use lamina_image::Digest;
 use lamina_store::Repo;
 use lamina_wire::WireError;
@@ -30,17 +31,27 @@ impl Upstream {
         Ok(Some((Moved::parse(&bytes).map_err(wrong)?, bytes)))
     }
 
-    /// Sees to it that a pack is here, or what lives of it.
-    pub(super) async fn bring_pack(self: &Arc<Self>, repo: &Repo, pack: PackId) -> Result<(), ApiError> {
-        let (mut moves, mut at) = (Vec::new(), pack);
-        while let Err(error) = self.bring_blob(repo, Digest::from(at)).await {
+    /// Sees to it that a pack is here, or what lives of it, these frames among that.
+    pub(super) async fn bring_pack(
+        self: &Arc<Self>,
+        repo: &Repo,
+        pack: PackId,
+        frames: Vec<(FrameId, Frame)>,
+    ) -> Result<(), ApiError> {
+        let (mut packs, mut moves, mut now) = (Vec::new(), Vec::new(), pack);
+        while let Err(error) = self.bring_blob(repo, Digest::from(now)).await {
             let is_absent = matches!(error.root(), ApiError::BlobUnknown(_)) && moves.len() < MOVES_MAX;
-            let moved = if is_absent { self.moved(repo, at).await? } else { None };
+            let moved = if is_absent { self.moved(repo, now).await? } else { None };
             let Some((moved, _)) = moved else { return Err(error) };
-            let old = std::mem::replace(&mut at, moved.pack());
-            moves.push((old, moved));
+            packs.push(std::mem::replace(&mut now, moved.pack()));
+            moves.push(moved);
         }
-        for (old, moved) in moves.into_iter().rev() {
+        if !moves.is_empty() && !self.store.are_moved(&frames, &moves, now).await? {
+            let url = self.client.base().to_owned();
+            let reason = format!("the frames of {pack} have not gone where it says, into {now}");
+            return Err(WireError::Answer { url, reason }.into());
+        }
+        for (old, moved) in packs.into_iter().zip(moves).rev() {
             self.store.know_moved(repo, old, &moved).await?;
         }
         Ok(())

@@ -21,6 +21,8 @@ pub(crate) enum Fault {
     Flip,
     /// This status comes instead.
     Status(u16),
+    /// These bytes come instead, as if they were right.
+    Say(&'static [u8]),
 }
 
 type Policy = Box<dyn Fn(&str) -> Fault + Send + Sync>;
@@ -92,6 +94,12 @@ async fn pass(client: TcpStream, shared: Arc<Shared>) -> io::Result<()> {
     if let Fault::Status(status) = fault {
         let answer = format!("HTTP/1.1 {status} No\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
         return client.write_all(answer.as_bytes()).await;
+    }
+    if let Fault::Say(body) = fault {
+        let len = body.len();
+        let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: {len}\r\nconnection: close\r\n\r\n");
+        client.write_all(answer.as_bytes()).await?;
+        return client.write_all(body).await;
     }
     head.truncate(head.len() - 2);
     head.extend_from_slice(b"connection: close\r\n\r\n");

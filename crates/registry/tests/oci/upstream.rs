@@ -15,8 +15,9 @@ use lamina_wire::{Client, ClientConfig, WireError};
 
 use crate::between::{Between, Fault};
 use crate::bound::Bound;
-use crate::repack::{Pushed, tar};
 use crate::support::{Image, Registry};
+
+mod moved;
 
 const HOUR: Duration = Duration::from_secs(3600);
 
@@ -502,37 +503,4 @@ async fn who_may_not_read_here_has_nothing_asked_upstream() {
     assert_eq!(chain.between.asked("/v2/"), 0);
     let app = chain.registry.send(Method::GET, "/v2/app/manifests/v1", &alice, "").await;
     app.expect(StatusCode::OK);
-}
-
-#[tokio::test]
-async fn an_image_of_packs_that_the_upstream_has_repacked_comes_whole() {
-    let chain = Chain::start(HOUR).await;
-    Pushed::new(&chain.upstream.store, chain.upstream.address, "gone", vec![tar((2, 3_000_000))])
-        .await
-        .unwrap();
-    let stays = vec![tar((3, 1_000))];
-    let stays = Pushed::new(&chain.upstream.store, chain.upstream.address, "stays", stays).await.unwrap();
-    chain.upstream.send(Method::DELETE, "/v2/app/manifests/gone", &[], "").await.expect(StatusCode::ACCEPTED);
-    chain.upstream.store.close().await.unwrap();
-    let (zero, lost_after) = (Duration::ZERO, Duration::from_secs(5));
-    let gc = GcConfig { grace: zero, quarantine: zero, lost_after, ..GcConfig::default() };
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
-    let report = chain.upstream.store.keeper().gc(&gc, now + 1).await.unwrap();
-    assert_eq!(report.repacked.packs, 1, "{report:?}");
-    let manifest = chain.registry.get("/v2/app/manifests/stays").await.expect(StatusCode::OK);
-    let digest = Digest::of(&manifest.body);
-    let begun = tokio::time::Instant::now();
-    while chain.registry.store.image(digest).await.unwrap().is_none() {
-        assert!(begun.elapsed() < Duration::from_secs(60), "it does not come");
-        tokio::task::yield_now().await;
-    }
-    stays.is_whole(&chain.registry.store, chain.registry.address).await;
-    let old = stays.recipes[0].frames().iter().map(|(_, place)| place.pack);
-    for pack in old.collect::<std::collections::BTreeSet<_>>() {
-        let path = format!("/lamina/v1/app/moved/{pack}");
-        let (there, here) = (chain.upstream.get(&path).await, chain.registry.get(&path).await);
-        assert_eq!((there.status, there.body), (here.status, here.body));
-    }
-    let fsck = chain.registry.store.keeper().fsck(&|_| {}).await.unwrap();
-    assert!(fsck.damaged.is_empty(), "{fsck:#?}");
 }

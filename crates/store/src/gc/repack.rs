@@ -1,33 +1,30 @@
 //! Packs that are mostly dead: what lives of each goes into a new pack, and the rest is gone with the old one.
 //!
 //! A pack is left alone where anything is unsure: where a manifest names it itself, since clients that know nothing of packs ask
-//! for what manifests name; where a frame that something names is not in its index, or does not open; where a tree cannot be
-//! read; where it was moved before, or what is in it often enough. Each pack becomes one of its own: whoever may read the old
-//! one learns nothing of others.
+//! for what manifests name, unless that is an artifact which the registry can renew (`gc/renew.rs`); where a frame that something
+//! names is not in its index, or does not open; where a tree cannot be read; where it was moved before, or what is in it often
+//! enough. Each pack becomes one of its own: whoever may read the old one learns nothing of others.
 //!
 //! 1. The new pack, its mark, and its links to all repositories of the old one. If anything ends here, that is garbage, or a pack
-//!    like any other.
+//!    like any other. Artifacts that name the old pack are replaced.
 //! 2. The old pack is condemned like garbage. Nobody who holds it loses it, and the others forget it and learn the new one.
 //! 3. Marked again: where more frames are named than the new pack has, nothing happens. Otherwise links that came meanwhile, and
 //!    then the record, from which moment all that names the old pack leads to the new one.
-//! 4. Only then the old pack is deleted. If this does not happen, it is garbage for the next collection.
-//!
-//! A collector that slept between looking for links and writing the record has missed those that came meanwhile. So whoever
-//! deletes a pack that has a record looks once more.
+//! 4. Only then the old pack is deleted. If this does not happen, or an artifact named it until now, it is garbage for the next
+//!    collection.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
-use lamina_chunk::{
-    FOOTER_BYTES, FrameId, MOVES_MAX, Moved, PACK_BYTES_MAX, PackBuilder, PackId, PackRecord, Sealed,
-};
+use lamina_chunk::{FOOTER_BYTES, MOVES_MAX, Moved, PACK_BYTES_MAX, PackBuilder, PackId, PackRecord, Sealed};
 use lamina_image::Digest;
 
 use super::condemn::Condemned;
+use super::moved::{lacking, links};
 use super::{Gc, GcConfig, GcRepacked};
 use crate::inventory::Inventory;
 use crate::keys::{self, Named};
-use crate::mark::{Marked, Marker, Roots, Span};
+use crate::mark::{Marked, Marker, Span};
 use crate::objects::Objects;
 use crate::packs::pack_records;
 use crate::{Repo, StoreError};
@@ -36,12 +33,18 @@ use crate::{Repo, StoreError};
 /// next collection goes on.
 const PACKS_MAX: usize = 512;
 
+/// What a frame takes in a pack's index at least: its own record, and one of a chunk. So a pack that is small is not taken for one of
+/// which little lives.
+const FRAME_RECORD_BYTES: u64 = 48 + 36;
+
 /// A pack of which little lives.
 #[derive(Debug)]
 pub(super) struct Dying {
     pack: PackId,
     /// The frames that are named.
     frames: Vec<Span>,
+    /// Artifacts name it.
+    is_named: bool,
     /// What repacking it does.
     pub(super) repacked: GcRepacked,
 }
@@ -51,7 +54,16 @@ pub(super) struct Dying {
 pub(super) struct Copied {
     pub(super) pack: PackId,
     pub(super) moved: Moved,
+    was_named: bool,
     repacked: GcRepacked,
+}
+
+/// What repacking has made, and what is to go for it.
+#[derive(Debug, Default)]
+pub(super) struct Made {
+    pub(super) packs: Vec<Copied>,
+    /// What makes artifacts be there that others have replaced.
+    pub(super) replaced: BTreeSet<Named>,
 }
 
 /// How long a pack of these records is, in bytes.
@@ -74,8 +86,10 @@ pub(super) fn dying(
     let is_dying = |pack: &PackId| {
         let blob = Named::Blob((*pack).into());
         let bytes = inventory.0.get(&blob).map_or(0, |listed| listed.bytes);
+        let frames = marker.live().of(*pack).map_or(0, <[Span]>::len) as u64;
         let live = marker.live().bytes(*pack).filter(|live| *live > 0);
-        live.is_some_and(|live| live * 100 < bytes * u64::from(config.repack_below))
+        let left = live.map(|live| live + frames * FRAME_RECORD_BYTES + FOOTER_BYTES as u64);
+        left.is_some_and(|left| left * 100 < bytes * u64::from(config.repack_below))
             && marked.blobs.contains(&(*pack).into())
             && !inventory.has(&Named::Moved(*pack))
             && is_old(&Named::Pack(*pack))
@@ -87,7 +101,7 @@ pub(super) fn dying(
     });
     let mut packs: Vec<PackId> = packs.filter(is_dying).collect();
     if !packs.is_empty() {
-        let named = marker.in_manifests();
+        let named = marker.in_manifests(inventory, &marker.own_artifacts(inventory, marked, young_after));
         packs.retain(|pack| !named.contains(&(*pack).into()));
     }
     packs
@@ -97,18 +111,15 @@ pub(super) fn dying(
 pub(super) async fn choose(
     objects: &Objects,
     marker: &mut Marker,
-    inventory: &Inventory,
+    (inventory, marked): (&Inventory, &Marked),
     due: BTreeSet<PackId>,
     (config, now): (&GcConfig, i64),
 ) -> Result<Vec<Dying>, StoreError> {
-    if due.is_empty() {
+    if due.is_empty() || !marker.read_trees(inventory, marked, &due).await? {
         return Ok(Vec::new());
     }
-    let marked = marker.mark(inventory, Roots::All).await?;
-    if !marker.read_trees(inventory, &marked, &due).await? {
-        return Ok(Vec::new());
-    }
-    let still = dying(marker, inventory, &marked, config, now).into_iter().filter(|pack| due.contains(pack));
+    let named = marker.in_manifests(inventory, &BTreeMap::new());
+    let still = dying(marker, inventory, marked, config, now).into_iter().filter(|pack| due.contains(pack));
     let mut chosen = Vec::new();
     for pack in still {
         if chosen.len() == PACKS_MAX {
@@ -130,7 +141,9 @@ pub(super) async fn choose(
         match living(&records, &frames) {
             Some(living) if living.len() < records.len() => {
                 let (bytes, bytes_left) = (pack_len(&records), pack_len(&living));
-                chosen.push(Dying { pack, frames, repacked: GcRepacked { packs: 1, bytes, bytes_left } });
+                let (is_named, repacked) =
+                    (named.contains(&pack.into()), GcRepacked { packs: 1, bytes, bytes_left });
+                chosen.push(Dying { pack, frames, is_named, repacked });
             }
             // small as it looks, all of it lives
             Some(_) => {}
@@ -143,31 +156,12 @@ pub(super) async fn choose(
 }
 
 /// The records of these frames; `None` where one has none.
-fn living(records: &[PackRecord], frames: &[Span]) -> Option<Vec<PackRecord>> {
+pub(super) fn living(records: &[PackRecord], frames: &[Span]) -> Option<Vec<PackRecord>> {
     let record = |(offset, len): &Span| {
         let found = records.binary_search_by_key(offset, |record| record.frame.offset).ok()?;
         records.get(found).filter(|record| record.frame.sealed_len == *len).cloned()
     };
     frames.iter().map(record).collect()
-}
-
-/// The repositories of packs.
-fn links(inventory: &Inventory, packs: &BTreeSet<PackId>) -> BTreeMap<PackId, Vec<Repo>> {
-    let mut found = BTreeMap::<PackId, Vec<Repo>>::new();
-    for named in inventory.keys() {
-        if let Named::Link(digest, repo) = named
-            && let Ok(pack) = PackId::try_from(*digest)
-            && packs.contains(&pack)
-        {
-            found.entry(pack).or_default().push(repo.clone());
-        }
-    }
-    found
-}
-
-/// The repositories of the old pack that have not got the new one.
-fn lacking(old: &[Repo], new: &[Repo]) -> Vec<Repo> {
-    old.iter().filter(|repo| !new.contains(repo)).cloned().collect()
 }
 
 impl Gc<'_> {
@@ -188,7 +182,7 @@ impl Gc<'_> {
 
     async fn copy_one(&self, dying: Dying, repos: &[Repo]) -> Result<Option<Copied>, StoreError> {
         self.collector.check().await?;
-        let Dying { pack, frames, repacked } = dying;
+        let Dying { pack, frames, is_named: was_named, repacked } = dying;
         let key = keys::blob(pack.into());
         let Some(bytes) = self.objects.read(&key, PACK_BYTES_MAX as u64).await? else { return Ok(None) };
         let built = tokio::task::spawn_blocking(move || build(&bytes, &frames)).await;
@@ -200,80 +194,7 @@ impl Gc<'_> {
         self.objects.put(&keys::blob(new.into()), bytes.into()).await?;
         self.objects.put(&keys::pack(new), "{}".into()).await?;
         self.link(new, repos).await?;
-        Ok(Some(Copied { pack, moved, repacked }))
-    }
-
-    async fn link(&self, pack: PackId, repos: &[Repo]) -> Result<(), StoreError> {
-        for repo in repos {
-            self.objects.put(&keys::link(pack.into(), repo), "{}".into()).await?;
-        }
-        Ok(())
-    }
-
-    /// Those of the packs among `doomed` of which the named frames are not where records say, by the packs' indexes: a record that
-    /// came from an upstream is its word. *Cost*: two indexes for each pack that was moved and is here.
-    pub(super) async fn unproven(
-        &self,
-        (inventory, marked): (&Inventory, &Marked),
-        doomed: &[Named],
-    ) -> Result<BTreeSet<Digest>, StoreError> {
-        let packs = doomed.iter().filter_map(|named| match named {
-            Named::Blob(digest) => PackId::try_from(*digest).ok(),
-            _ => None,
-        });
-        let mut unproven = BTreeSet::new();
-        for pack in packs.filter(|pack| marked.names.contains(&Named::Moved(*pack))) {
-            let (named, now) = (self.marker.live().of(pack), self.marker.gone_to(inventory, pack));
-            let is_proved = match (named, now) {
-                (Some(named), Some((now, spans))) => {
-                    let (old, new) = (self.ids(pack, named).await?, self.ids(now, &spans).await?);
-                    old.is_some() && old == new
-                }
-                _ => false,
-            };
-            if !is_proved {
-                tracing::warn!(%pack, "a pack stays: what lives of it is not where its record says; see lamina fsck");
-                unproven.insert(pack.into());
-            }
-        }
-        Ok(unproven)
-    }
-
-    /// Which frames these are, by their pack's index; `None` where that does not have them.
-    async fn ids(&self, pack: PackId, frames: &[Span]) -> Result<Option<Vec<FrameId>>, StoreError> {
-        let records = match pack_records(self.objects, pack).await {
-            Ok(records) => records,
-            Err(StoreError::Pack { .. } | StoreError::Missing(_)) => return Ok(None),
-            Err(error) => return Err(error),
-        };
-        let found = living(&records, frames);
-        Ok(found.map(|records| records.into_iter().map(|record| record.id).collect()))
-    }
-
-    /// Gives the packs to which these were moved to all repositories that have the old ones.
-    pub(super) async fn link_moved(&self, inventory: &Inventory, doomed: &[Named]) -> Result<(), StoreError> {
-        let is_moved = |pack: &PackId| inventory.has(&Named::Moved(*pack));
-        let packs = doomed.iter().filter_map(|named| match named {
-            Named::Blob(digest) => PackId::try_from(*digest).ok().filter(is_moved),
-            _ => None,
-        });
-        let moved: BTreeMap<PackId, Vec<PackId>> =
-            packs.map(|pack| (pack, self.marker.moved_to(pack))).collect();
-        let all = moved.iter().flat_map(|(pack, now)| now.iter().chain([pack])).copied().collect();
-        let links = links(inventory, &all);
-        let of = |pack: &PackId| links.get(pack).map_or(&[][..], Vec::as_slice);
-        for (old, now) in &moved {
-            // where nothing names the old one, the new one may be gone
-            let is_known = |pack: &&PackId| inventory.has(&Named::Blob((**pack).into())) || is_moved(pack);
-            for new in now.iter().filter(is_known) {
-                let lacks = lacking(of(old), of(new));
-                if !lacks.is_empty() {
-                    self.collector.check().await?;
-                    self.link(*new, &lacks).await?;
-                }
-            }
-        }
-        Ok(())
+        Ok(Some(Copied { pack, moved, was_named, repacked }))
     }
 
     /// Writes the records of those that may go. Gives what is garbage from that moment.
@@ -289,13 +210,13 @@ impl Gc<'_> {
         if copied.is_empty() || !self.marker.read_trees(inventory, marked, &packs).await? {
             return Ok(Vec::new());
         }
-        let mut garbage = Vec::new();
-        let named = self.marker.in_manifests();
+        let mut garbage = BTreeSet::new();
+        let named = self.marker.in_manifests(inventory, &BTreeMap::new());
         // what lives of one may make up another one: that stays, since its new pack was made without knowing so
         let new: BTreeSet<PackId> = copied.iter().map(|copied| copied.moved.pack()).collect();
         let links = links(inventory, &packs.union(&new).copied().collect());
         let of = |pack: &PackId| links.get(pack).map_or(&[][..], Vec::as_slice);
-        for Copied { pack, moved, repacked } in copied {
+        for Copied { pack, moved, was_named, repacked } in copied {
             let old = [Named::Pack(*pack), Named::Blob((*pack).into())];
             let is_old =
                 |named: &Named| inventory.0.get(named).is_some_and(|listed| listed.written < young_after);
@@ -311,10 +232,11 @@ impl Gc<'_> {
             // whoever lost the right to collect may still be writing: the first record stays
             if self.objects.create(&keys::moved(*pack), moved.to_bytes().into()).await? {
                 self.report.repacked.add(*repacked);
-                garbage.extend(old);
+                let goes_to = if *was_named { &mut self.staying } else { &mut garbage };
+                goes_to.extend(old);
             }
         }
-        Ok(garbage)
+        Ok(garbage.into_iter().collect())
     }
 }
 

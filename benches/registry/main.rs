@@ -2,24 +2,31 @@
 //!
 //! ```text
 //! cargo bench --bench registry [-- --image oci:DIR:TAG] [--rounds 3] [--seconds 10]
+//! cargo bench --bench registry -- --twenty DIR [--json FILE]
 //! ```
 //!
 //! Serving: `wrk` reads one blob of 64 MiB, whole and in ranges of 1 MiB at random, over 64 connections, from a warm page
 //! cache; nginx serves the very same file. Pushing, where an image is given: `skopeo copy` of it into both registries in
 //! turn, and how long after it the image can be mounted lazily. Needs wrk, nginx, skopeo and docker-registry, which
 //! `scripts/setup bench` installs. Exits with 1 where a limit is not held.
+//!
+//! Keeping: with `--twenty` only what twenty builds of one application take (`twenty.rs`).
 
-use std::io::Read;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+mod servers;
+mod twenty;
+
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use lamina_image::Digest;
 use lamina_testkit::noise;
-use lamina_testkit::process::{Process, run, until};
+use lamina_testkit::process::{Process, run};
+
+use self::servers::{Lamina, docker_registry, free_port, mountable, push};
 
 /// No single step takes longer.
 const DEADLINE: Duration = Duration::from_secs(900);
@@ -38,6 +45,12 @@ struct Arguments {
     /// An image to push: oci:DIR:TAG
     #[arg(long)]
     image: Option<String>,
+    /// Only see what twenty builds take, upon the image that scripts/small-image has made here
+    #[arg(long, value_name = "DIR", conflicts_with = "image")]
+    twenty: Option<PathBuf>,
+    /// Write what was measured there as JSON
+    #[arg(long, value_name = "FILE", requires = "twenty")]
+    json: Option<PathBuf>,
     /// How often each is measured; medians are compared
     #[arg(long, default_value_t = 3)]
     rounds: usize,
@@ -53,42 +66,6 @@ struct Arguments {
     /// cargo says so
     #[arg(long, hide = true)]
     bench: bool,
-}
-
-struct Lamina {
-    process: Process,
-    address: SocketAddr,
-}
-
-impl Lamina {
-    fn start(program: &Path, storage: &Path) -> Result<Self> {
-        let mut command = Command::new(program);
-        command.env_remove("LAMINA_CONFIG").args([
-            "--log",
-            "warn",
-            "registry",
-            "--listen",
-            "127.0.0.1:0",
-            "--storage",
-        ]);
-        let mut process = Process::spawn("registry", command.arg(storage))?;
-        let line = process.wait_line("listening on ", DEADLINE)?;
-        let address = line.rsplit('/').next().context("an address")?.parse()?;
-        Ok(Self { process, address })
-    }
-
-    /// The most memory that it ever had, in MiB.
-    fn peak_mib(&self) -> Result<u64> {
-        let status =
-            std::fs::read_to_string(format!("/proc/{}/status", self.process.pid().as_raw_nonzero()))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM")?;
-        Ok(line.trim().trim_end_matches(" kB").parse::<u64>()? >> 10)
-    }
-}
-
-/// A port that nothing listens on now.
-fn free_port() -> Result<SocketAddr> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?)
 }
 
 /// nginx, whose workers end only where its master is asked to.
@@ -153,17 +130,6 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
-fn get(address: SocketAddr, path: &str) -> Result<String> {
-    let mut stream = TcpStream::connect(address)?;
-    std::io::Write::write_all(
-        &mut stream,
-        format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").as_bytes(),
-    )?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer)?;
-    Ok(answer)
-}
-
 /// Compares serving with nginx. True where the limits are held.
 fn serving(arguments: &Arguments, scratch: &Path) -> Result<bool> {
     let storage = scratch.join("serving");
@@ -210,50 +176,6 @@ fn serving(arguments: &Arguments, scratch: &Path) -> Result<bool> {
     Ok(held && peak <= SERVING_MIB_MAX)
 }
 
-fn docker_registry(directory: &Path) -> Result<(Process, SocketAddr)> {
-    let address = free_port()?;
-    let text = format!(
-        "version: 0.1\nlog:\n  level: error\nstorage:\n  filesystem:\n    rootdirectory: {}\nhttp:\n  addr: {address}\n",
-        directory.join("docker").display()
-    );
-    let config = directory.join("docker-registry.yml");
-    std::fs::write(&config, text)?;
-    let mut process =
-        Process::spawn("docker-registry", Command::new("docker-registry").arg("serve").arg(config))?;
-    process.wait_port(address, DEADLINE)?;
-    Ok((process, address))
-}
-
-/// Pushes an image and gives the seconds that it took.
-fn push(image: &str, address: SocketAddr) -> Result<f64> {
-    let begun = Instant::now();
-    run(Command::new("skopeo").args([
-        "copy",
-        "-q",
-        "--dest-tls-verify=false",
-        image,
-        &format!("docker://{address}/a:t"),
-    ]))?;
-    Ok(begun.elapsed().as_secs_f64())
-}
-
-/// Waits until the image has its tree.
-fn mountable(address: SocketAddr) -> Result<f64> {
-    let begun = Instant::now();
-    let head = get(address, "/v2/a/manifests/t")?;
-    let digest = head
-        .lines()
-        .find_map(|line| line.strip_prefix("docker-content-digest: "))
-        .context(head.clone())?
-        .trim();
-    until("the image to have its tree", DEADLINE, || {
-        let status = get(address, &format!("/lamina/v1/a/images/{digest}"))?;
-        ensure!(!status.contains("\"failed\""), "{status}");
-        Ok(status.contains("\"done\"").then_some(()))
-    })?;
-    Ok(begun.elapsed().as_secs_f64())
-}
-
 /// Compares pushing with docker-registry. True where the limits are held.
 fn pushing(arguments: &Arguments, image: &str, scratch: &Path) -> Result<bool> {
     let (mut ours, mut theirs, mut waits) = (Vec::new(), Vec::new(), Vec::new());
@@ -261,12 +183,12 @@ fn pushing(arguments: &Arguments, image: &str, scratch: &Path) -> Result<bool> {
         let directory = scratch.join(format!("push-{round}"));
         std::fs::create_dir_all(&directory)?;
         let (process, address) = docker_registry(&directory)?;
-        theirs.push(push(image, address)?);
+        theirs.push(push(image, address, "t")?);
         drop(process);
         run(Command::new("rm").arg("-rf").arg(directory.join("docker")))?;
         let lamina = Lamina::start(&arguments.lamina, &directory.join("lamina"))?;
-        ours.push(push(image, lamina.address)?);
-        waits.push(mountable(lamina.address)?);
+        ours.push(push(image, lamina.address, "t")?);
+        waits.push(mountable(lamina.address, "t")?);
         println!(
             "push          lamina {:.1} s, mountable {:.1} s after it, {} MiB at most; docker-registry {:.1} s",
             ours[round],
@@ -288,6 +210,10 @@ fn main() -> Result<ExitCode> {
         Some(directory) => tempfile::tempdir_in(directory)?,
         None => tempfile::tempdir()?,
     };
+    if let Some(made) = &arguments.twenty {
+        twenty::measure(&arguments.lamina, made, scratch.path(), arguments.json.as_deref())?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let mut held = serving(&arguments, scratch.path())?;
     if let Some(image) = &arguments.image {
         held &= pushing(&arguments, image, scratch.path())?;
