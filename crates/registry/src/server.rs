@@ -79,6 +79,8 @@ pub async fn serve(
     if let Some(watching) = watching {
         watching.abort();
     }
+    // whoever opens the store next must not find it in use: an aborted task holds it until it has been left
+    let _ = tokio::join!(housekeeping, collecting);
     // it was told to end, and where it ended by itself there is no upstream
     let _ = bringing.await;
     // it ends with the layer that it reads, or at once where it waits

@@ -99,28 +99,42 @@ impl FileRange {
     }
 
     /// The file.
-    pub fn file(&self) -> &Arc<File> {
+    pub fn file(&self) -> &File {
         &self.file
     }
 
-    /// Cuts off the next frame, at most [`FRAME_BYTES`], and gives where it lies; `None` at the end.
-    pub fn next_frame(&mut self) -> Option<(u64, usize)> {
-        let (start, len) = (self.range.start, FRAME_BYTES.min(self.range.end - self.range.start));
-        self.range.start += len;
-        (len > 0).then(|| (start, usize::try_from(len).expect("at most 1 MiB")))
+    /// Where the bytes lie in it.
+    pub fn range(&self) -> Range<u64> {
+        self.range.clone()
     }
 
-    /// Reads a frame that [`next_frame`](Self::next_frame) gave. Fails where the file cannot be read, or has become shorter.
-    pub async fn read(&self, (offset, len): (u64, usize)) -> Result<Bytes, StoreError> {
+    /// The bytes `range` of these, which must be among them.
+    pub fn part(&self, range: Range<u64>) -> Self {
+        let range = self.range.start + range.start..self.range.start + range.end;
+        assert!(range.end <= self.range.end, "{range:?} of {:?}", self.range);
+        Self { file: self.file.clone(), range }
+    }
+
+    /// Cuts off the next frame, at most [`FRAME_BYTES`]; `None` at the end.
+    pub fn next_frame(&mut self) -> Option<Self> {
+        let len = FRAME_BYTES.min(self.range.end - self.range.start);
+        let frame = self.part(0..len);
+        self.range.start += len;
+        (len > 0).then_some(frame)
+    }
+
+    /// Reads the bytes, at most [`FRAME_BYTES`]. Fails where the file cannot be read, or has become shorter.
+    pub async fn read(self) -> Result<Bytes, StoreError> {
         let wrong = |error: io::Error| object_store::Error::Generic { store: "file", source: error.into() };
-        let frame = read(self.file.clone(), offset, len).await;
+        let len = usize::try_from(self.range.end - self.range.start).expect("at most 1 MiB");
+        let frame = read(self.file, self.range.start, len).await;
         frame.map(Bytes::from_owner).map_err(|error| StoreError::Object(wrong(error)))
     }
 
     fn into_stream(self) -> ByteStream {
         let frames = stream::try_unfold(self, |mut part| async move {
             let Some(frame) = part.next_frame() else { return Ok(None) };
-            Ok(Some((part.read(frame).await?, part)))
+            Ok(Some((frame.read().await?, part)))
         });
         frames.boxed()
     }
