@@ -109,56 +109,6 @@ fn mounts_before_and_after_a_repack_read_every_file_right() -> Result<()> {
     Ok(())
 }
 
-/// The same by any client's push, and converted.
-fn push_ordinary(rig: &Rig, name: &str, own: usize) -> Result<()> {
-    let source = rig.layout(&format!("layout-{}", name.replace([':', '/'], "-")), &image(own))?;
-    skopeo(&["copy", "--dest-tls-verify=false", &source, &format!("docker://{}", rig.name(name))])?;
-    let status = rig.converted(name)?;
-    ensure!(status["conversion"]["state"] == "done", "{status}");
-    Ok(())
-}
-
-/// What any client gets of the image that stays: the index of a layout, which names all.
-fn pulled(rig: &Rig, layout: &str) -> Result<Vec<u8>> {
-    let (from, to) = (format!("docker://{}", rig.name("app:stays")), text(&rig.path(layout)));
-    skopeo(&["copy", "--src-tls-verify=false", &from, &format!("oci:{to}:t")])?;
-    Ok(fs::read(rig.path(layout).join("index.json"))?)
-}
-
-#[test]
-fn after_ordinary_pushes_too_mounts_before_and_after_a_repack_read_every_file_right() -> Result<()> {
-    let mut rig = Rig::new()?;
-    push_ordinary(&rig, "app:gone", OWN_BYTES)?;
-    push_ordinary(&rig, "app:stays", 1_000)?;
-    let pulled_before = pulled(&rig, "pulled-before")?;
-    let before = rig.mount_plain("app:stays")?;
-    skopeo(&["delete", "--tls-verify=false", &format!("docker://{}", rig.name("app:gone"))])?;
-    drop(rig.registry.take());
-    rig.start_registry_on(&rig.address.clone())?;
-    repack(&rig)?;
-    // the old pack is still there; then it is garbage, and gone
-    let storage = text(&rig.path("storage"));
-    let gc = ["gc", "--storage", &storage, "--gc-grace", "0", "--gc-quarantine", "0"];
-    until("the old pack to go", DEADLINE, || {
-        let freed = rig.json(&gc)?["freed"]["bytes"].as_u64().context("bytes")?;
-        Ok((freed > SHARED * OWN_BYTES as u64).then_some(()))
-    })?;
-    is_right(&before)?;
-    forget_cache(&rig)?;
-    is_right(&rig.mount_plain("app:stays")?)?;
-    let wrong = rig.counter("verify_failures")?;
-    ensure!(wrong == 0, "{wrong} frames came wrong");
-    forget_cache(&rig)?;
-    ensure!(pulled(&rig, "pulled-after")? == pulled_before, "an ordinary pull gives something else");
-    // the same image elsewhere
-    push_ordinary(&rig, "other/again:t", 1_000)?;
-    is_right(&rig.mount_plain("other/again:t")?)?;
-    forget_cache(&rig)?;
-    let fsck = rig.json(&["fsck", "--storage", &storage])?;
-    ensure!(fsck["damaged"].as_array().is_some_and(Vec::is_empty), "{fsck}");
-    Ok(())
-}
-
 /// The record of the only pack that was moved.
 fn moved(rig: &Rig) -> Result<Moved> {
     let mut records = fs::read_dir(rig.path("storage/objects/moved"))?;

@@ -21,7 +21,6 @@
 mod condemn;
 mod moved;
 mod quarantine;
-mod renew;
 mod repack;
 mod report;
 
@@ -42,7 +41,7 @@ use crate::objects::Objects;
 use crate::originals::{Originals, prove};
 
 use self::quarantine::Quarantine;
-use self::repack::Made;
+use self::repack::Copied;
 pub use self::report::{GcAmount, GcRepacked, GcReport};
 
 /// How a collection is done.
@@ -96,8 +95,6 @@ struct Gc<'a> {
     /// In seconds since 1970.
     now: i64,
     lists: u64,
-    /// Packs that were moved, and that artifacts named until now: they stay for a quarantine more.
-    staying: BTreeSet<Named>,
     report: GcReport,
 }
 
@@ -129,8 +126,7 @@ impl Keeper {
         let collector = Collector::begin(&self.objects, config.lost_after).await?;
         let marker = Marker::counting(self.objects.clone(), config.repack_below);
         let report = GcReport::default();
-        let (objects, staying) = (&self.objects, BTreeSet::new());
-        let mut gc = Gc { objects, config, collector, marker, now, lists: 0, staying, report };
+        let mut gc = Gc { objects: &self.objects, config, collector, marker, now, lists: 0, report };
         let ended = gc.run().await;
         gc.collector.release(&self.objects).await?;
         ended.map(|()| gc.report)
@@ -171,11 +167,7 @@ async fn dry_run(objects: &Objects, config: &GcConfig, now: i64) -> Result<GcRep
     // as it would be when the names that are due are gone
     inventory.0.retain(|named, _| is_bytes(named) || !quarantine.is_due(named, config.quarantine, now));
     let due = quarantine.due_packs(dying, config.quarantine, now);
-    if due.is_empty() {
-        return Ok(report);
-    }
-    let marked = marker.mark(&inventory, Roots::All).await?;
-    for dying in repack::choose(objects, &mut marker, (&inventory, &marked), due, (config, now)).await? {
+    for dying in repack::choose(objects, &mut marker, &inventory, due, (config, now)).await? {
         report.repacked.add(dying.repacked);
     }
     Ok(report)
@@ -257,13 +249,12 @@ impl Gc<'_> {
         self.report.unproven = unproven;
         let (bytes, names): (Vec<_>, Vec<_>) = due.into_iter().partition(is_bytes);
         let dying = quarantine.due_packs(dying, self.config.quarantine, self.now);
-        let renews = renew::is_due(&self.marker, &inventory, &marked, self.config.young_after(self.now));
         let deleted = self.delete_names(names).await?;
-        let made = if renews || !dying.is_empty() { self.repack(dying).await? } else { Made::default() };
-        let new = made.packs.iter().map(|copied| copied.moved.pack());
+        let copied = self.repack(dying).await?;
+        let new = copied.iter().map(|copied| copied.moved.pack());
         let new: BTreeSet<Named> =
             new.flat_map(|pack| [Named::Pack(pack), Named::Blob(pack.into())]).collect();
-        let deleted = deleted.into_iter().chain(self.delete_bytes(bytes, &marked, made).await?);
+        let deleted = deleted.into_iter().chain(self.delete_bytes(bytes, &marked, copied).await?);
         let deleted: BTreeSet<Named> = deleted.collect();
         for (named, listed) in &garbage {
             self.report.add(named, listed.bytes, deleted.contains(named), &marked);
@@ -271,19 +262,18 @@ impl Gc<'_> {
         quarantine.forget(&deleted);
         // a new pack may be one that was garbage until now
         quarantine.forget(&new);
-        quarantine.forget(&self.staying);
         quarantine.write(self.objects).await
     }
 
-    /// Writes what lives of packs that are mostly dead into new ones, which artifacts name from now on.
-    async fn repack(&mut self, due: BTreeSet<PackId>) -> Result<Made, StoreError> {
+    /// Writes what lives of packs that are mostly dead into new ones.
+    async fn repack(&mut self, due: BTreeSet<PackId>) -> Result<Vec<Copied>, StoreError> {
+        if due.is_empty() {
+            return Ok(Vec::new());
+        }
         let inventory = Inventory::read(self.objects).await?;
-        let marked = self.marker.mark(&inventory, Roots::All).await?;
-        let (found, how) = ((&inventory, &marked), (self.config, self.now));
-        let dying = repack::choose(self.objects, &mut self.marker, found, due, how).await?;
-        let packs = self.copy(&inventory, dying).await?;
-        let replaced = self.renew(found, &packs).await?;
-        Ok(Made { packs, replaced })
+        let how = (self.config, self.now);
+        let dying = repack::choose(self.objects, &mut self.marker, &inventory, due, how).await?;
+        self.copy(&inventory, dying).await
     }
 
     /// Deletes names that are due and that still nothing reaches.
@@ -310,23 +300,21 @@ impl Gc<'_> {
     }
 
     /// Deletes blobs that are due, with their marks as packs, where no name that is left leads to them; those originals
-    /// that were proved to be made again by what is `proved`, where they still need not be stored; and what `made` has replaced.
+    /// that were proved to be made again by what is `proved`, where they still need not be stored; and packs whose frames were
+    /// copied.
     async fn delete_bytes(
         &mut self,
         due: Vec<Named>,
         proved: &Marked,
-        made: Made,
+        copied: Vec<Copied>,
     ) -> Result<Vec<Named>, StoreError> {
-        let Made { packs: copied, replaced } = made;
-        if due.is_empty() && copied.is_empty() && replaced.is_empty() {
+        if due.is_empty() && copied.is_empty() {
             return Ok(Vec::new());
         }
-        let artifacts = replaced.iter().map(Named::key);
         let old = copied.iter().flat_map(|copied| [keys::pack(copied.pack), keys::blob(copied.pack.into())]);
-        let list = self.condemn(due.iter().map(Named::key).chain(old).chain(artifacts), &copied).await?;
-        let mut inventory = Inventory::read(self.objects).await?;
+        let list = self.condemn(due.iter().map(Named::key).chain(old), &copied).await?;
+        let inventory = Inventory::read(self.objects).await?;
         let marked = self.marker.mark(&inventory, Roots::All).await?;
-        self.take_down((&mut inventory, &marked), &replaced, &list).await?;
         let moved = self.go((&inventory, &marked), &copied, &list).await?;
         let young_after = self.config.young_after(self.now);
         let new = copied.iter().map(|copied| Digest::from(copied.moved.pack()));

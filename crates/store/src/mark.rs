@@ -6,7 +6,6 @@
 //! fails. Cost: each manifest, image record, layer record and recipe on the way is read once, also over several marks. Which
 //! frames of packs are named only grows over those: what went meanwhile may still count.
 
-mod artifacts;
 mod live;
 mod packs;
 
@@ -26,7 +25,6 @@ use crate::objects::Objects;
 use crate::record::{ImageRecord, LayerRecord, RefValue};
 use crate::{Repo, StoreError, Tag, keys};
 
-pub(crate) use self::artifacts::OwnArtifact;
 pub(crate) use self::live::{Live, Span};
 use self::packs::moved_pack;
 
@@ -53,8 +51,6 @@ pub(crate) struct Marked {
     /// Manifests, images, layers, and what else names things.
     pub(crate) names: BTreeSet<Named>,
     pub(crate) blobs: BTreeSet<Digest>,
-    /// What tags name.
-    tagged: BTreeSet<Digest>,
     /// Those of the blobs that must be stored: whatever is not named as a layer of a file system alone, and the layers
     /// of images that still wait for their tree.
     stored: BTreeSet<Digest>,
@@ -80,8 +76,6 @@ pub(crate) struct Document {
     pub(crate) layers: Option<Vec<Descriptor>>,
     pub(crate) manifests: Option<Vec<Descriptor>>,
     pub(crate) annotations: Option<BTreeMap<String, String>>,
-    artifact_type: Option<String>,
-    subject: Option<Descriptor>,
 }
 
 impl Document {
@@ -212,7 +206,6 @@ impl Marker {
         for (repo, _, number, manifest) in self.tags(inventory).await? {
             let (repo, tag) = repo;
             marked.names.insert(Named::TagValue(repo.clone(), tag, number));
-            marked.tagged.extend(manifest);
             found.extend(manifest.map(|manifest| (repo, manifest)));
         }
         Ok(found)

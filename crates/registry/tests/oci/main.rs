@@ -17,7 +17,6 @@ mod learning;
 mod membership;
 mod originals;
 mod protocol;
-mod renewed;
 mod repack;
 mod support;
 mod upstream;

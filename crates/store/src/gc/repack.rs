@@ -1,19 +1,18 @@
 //! Packs that are mostly dead: what lives of each goes into a new pack, and the rest is gone with the old one.
 //!
 //! A pack is left alone where anything is unsure: where a manifest names it itself, since clients that know nothing of packs ask
-//! for what manifests name, unless that is an artifact which the registry can renew (`gc/renew.rs`); where a frame that something
-//! names is not in its index, or does not open; where a tree cannot be read; where it was moved before, or what is in it often
-//! enough. Each pack becomes one of its own: whoever may read the old one learns nothing of others.
+//! for what manifests name; where a frame that something names is not in its index, or does not open; where a tree cannot be
+//! read; where it was moved before, or what is in it often enough. Each pack becomes one of its own: whoever may read the old
+//! one learns nothing of others.
 //!
 //! 1. The new pack, its mark, and its links to all repositories of the old one. If anything ends here, that is garbage, or a pack
-//!    like any other. Artifacts that name the old pack are replaced.
+//!    like any other.
 //! 2. The old pack is condemned like garbage. Nobody who holds it loses it, and the others forget it and learn the new one.
 //! 3. Marked again: where more frames are named than the new pack has, nothing happens. Otherwise links that came meanwhile, and
 //!    then the record, from which moment all that names the old pack leads to the new one.
-//! 4. Only then the old pack is deleted. If this does not happen, or an artifact named it until now, it is garbage for the next
-//!    collection.
+//! 4. Only then the old pack is deleted. If this does not happen, it is garbage for the next collection.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use bytes::Bytes;
 use lamina_chunk::{FOOTER_BYTES, MOVES_MAX, Moved, PACK_BYTES_MAX, PackBuilder, PackId, PackRecord, Sealed};
@@ -24,7 +23,7 @@ use super::moved::{lacking, links};
 use super::{Gc, GcConfig, GcRepacked};
 use crate::inventory::Inventory;
 use crate::keys::{self, Named};
-use crate::mark::{Marked, Marker, Span};
+use crate::mark::{Marked, Marker, Roots, Span};
 use crate::objects::Objects;
 use crate::packs::pack_records;
 use crate::{Repo, StoreError};
@@ -33,18 +32,12 @@ use crate::{Repo, StoreError};
 /// next collection goes on.
 const PACKS_MAX: usize = 512;
 
-/// What a frame takes in a pack's index at least: its own record, and one of a chunk. So a pack that is small is not taken for one of
-/// which little lives.
-const FRAME_RECORD_BYTES: u64 = 48 + 36;
-
 /// A pack of which little lives.
 #[derive(Debug)]
 pub(super) struct Dying {
     pack: PackId,
     /// The frames that are named.
     frames: Vec<Span>,
-    /// Artifacts name it.
-    is_named: bool,
     /// What repacking it does.
     pub(super) repacked: GcRepacked,
 }
@@ -54,16 +47,7 @@ pub(super) struct Dying {
 pub(super) struct Copied {
     pub(super) pack: PackId,
     pub(super) moved: Moved,
-    was_named: bool,
     repacked: GcRepacked,
-}
-
-/// What repacking has made, and what is to go for it.
-#[derive(Debug, Default)]
-pub(super) struct Made {
-    pub(super) packs: Vec<Copied>,
-    /// What makes artifacts be there that others have replaced.
-    pub(super) replaced: BTreeSet<Named>,
 }
 
 /// How long a pack of these records is, in bytes.
@@ -86,10 +70,8 @@ pub(super) fn dying(
     let is_dying = |pack: &PackId| {
         let blob = Named::Blob((*pack).into());
         let bytes = inventory.0.get(&blob).map_or(0, |listed| listed.bytes);
-        let frames = marker.live().of(*pack).map_or(0, <[Span]>::len) as u64;
         let live = marker.live().bytes(*pack).filter(|live| *live > 0);
-        let left = live.map(|live| live + frames * FRAME_RECORD_BYTES + FOOTER_BYTES as u64);
-        left.is_some_and(|left| left * 100 < bytes * u64::from(config.repack_below))
+        live.is_some_and(|live| live * 100 < bytes * u64::from(config.repack_below))
             && marked.blobs.contains(&(*pack).into())
             && !inventory.has(&Named::Moved(*pack))
             && is_old(&Named::Pack(*pack))
@@ -101,7 +83,7 @@ pub(super) fn dying(
     });
     let mut packs: Vec<PackId> = packs.filter(is_dying).collect();
     if !packs.is_empty() {
-        let named = marker.in_manifests(inventory, &marker.own_artifacts(inventory, marked, young_after));
+        let named = marker.in_manifests();
         packs.retain(|pack| !named.contains(&(*pack).into()));
     }
     packs
@@ -111,15 +93,18 @@ pub(super) fn dying(
 pub(super) async fn choose(
     objects: &Objects,
     marker: &mut Marker,
-    (inventory, marked): (&Inventory, &Marked),
+    inventory: &Inventory,
     due: BTreeSet<PackId>,
     (config, now): (&GcConfig, i64),
 ) -> Result<Vec<Dying>, StoreError> {
-    if due.is_empty() || !marker.read_trees(inventory, marked, &due).await? {
+    if due.is_empty() {
         return Ok(Vec::new());
     }
-    let named = marker.in_manifests(inventory, &BTreeMap::new());
-    let still = dying(marker, inventory, marked, config, now).into_iter().filter(|pack| due.contains(pack));
+    let marked = marker.mark(inventory, Roots::All).await?;
+    if !marker.read_trees(inventory, &marked, &due).await? {
+        return Ok(Vec::new());
+    }
+    let still = dying(marker, inventory, &marked, config, now).into_iter().filter(|pack| due.contains(pack));
     let mut chosen = Vec::new();
     for pack in still {
         if chosen.len() == PACKS_MAX {
@@ -141,9 +126,7 @@ pub(super) async fn choose(
         match living(&records, &frames) {
             Some(living) if living.len() < records.len() => {
                 let (bytes, bytes_left) = (pack_len(&records), pack_len(&living));
-                let (is_named, repacked) =
-                    (named.contains(&pack.into()), GcRepacked { packs: 1, bytes, bytes_left });
-                chosen.push(Dying { pack, frames, is_named, repacked });
+                chosen.push(Dying { pack, frames, repacked: GcRepacked { packs: 1, bytes, bytes_left } });
             }
             // small as it looks, all of it lives
             Some(_) => {}
@@ -182,7 +165,7 @@ impl Gc<'_> {
 
     async fn copy_one(&self, dying: Dying, repos: &[Repo]) -> Result<Option<Copied>, StoreError> {
         self.collector.check().await?;
-        let Dying { pack, frames, is_named: was_named, repacked } = dying;
+        let Dying { pack, frames, repacked } = dying;
         let key = keys::blob(pack.into());
         let Some(bytes) = self.objects.read(&key, PACK_BYTES_MAX as u64).await? else { return Ok(None) };
         let built = tokio::task::spawn_blocking(move || build(&bytes, &frames)).await;
@@ -194,7 +177,7 @@ impl Gc<'_> {
         self.objects.put(&keys::blob(new.into()), bytes.into()).await?;
         self.objects.put(&keys::pack(new), "{}".into()).await?;
         self.link(new, repos).await?;
-        Ok(Some(Copied { pack, moved, was_named, repacked }))
+        Ok(Some(Copied { pack, moved, repacked }))
     }
 
     /// Writes the records of those that may go. Gives what is garbage from that moment.
@@ -210,13 +193,13 @@ impl Gc<'_> {
         if copied.is_empty() || !self.marker.read_trees(inventory, marked, &packs).await? {
             return Ok(Vec::new());
         }
-        let mut garbage = BTreeSet::new();
-        let named = self.marker.in_manifests(inventory, &BTreeMap::new());
+        let mut garbage = Vec::new();
+        let named = self.marker.in_manifests();
         // what lives of one may make up another one: that stays, since its new pack was made without knowing so
         let new: BTreeSet<PackId> = copied.iter().map(|copied| copied.moved.pack()).collect();
         let links = links(inventory, &packs.union(&new).copied().collect());
         let of = |pack: &PackId| links.get(pack).map_or(&[][..], Vec::as_slice);
-        for Copied { pack, moved, was_named, repacked } in copied {
+        for Copied { pack, moved, repacked } in copied {
             let old = [Named::Pack(*pack), Named::Blob((*pack).into())];
             let is_old =
                 |named: &Named| inventory.0.get(named).is_some_and(|listed| listed.written < young_after);
@@ -232,11 +215,10 @@ impl Gc<'_> {
             // whoever lost the right to collect may still be writing: the first record stays
             if self.objects.create(&keys::moved(*pack), moved.to_bytes().into()).await? {
                 self.report.repacked.add(*repacked);
-                let goes_to = if *was_named { &mut self.staying } else { &mut garbage };
-                goes_to.extend(old);
+                garbage.extend(old);
             }
         }
-        Ok(garbage.into_iter().collect())
+        Ok(garbage)
     }
 }
 

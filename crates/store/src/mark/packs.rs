@@ -18,6 +18,11 @@ use crate::{StoreError, keys};
 const RECIPE_BYTES_MAX: u64 = 512 << 20;
 
 impl Marker {
+    /// The blobs that manifests name themselves, as far as those were read: clients that know nothing of packs may ask for them.
+    pub(crate) fn in_manifests(&self) -> BTreeSet<Digest> {
+        self.documents.values().flat_map(Document::blobs).collect()
+    }
+
     /// The packs to which the frames of a pack were moved, one after the other, as far as records were read.
     pub(crate) fn moved_to(&self, pack: PackId) -> Vec<PackId> {
         let next = |pack: &PackId| Some(self.moved.get(pack)?.pack());
