@@ -249,13 +249,19 @@ impl Gc<'_> {
         self.report.unproven = unproven;
         let (bytes, names): (Vec<_>, Vec<_>) = due.into_iter().partition(is_bytes);
         let dying = quarantine.due_packs(dying, self.config.quarantine, self.now);
-        let deleted = self.delete_names(names).await?;
+        let mut deleted = BTreeSet::new();
+        for names in condemn::lists(names) {
+            deleted.extend(self.delete_names(names).await?);
+        }
         let copied = self.repack(dying).await?;
         let new = copied.iter().map(|copied| copied.moved.pack());
         let new: BTreeSet<Named> =
             new.flat_map(|pack| [Named::Pack(pack), Named::Blob(pack.into())]).collect();
-        let deleted = deleted.into_iter().chain(self.delete_bytes(bytes, &marked, copied).await?);
-        let deleted: BTreeSet<Named> = deleted.collect();
+        let mut lists = condemn::lists(bytes).into_iter();
+        deleted.extend(self.delete_bytes(lists.next().unwrap_or_default(), &marked, copied).await?);
+        for bytes in lists {
+            deleted.extend(self.delete_bytes(bytes, &marked, Vec::new()).await?);
+        }
         for (named, listed) in &garbage {
             self.report.add(named, listed.bytes, deleted.contains(named), &marked);
         }

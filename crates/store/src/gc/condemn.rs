@@ -17,8 +17,31 @@ use crate::lease::{CondemnedRecord, LeaseRecord};
 const BATCH: usize = 500;
 /// How long a batch may take: with what its collector checks before, all is over before anybody takes over.
 const BATCH_MAX: Duration = Duration::from_secs(20);
+/// Keys in one list, in bytes: every process must be able to read it, and records of 8 MiB are taken for damage.
+const LIST_BYTES_MAX: usize = 4 << 20;
 /// How often answers are looked for.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+/// What is due in parts that are condemned one after the other, in the order in which it is deleted.
+pub(super) fn lists(mut due: Vec<Named>) -> Vec<Vec<Named>> {
+    due.sort_by_key(|named| (super::order(named), named.clone()));
+    let (mut lists, mut bytes) = (Vec::<Vec<Named>>::new(), 0);
+    for named in due {
+        // with its quotation marks and comma
+        let len = named.key().as_ref().len() + 3;
+        match lists.last_mut() {
+            Some(list) if bytes + len <= LIST_BYTES_MAX => {
+                list.push(named);
+                bytes += len;
+            }
+            _ => {
+                lists.push(vec![named]);
+                bytes = len;
+            }
+        }
+    }
+    lists
+}
 
 /// A list that every process has read.
 #[derive(Debug)]
@@ -120,5 +143,28 @@ impl Gc<'_> {
     /// Takes the list away: whoever waited goes on.
     pub(super) async fn forgive(&mut self, list: Condemned) -> Result<(), StoreError> {
         self.objects.delete(&keys::condemned(list.number)).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lamina_image::Digest;
+
+    use super::*;
+    use crate::Repo;
+
+    #[test]
+    fn a_great_deal_of_garbage_is_condemned_in_lists_that_every_process_can_read() {
+        let repo: Repo = "a".repeat(200).parse().unwrap();
+        let names: BTreeSet<Named> =
+            (0..50_000u32).map(|at| Named::Link(Digest::of(&at.to_le_bytes()), repo.clone())).collect();
+        let lists = lists(names.iter().cloned().collect());
+        assert!(lists.len() > 1);
+        for list in &lists {
+            let keys = list.iter().map(|named| named.key().to_string()).collect();
+            let record = serde_json::to_vec(&CondemnedRecord { keys, instead: Vec::new() }).unwrap();
+            assert!(record.len() < 5 << 20, "{} bytes", record.len());
+        }
+        assert_eq!(lists.concat().into_iter().collect::<BTreeSet<_>>(), names);
     }
 }
