@@ -14,8 +14,16 @@ use rustix::process::Signal;
 use crate::rig::{DEADLINE, Rig, programs, real_image, text};
 
 /// What the images here can run.
-const PROGRAMS: [&str; 7] =
-    ["/bin/sh", "/bin/cat", "/bin/ls", "/bin/touch", "/usr/bin/id", "/usr/bin/env", "/bin/sleep"];
+const PROGRAMS: [&str; 8] = [
+    "/bin/sh",
+    "/bin/cat",
+    "/bin/ls",
+    "/bin/touch",
+    "/bin/true",
+    "/usr/bin/id",
+    "/usr/bin/env",
+    "/bin/sleep",
+];
 
 /// An image whose config says everything that it can.
 fn pushed() -> Result<Rig> {
@@ -186,6 +194,67 @@ fn a_link_in_an_image_leads_nowhere_outside_of_it() -> Result<()> {
     ensure!(seen == fs::read_to_string("/etc/hosts")? + "/out/volume\n", "{seen}");
     ensure!(fs::read_dir(&outside)?.next().is_none(), "something was made outside of the image");
     Ok(())
+}
+
+#[test]
+fn a_link_to_what_is_of_the_machine_has_nothing_made_there() -> Result<()> {
+    let rig = Rig::new()?;
+    let outside = text(&rig.path("scratch"));
+    let devices = || -> Result<Vec<_>> {
+        let mut names: Vec<_> = fs::read_dir("/dev")?.flatten().map(|entry| entry.file_name()).collect();
+        names.sort();
+        Ok(names)
+    };
+    let before = devices()?;
+    for (tag, target) in [("dev", "/dev"), ("fd", "/proc/self/fd/9")] {
+        let layer = programs(Layer::new(), &PROGRAMS)?;
+        let image = Image::new().layer(|_| layer).layer(|layer| layer.dir("dev").symlink("etc", target));
+        let source = rig.layout(tag, &image)?;
+        let name = rig.name(&format!("{tag}:t"));
+        rig.ok(&["push", &source, &name])?;
+        let output = with_directory_open(&rig, &outside, &[&name, "--", "/bin/true"])?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.code() == Some(125) && said.contains("/etc/"), "{target}: {said}");
+        let working = ["--workdir", "/dev/lamina-made", &name, "--", "/bin/true"];
+        ensure!(with_directory_open(&rig, &outside, &working)?.status.code() == Some(125));
+        ensure!(fs::read_dir(&outside)?.next().is_none(), "something was made outside of the image");
+        ensure!(devices()? == before, "something was made in /dev");
+    }
+    nothing_is_left(&rig)
+}
+
+#[test]
+fn nothing_is_made_in_the_machine_s_devices_and_volumes_are_the_user_s() -> Result<()> {
+    let rig = pushed()?;
+    let output = script(&rig, &["--workdir", "/dev/lamina-made"], "true")?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.code() == Some(125) && said.contains("no part of the image"), "{said}");
+    ensure!(!Path::new("/dev/lamina-made").exists());
+    let volume = format!("{}:/work", text(&rig.path("scratch")));
+    ensure!(printed(&rig, &["--volume", &volume, "--workdir", "/work/made"], "pwd")? == "/work/made\n");
+    Ok(())
+}
+
+#[test]
+fn what_whoever_starts_a_run_has_open_is_closed_in_the_program() -> Result<()> {
+    let rig = pushed()?;
+    let outside = text(&rig.path("scratch"));
+    let run = ["--user", "0", &rig.name("a:t"), "--", "echo /proc/$$/fd/*"];
+    let output = with_directory_open(&rig, &outside, &run)?;
+    let seen = String::from_utf8_lossy(&output.stdout);
+    let open = seen.lines().next().unwrap_or_default();
+    ensure!(open.split(' ').count() == 3 && open.ends_with("/fd/2"), "{seen}");
+    let run = ["--workdir", "/proc/self/fd/9", &rig.name("a:t"), "--", "true"];
+    ensure!(with_directory_open(&rig, &outside, &run)?.status.code() == Some(125));
+    Ok(())
+}
+
+/// Runs `lamina run` from a shell that has a directory open, as descriptor 9.
+fn with_directory_open(rig: &Rig, directory: &str, words: &[&str]) -> Result<Output> {
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", "exec 9<\"$1\"; shift; exec \"$@\"", "sh", directory]);
+    command.args([env!("CARGO_BIN_EXE_lamina"), "run"]).args(words).env("LAMINA_CACHE", rig.path("cache"));
+    Ok(command.output()?)
 }
 
 #[test]

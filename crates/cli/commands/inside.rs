@@ -11,9 +11,9 @@ mod user;
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus};
 
@@ -29,6 +29,8 @@ pub(crate) use self::init::run as init;
 
 /// What shells add to the number of the signal that ended a program.
 const SIGNALLED: i32 = 128;
+/// The standard streams have the descriptors below.
+const STREAMS: libc::c_uint = 3;
 /// Longer reasons for not starting are cut, in bytes.
 const REASON_BYTES_MAX: u64 = 64 << 10;
 
@@ -167,11 +169,26 @@ fn spawn() -> Result<(Child, UnixStream)> {
     // SAFETY: file descriptors stay shared
     unsafe { unshare_unsafe(UnshareFlags::NEWPID) }.context("a namespace of process ids: are you root?")?;
     let (ours, theirs) = UnixStream::pair()?;
-    fcntl_setfd(&theirs, FdFlags::empty())?;
     // this very binary, though another may have taken its path
     let mut command = Command::new("/proc/self/exe");
-    command.arg("inside").arg(theirs.as_raw_fd().to_string());
+    let line = theirs.as_raw_fd();
+    command.arg("inside").arg(line.to_string());
+    // SAFETY: two system calls, on a descriptor that is open until the child has been spawned
+    unsafe { command.pre_exec(move || inherit_only(line)) };
     Ok((command.spawn().context("the program's init cannot be started")?, ours))
+}
+
+/// Has the next program of this process get no descriptor but its standard streams and the line. Of what whoever started us has left
+/// open, a directory would be a way out of the image, by its `/proc/self/fd`.
+#[expect(unsafe_code, reason = "rustix has no close_range(2)")]
+fn inherit_only(line: RawFd) -> io::Result<()> {
+    let cloexec = libc::CLOSE_RANGE_CLOEXEC.cast_signed();
+    // SAFETY: closes nothing in this program
+    if unsafe { libc::close_range(STREAMS, libc::c_uint::MAX, cloexec) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it is open, as the caller says
+    Ok(fcntl_setfd(unsafe { BorrowedFd::borrow_raw(line) }, FdFlags::empty())?)
 }
 
 /// Tells the init what to do. Returns when the program runs.

@@ -99,9 +99,9 @@ fn bury(program: Pid, terminal: bool) -> Option<u8> {
 
 fn start(plan: &Plan) -> Result<Pid, Unstarted> {
     let refused = |error: anyhow::Error| Unstarted { code: REFUSED, message: format!("{error:#}") };
-    root::enter(plan).map_err(refused)?;
+    let ours = root::enter(plan).map_err(refused)?;
     let user = user(&plan.user).map_err(refused)?;
-    root::working_directory(&plan.working_directory).map_err(refused)?;
+    ours.go_to(&plan.working_directory).map_err(refused)?;
     let (program, arguments) = plan.command.split_first().expect("never empty");
     let mut command = Command::new(program);
     command.args(arguments).env_clear().env("PATH", PATH).env("HOME", &user.home);
