@@ -28,6 +28,9 @@ use super::{Changes, Plan, Volume};
 const MACHINE: [(&str, bool); 4] =
     [("/dev", false), ("/sys", true), ("/etc/resolv.conf", true), ("/etc/hosts", true)];
 
+/// Where shm_open(3) makes files.
+const SHARED_MEMORY: &str = "/dev/shm";
+
 /// Moves this process, which must have one thread, into the image. Where things may be made from then on.
 #[expect(unsafe_code, reason = "there is no safe call for namespaces")]
 pub(super) fn enter(plan: &Plan) -> Result<Ours> {
@@ -40,7 +43,10 @@ pub(super) fn enter(plan: &Plan) -> Result<Ours> {
     let machine =
         machine.map(|(path, read_only)| Volume { host: path.into(), inside: path.into(), read_only });
     let machine = machine.map(|volume| Opened::open(&volume)).collect::<Result<Vec<_>>>()?;
-    let volumes = plan.volumes.iter().map(Opened::open).collect::<Result<Vec<_>>>()?;
+    let mut volumes: Vec<_> = plan.volumes.iter().collect();
+    // one that lies in another comes behind it
+    volumes.sort_by_key(|volume| volume.inside.components().count());
+    let volumes = volumes.into_iter().map(Opened::open).collect::<Result<Vec<_>>>()?;
     // relative paths in what follows, so that no character in a directory's name means anything to overlayfs
     std::env::set_current_dir(&plan.directory)?;
     fs::create_dir("root")?;
@@ -73,6 +79,12 @@ pub(super) fn enter(plan: &Plan) -> Result<Ours> {
         if ours.mount_point(&opened.inside, opened.is_directory, writable)? {
             opened.put()?;
         }
+    }
+    // as machines have it, but its own: what is left there would stay, and programs name what they make there by their process ids,
+    // which begin anew in each run
+    if Path::new(SHARED_MEMORY).is_dir() {
+        file_system("tmpfs", SHARED_MEMORY, c"mode=1777").context("shared memory in the image")?;
+        ours.0.push(mount_id(CWD, SHARED_MEMORY)?);
     }
     for opened in &volumes {
         if !ours.mount_point(&opened.inside, opened.is_directory, writable)? {
