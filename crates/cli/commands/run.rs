@@ -150,30 +150,38 @@ fn plan(arguments: &RunArguments, image: Process, directory: PathBuf) -> Result<
 /// Runs the program to its end, and hands signals on to it. Its exit code.
 async fn follow(plan: Plan, signals: &mut Signals) -> Result<u8> {
     let mut running = Running::start(plan).await?;
-    let started = tokio::select! {
-        started = running.started() => Some(started),
-        _ = signals.next() => None,
-    };
-    match started {
-        Some(Ok(())) => {}
-        // it has said why; its end takes what it has mounted along
-        Some(Err(error)) => {
-            running.kill().await;
-            return Err(error);
-        }
-        None => {
+    let mut has_signal = false;
+    loop {
+        let signal = tokio::select! {
+            started = running.started() => match started {
+                Ok(()) => break,
+                // it has said why; its end takes what it has mounted along
+                Err(error) => {
+                    running.kill().await;
+                    return Err(error);
+                }
+            },
+            signal = signals.next() => signal,
+        };
+        // the program may run before we hear of it, and then the signal is for it; whoever does not want to wait says so twice
+        if has_signal {
             running.kill().await;
             bail!(Interrupted)
         }
+        has_signal = true;
+        hand_on(&running, signal);
     }
     loop {
-        let signal = tokio::select! {
+        tokio::select! {
             code = running.ended() => return code,
-            signal = signals.next() => signal,
-        };
-        if !is_from_terminal(signal) {
-            running.signal(signal);
+            signal = signals.next() => hand_on(&running, signal),
         }
+    }
+}
+
+fn hand_on(running: &Running, signal: Signal) {
+    if !is_from_terminal(signal) {
+        running.signal(signal);
     }
 }
 
