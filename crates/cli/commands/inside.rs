@@ -186,8 +186,8 @@ fn spawn() -> Result<(Child, UnixStream)> {
     Ok((command.spawn().context("the program's init cannot be started")?, ours))
 }
 
-/// Has the next program of this process get no descriptor but its standard streams and the line. Of what whoever started us has left
-/// open, a directory would be a way out of the image, by its `/proc/self/fd`.
+/// Has the next program of this process get no descriptor but its standard streams and the line. Of what whoever started us has
+/// left open, a directory would be a way out of the image, by its `/proc/self/fd`.
 #[expect(unsafe_code, reason = "rustix has no close_range(2)")]
 fn inherit_only(line: RawFd) -> io::Result<()> {
     let cloexec = libc::CLOSE_RANGE_CLOEXEC.cast_signed();

@@ -185,8 +185,8 @@ fn hand_on(running: &Running, signal: Signal) {
     }
 }
 
-/// Whether the program got that signal already, as it is in the terminal's foreground beside us, wherever our streams lead. Who sent
-/// it cannot be seen: what somebody else than the terminal sends us in its foreground is taken for the terminal's.
+/// Whether the program got that signal already, as it is in the terminal's foreground beside us, wherever our streams lead. Who
+/// sent it cannot be seen: what somebody else than the terminal sends us in its foreground is taken for the terminal's.
 fn is_from_terminal(signal: Signal) -> bool {
     matches!(signal, Signal::INT | Signal::QUIT) && File::open("/dev/tty").is_ok_and(has_foreground)
 }

@@ -1,7 +1,8 @@
 //! How images want their programs run, as their registries last said. So an image that the node has can be run while nobody
 //! answers, and one that has not changed a request sooner.
 //!
-//! One small JSON file a reference, and one a manifest: a digest never means anything else, whatever the tag means since. Every file can be deleted; it is written again at the next run.
+//! One small JSON file a reference, and one a manifest: a digest never means anything else, whatever the tag means since. Every
+//! file can be deleted; it is written again at the next run.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
