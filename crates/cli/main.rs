@@ -36,7 +36,8 @@ fn main() -> ExitCode {
         give_large_buffers_back();
     }
     start_logging(&arguments);
-    let failure = if matches!(arguments.command, Command::Run(_)) { RUN_FAILED } else { FAILED };
+    let runs = matches!(arguments.command, Command::Run(_) | Command::Inside(_));
+    let failure = if runs { RUN_FAILED } else { FAILED };
     // a holder does next to nothing, and must not be in the way; an init may have but one thread
     let mut runtime = match &arguments.command {
         Command::Inside(_) => tokio::runtime::Builder::new_current_thread(),

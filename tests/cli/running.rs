@@ -14,8 +14,16 @@ use rustix::process::Signal;
 use crate::rig::{DEADLINE, Rig, programs, real_image, text};
 
 /// What the images here can run.
-const PROGRAMS: [&str; 7] =
-    ["/bin/sh", "/bin/cat", "/bin/ls", "/bin/touch", "/usr/bin/id", "/usr/bin/env", "/bin/sleep"];
+const PROGRAMS: [&str; 8] = [
+    "/bin/sh",
+    "/bin/cat",
+    "/bin/ls",
+    "/bin/touch",
+    "/bin/true",
+    "/usr/bin/id",
+    "/usr/bin/env",
+    "/bin/sleep",
+];
 
 /// An image whose config says everything that it can.
 fn pushed() -> Result<Rig> {
@@ -160,10 +168,70 @@ fn volumes_are_seen_and_written_unless_they_are_read_only() -> Result<()> {
     let output = script(&rig, &["--volume", "/no/where:/x"], "true")?;
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.code() == Some(125) && said.contains("/no/where"), "{said}");
-    for volume in ["/x", "/x:y", "/x:/y:z", "/x:/../y", ":/y"] {
+    for volume in ["/x", "/x:y", "/x:/y:z", "/x:/../y", ":/y", "/x:/", "/x:/./"] {
         ensure!(script(&rig, &["--volume", volume], "true")?.status.code() == Some(2), "{volume}");
     }
     nothing_is_left(&rig)
+}
+
+#[test]
+fn a_volume_in_another_is_seen_in_whatever_order_they_are_given() -> Result<()> {
+    let rig = pushed()?;
+    let (outer, inner) = (rig.path("scratch"), rig.path("tmp"));
+    fs::create_dir(outer.join("in"))?;
+    fs::write(outer.join("a"), "outer\n")?;
+    fs::write(inner.join("b"), "inner\n")?;
+    let volumes = [format!("{}:/v/in", text(&inner)), format!("{}:/v", text(&outer))];
+    for volumes in [[&volumes[0], &volumes[1]], [&volumes[1], &volumes[0]]] {
+        let options = ["--volume", volumes[0], "--volume", volumes[1]];
+        ensure!(printed(&rig, &options, "cat /v/a /v/in/b")? == "outer\ninner\n");
+    }
+    Ok(())
+}
+
+#[test]
+fn shared_memory_is_the_program_s_own_and_gone_with_it() -> Result<()> {
+    let rig = pushed()?;
+    let file = format!("/dev/shm/lamina-{}", std::process::id());
+    for options in [&[][..], &["--in-memory"]] {
+        ensure!(printed(&rig, options, &format!("echo x > {file}; cat /dev/shm/*"))? == "x\n", "{options:?}");
+        ensure!(!Path::new(&file).exists(), "it is the machine's");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_program_that_is_not_root_opens_the_pipes_that_are_its_streams() -> Result<()> {
+    let rig = pushed()?;
+    let output = rig.lamina(&["run", &rig.name("a:t"), "--", "id -u > /dev/stdout; echo e > /dev/stderr"])?;
+    ensure!(output.status.success() && output.stdout == b"1000\n" && output.stderr == b"e\n", "{output:?}");
+    Ok(())
+}
+
+#[test]
+fn nobody_waits_for_an_image_whose_users_are_in_a_fifo() -> Result<()> {
+    let rig = Rig::new()?;
+    let layer = programs(Layer::new(), &PROGRAMS)?;
+    let image = Image::new().layer(|_| layer).layer(|layer| layer.fifo("etc/passwd").fifo("etc/group"));
+    let source = rig.layout("layout", &image)?;
+    rig.ok(&["push", &source, &rig.name("a:t")])?;
+    let output = rig.lamina(&["run", "--user", "app", &rig.name("a:t"), "--", "/bin/true"])?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.code() == Some(125) && said.contains("no user app"), "{said}");
+    ensure!(rig.ok(&["run", "--user", "7", &rig.name("a:t"), "--", "/usr/bin/id", "-u"])? == "7\n");
+    Ok(())
+}
+
+#[test]
+fn an_init_without_whoever_started_it_says_so() -> Result<()> {
+    let rig = Rig::new()?;
+    for (words, code) in [(&["inside", "--", "-1"][..], 2), (&["inside", "2"], 2), (&["inside", "999"], 125)]
+    {
+        let output = rig.lamina(words)?;
+        ensure!(output.status.code() == Some(code), "{words:?}: {output:?}");
+        ensure!(!String::from_utf8_lossy(&output.stderr).contains("panicked"), "{output:?}");
+    }
+    Ok(())
 }
 
 #[test]
@@ -186,6 +254,65 @@ fn a_link_in_an_image_leads_nowhere_outside_of_it() -> Result<()> {
     ensure!(seen == fs::read_to_string("/etc/hosts")? + "/out/volume\n", "{seen}");
     ensure!(fs::read_dir(&outside)?.next().is_none(), "something was made outside of the image");
     Ok(())
+}
+
+#[test]
+fn a_link_to_what_is_of_the_machine_has_nothing_made_there() -> Result<()> {
+    let rig = Rig::new()?;
+    let outside = text(&rig.path("scratch"));
+    let devices = || -> Result<Vec<_>> {
+        let mut names: Vec<_> = fs::read_dir("/dev")?.flatten().map(|entry| entry.file_name()).collect();
+        names.sort();
+        Ok(names)
+    };
+    let before = devices()?;
+    for (tag, target) in [("dev", "/dev"), ("fd", "/proc/self/fd/9")] {
+        let layer = programs(Layer::new(), &PROGRAMS)?;
+        let image = Image::new().layer(|_| layer).layer(|layer| layer.dir("dev").symlink("etc", target));
+        let source = rig.layout(tag, &image)?;
+        let name = rig.name(&format!("{tag}:t"));
+        rig.ok(&["push", &source, &name])?;
+        let output = with_directory_open(&rig, &outside, &[&name, "--", "/bin/true"])?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.code() == Some(125) && said.contains("/etc/"), "{target}: {said}");
+        let working = ["--workdir", "/dev/lamina-made", &name, "--", "/bin/true"];
+        ensure!(with_directory_open(&rig, &outside, &working)?.status.code() == Some(125));
+        ensure!(fs::read_dir(&outside)?.next().is_none(), "something was made outside of the image");
+        ensure!(devices()? == before, "something was made in /dev");
+    }
+    nothing_is_left(&rig)
+}
+
+#[test]
+fn nothing_is_made_in_the_machine_s_devices_and_volumes_are_the_user_s() -> Result<()> {
+    let rig = pushed()?;
+    let output = script(&rig, &["--workdir", "/dev/lamina-made"], "true")?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.code() == Some(125) && said.contains("no part of the image"), "{said}");
+    ensure!(!Path::new("/dev/lamina-made").exists());
+    let volume = format!("{}:/work", text(&rig.path("scratch")));
+    ensure!(printed(&rig, &["--volume", &volume, "--workdir", "/work/made"], "pwd")? == "/work/made\n");
+    Ok(())
+}
+
+#[test]
+fn what_whoever_starts_a_run_has_open_is_closed_in_the_program() -> Result<()> {
+    let rig = pushed()?;
+    let outside = text(&rig.path("scratch"));
+    let run = ["--user", "0", &rig.name("a:t"), "--", "ls /proc/$$/fd; true"];
+    let output = with_directory_open(&rig, &outside, &run)?;
+    ensure!(output.stdout == b"0\n1\n2\n", "{output:?}");
+    let run = ["--workdir", "/proc/self/fd/9", &rig.name("a:t"), "--", "true"];
+    ensure!(with_directory_open(&rig, &outside, &run)?.status.code() == Some(125));
+    Ok(())
+}
+
+/// Runs `lamina run` from a shell that has a directory open, as descriptor 9.
+fn with_directory_open(rig: &Rig, directory: &str, words: &[&str]) -> Result<Output> {
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", "exec 9<\"$1\"; shift; exec \"$@\"", "sh", directory]);
+    command.args([env!("CARGO_BIN_EXE_lamina"), "run"]).args(words).env("LAMINA_CACHE", rig.path("cache"));
+    Ok(command.output()?)
 }
 
 #[test]
@@ -232,6 +359,32 @@ fn what_ran_here_before_runs_again_while_its_registry_is_away() -> Result<()> {
     let output = rig.lamina(&["run", &rig.name("b:t"), "--", "cat /etc/keep"])?;
     ensure!(output.status.code() == Some(125), "{}", output.status);
     nothing_is_left(&rig)
+}
+
+#[test]
+fn what_is_mounted_is_what_runs_though_the_tag_was_moved_since_it_last_ran() -> Result<()> {
+    let mut rig = pushed()?;
+    let name = rig.name("a:t");
+    ensure!(rig.ok(&["run", &name])?.starts_with("hello"));
+    let layer = programs(Layer::new(), &PROGRAMS)?;
+    let moved = Image::new().layer(|_| layer.file("moved", "moved\n")).command(["/bin/cat", "/moved"]);
+    let source = rig.layout("moved", &moved)?;
+    rig.ok(&["push", &source, &name])?;
+    let manifest = rig.json(&["mount", &name, &text(&rig.path("mount"))])?["manifest"].clone();
+    let pinned = rig.name(&format!("a@{}", manifest.as_str().context("a digest")?));
+    let registry = rig.registry.take();
+    let address = rig.address.clone();
+    drop(registry);
+    let output = rig.lamina(&["run", &name])?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.code() == Some(125) && said.contains("is to be run"), "{said}");
+    rig.start_registry_on(&address)?;
+    ensure!(rig.ok(&["run", &pinned])? == "moved\n");
+    rig.registry = None;
+    let output = rig.lamina(&["run", &name])?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success() && output.stdout == b"moved\n", "{}: {said}", output.status);
+    Ok(())
 }
 
 #[test]

@@ -13,15 +13,16 @@ use super::{CacheArguments, NodeSettings};
 ///
 /// The image is mounted as `lamina mount` does it, by the node that owns the cache, and unmounted when the program ends. The
 /// program has the image as its root directory, writable; what it writes is gone when it ends. It sees only the processes that it
-/// started, its own /proc, and of this machine the network, /dev (GPUs are there), and /sys, /etc/hosts and /etc/resolv.conf, which it
-/// cannot change. It runs as root of this machine unless image or --user say otherwise.
+/// started, its own /proc and /dev/shm, and of this machine the network, /dev (GPUs are there), and /sys, /etc/hosts and
+/// /etc/resolv.conf, which it cannot change. It runs as root of this machine unless image or --user say otherwise.
 ///
 /// This starts programs, it does not confine them: there are no limits, no network of their own, no capabilities taken away.
 /// Whoever wants that mounts the image and has a container runtime use it, such as `podman run --rootfs DIR:O`. Nor are a GPU
 /// driver's libraries put into the image: name them with --volume.
 ///
-/// Signals are handed on. The exit code is the program's; 128 and the signal's number if one killed it; 125 if Lamina failed, 126
-/// if the program cannot be executed, 127 if there is none.
+/// Signals are handed on, INT and QUIT where the terminal does not send them to the program itself. A program that is not root can
+/// open a pipe as /dev/stdout, but not a terminal that is not its user's. The exit code is the program's; 128 and the signal's
+/// number if one killed it; 125 if Lamina failed, 126 if the program cannot be executed, 127 if there is none.
 #[derive(Args, Debug)]
 pub(crate) struct RunArguments {
     /// The image: [host[:port]/]repository[:tag|@digest]
@@ -41,7 +42,7 @@ pub(crate) struct RunArguments {
     /// The program that gets the command as its arguments, in place of the image's entrypoint and command; empty for none
     #[arg(long, value_name = "PROGRAM")]
     pub(crate) entrypoint: Option<String>,
-    /// Nothing can be written but on volumes, and what has no place in the image to be mounted on is left out
+    /// Nothing can be written but on volumes and below /dev, and what has no place in the image to be mounted on is left out
     #[arg(long)]
     pub(crate) read_only: bool,
     /// What is written goes to memory, not to the disk of the cache
@@ -73,14 +74,19 @@ fn volume(text: &str) -> Result<(PathBuf, PathBuf, bool), String> {
         (Some("ro"), None) => true,
         _ => return Err("it must be HOST:DIR, with :ro behind it or nothing".into()),
     };
-    if host.is_empty() || !inside.starts_with('/') || inside.split('/').any(|part| part == "..") {
+    let parts = || inside.split('/').filter(|part| !part.is_empty() && *part != ".");
+    if host.is_empty() || !inside.starts_with('/') || parts().any(|part| part == "..") {
         return Err("it must be HOST:DIR, with an absolute DIR".into());
+    }
+    if parts().next().is_none() {
+        return Err("the image is the root directory; DIR must be below".into());
     }
     Ok((host.into(), inside.into(), read_only))
 }
 
 #[derive(Args, Debug)]
 pub(crate) struct InsideArguments {
-    /// The descriptor of the line to whoever started this
+    /// The descriptor of the line to whoever started this, behind the standard streams
+    #[arg(value_parser = clap::value_parser!(i32).range(3..))]
     pub(crate) line: RawFd,
 }

@@ -11,13 +11,13 @@ mod user;
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{Pid, PidfdFlags, Signal, getpgrp, pidfd_open, pidfd_send_signal};
 use rustix::termios::tcsetpgrp;
@@ -29,6 +29,10 @@ pub(crate) use self::init::run as init;
 
 /// What shells add to the number of the signal that ended a program.
 const SIGNALLED: i32 = 128;
+/// The standard streams have the descriptors below.
+const STREAMS: libc::c_uint = 3;
+/// What an init says once the program runs; otherwise it says why not.
+const STARTED: &[u8] = &[0];
 /// Longer reasons for not starting are cut, in bytes.
 const REASON_BYTES_MAX: u64 = 64 << 10;
 
@@ -95,7 +99,7 @@ pub(crate) struct Running {
 }
 
 impl Running {
-    /// Begins to start the program. Its standard streams are ours.
+    /// Begins to start the program. Its standard streams are ours. Signals are for it from here on.
     pub(crate) async fn start(plan: Plan) -> Result<Self> {
         let (began, init) = oneshot::channel();
         let (start, started) = oneshot::channel();
@@ -104,13 +108,19 @@ impl Running {
         // a thread of its own, since of its namespace nobody else wants to have children; and the kernel takes its end for that of
         // the init's parent
         std::thread::Builder::new().name("inside".into()).spawn(move || {
-            let (mut child, line) = match spawn() {
+            let (mut child, mut line) = match spawn() {
                 Ok(spawned) => spawned,
                 Err(error) => return drop(began.send(Err(error))),
             };
-            // whoever waits for one of these may have gone; then the init is being killed
-            let _ = began.send(pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).map_err(Into::into));
-            let _ = start.send(agree(line, &plan));
+            let init = begun(&child, &mut line);
+            let has_begun = init.is_ok();
+            if began.send(init).is_ok() && has_begun {
+                // whoever waits for this may have gone; then the init is being killed
+                let _ = start.send(agree(line, &plan));
+            } else {
+                // nobody could end it, so it does not begin
+                let _ = child.kill();
+            }
             let _ = end.send(child.wait());
         })?;
         let init = init.await.context("the thread that starts the program ended early")??;
@@ -132,7 +142,7 @@ impl Running {
         Ok(code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
     }
 
-    /// Sends the program a signal, once it runs.
+    /// Sends the program a signal; if it does not run yet, its init has it once it does.
     pub(crate) fn signal(&self, signal: Signal) {
         // it may have ended just now
         let _ = pidfd_send_signal(&self.init, signal);
@@ -167,24 +177,82 @@ fn spawn() -> Result<(Child, UnixStream)> {
     // SAFETY: file descriptors stay shared
     unsafe { unshare_unsafe(UnshareFlags::NEWPID) }.context("a namespace of process ids: are you root?")?;
     let (ours, theirs) = UnixStream::pair()?;
-    fcntl_setfd(&theirs, FdFlags::empty())?;
     // this very binary, though another may have taken its path
     let mut command = Command::new("/proc/self/exe");
-    command.arg("inside").arg(theirs.as_raw_fd().to_string());
+    let line = theirs.as_raw_fd();
+    command.arg("inside").arg(line.to_string());
+    // SAFETY: two system calls, on a descriptor that is open until the child has been spawned
+    unsafe { command.pre_exec(move || inherit_only(line)) };
     Ok((command.spawn().context("the program's init cannot be started")?, ours))
+}
+
+/// Has the next program of this process get no descriptor but its standard streams and the line. Of what whoever started us has
+/// left open, a directory would be a way out of the image, by its `/proc/self/fd`.
+#[expect(unsafe_code, reason = "rustix has no close_range(2)")]
+fn inherit_only(line: RawFd) -> io::Result<()> {
+    let cloexec = libc::CLOSE_RANGE_CLOEXEC.cast_signed();
+    // SAFETY: closes nothing in this program
+    if unsafe { libc::close_range(STREAMS, libc::c_uint::MAX, cloexec) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it is open, as the caller says
+    Ok(fcntl_setfd(unsafe { BorrowedFd::borrow_raw(line) }, FdFlags::empty())?)
+}
+
+/// Returns when the init dies with us and hears signals.
+fn begun(child: &Child, line: &mut UnixStream) -> Result<OwnedFd> {
+    let init = pidfd_open(Pid::from_child(child), PidfdFlags::empty())?;
+    line.read_exact(&mut [0]).context("the program's init ended early")?;
+    Ok(init)
 }
 
 /// Tells the init what to do. Returns when the program runs.
 fn agree(mut line: UnixStream, plan: &Plan) -> Result<()> {
-    // from here on it dies with us
-    line.read_exact(&mut [0]).context("the program's init ended early")?;
-    serde_json::to_writer(&line, plan).context("the program's init does not listen")?;
-    line.flush()?;
+    let plan = serde_json::to_vec(plan)?;
+    line.write_all(&plan).context("the program's init does not listen")?;
     line.shutdown(Shutdown::Write)?;
     let mut answer = Vec::new();
     line.take(REASON_BYTES_MAX).read_to_end(&mut answer)?;
-    if answer.is_empty() {
+    if answer == STARTED {
         return Ok(());
     }
+    ensure!(!answer.is_empty(), "the program's init ended before the program began");
     Err(serde_json::from_slice::<Unstarted>(&answer).context("what the program's init said")?.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What comes of an init that says this once it has its plan.
+    fn answered(answer: &[u8]) -> Result<()> {
+        let plan = Plan {
+            directory: PathBuf::new(),
+            changes: Changes::Memory,
+            volumes: Vec::new(),
+            command: vec!["x".repeat(1 << 20)],
+            environment: Vec::new(),
+            working_directory: String::new(),
+            user: String::new(),
+            terminal: false,
+        };
+        let (ours, mut theirs) = UnixStream::pair()?;
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                theirs.read_to_end(&mut Vec::new()).unwrap();
+                theirs.write_all(answer).unwrap();
+            });
+            agree(ours, &plan)
+        })
+    }
+
+    #[test]
+    fn only_an_init_that_says_so_has_started_its_program() {
+        answered(STARTED).unwrap();
+        let unstarted = answered(br#"{"code":126,"message":"why"}"#).unwrap_err();
+        assert_eq!(unstarted.downcast::<Unstarted>().unwrap().code, 126);
+        for answer in [&b""[..], b"{", b"\x01", b"\0\0"] {
+            assert!(answered(answer).unwrap_err().downcast::<Unstarted>().is_err(), "{answer:?}");
+        }
+    }
 }

@@ -8,15 +8,19 @@ mod configs;
 mod process;
 mod scratch;
 
+use std::fs::File;
 use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use lamina_image::{CommandKey, Process};
 use lamina_node::Controller;
-use lamina_wire::WireError;
 use lamina_wire::proto::{MountRequest, UnmountRequest};
+use lamina_wire::{Reference, Version, WireError};
 use rustix::process::{Signal, getpgrp};
 use rustix::termios::tcgetpgrp;
+use tokio::time::timeout;
 
 use self::configs::{Configs, Known};
 use self::scratch::Scratch;
@@ -27,17 +31,22 @@ use super::signals::Signals;
 use super::{Ended, Interrupted};
 use crate::args::{Common, RunArguments};
 
+/// An image whose config is known is not waited for longer than this, as the node does not either.
+const KNOWN_WAIT: Duration = Duration::from_secs(5);
+
 /// Runs the program. *Errors*: [`Ended`], with its exit code.
 pub(crate) async fn run(arguments: RunArguments, common: Common) -> Result<()> {
     let mut signals = Signals::new()?;
     make_cache(&arguments.cache)?;
     let known = tokio::select! {
-        known = find(&arguments, &common) => known?,
+        known = find(&arguments.reference, &arguments, &common) => known?,
         _ = signals.next() => bail!(Interrupted),
     };
     let cache = arguments.cache.directory.canonicalize()?;
-    let scratch = tokio::task::spawn_blocking(move || Scratch::create(&cache)).await??;
-    let plan = plan(&arguments, known.process, &scratch)?;
+    let (scratch, dead) = tokio::task::spawn_blocking(move || Scratch::create(&cache)).await??;
+    // nobody waits for what others have left before the program runs
+    let tidied = tokio::task::spawn_blocking(move || dead.remove());
+    let plan = plan(&arguments, known.process, scratch.path().to_owned())?;
     let key = arguments.key.clone().or_else(|| CommandKey::of(&plan.command)).context("a command")?;
     let request = MountRequest {
         reference: arguments.reference.to_string(),
@@ -48,32 +57,60 @@ pub(crate) async fn run(arguments: RunArguments, common: Common) -> Result<()> {
         owner: std::process::id(),
         ..MountRequest::default()
     };
-    let mounted = mount(&request, &arguments.cache, &arguments.settings, &common).await?;
-    report_offline(&arguments.reference, &mounted);
-    let ended = match mounted.manifest == known.manifest {
-        true => follow(plan, &mut signals).await,
-        false => Err(anyhow!("{} was pushed anew this moment; run it again", arguments.reference)),
+    let ended = async {
+        let plan = tokio::select! {
+            plan = mounted(&arguments, &common, &request, &known.manifest, plan) => plan?,
+            _ = signals.next() => bail!(Interrupted),
+        };
+        follow(plan, &mut signals).await
     };
+    let ended = ended.await;
     unmount(&arguments, request.directory).await;
     tokio::task::spawn_blocking(move || scratch.remove()).await?;
+    tidied.await?;
     match ended? {
         0 => Ok(()),
         code => bail!(Ended(code)),
     }
 }
 
-/// What the image wants its programs to be. As it was when last asked, where nobody answers: the node says the same of the rest.
-async fn find(arguments: &RunArguments, common: &Common) -> Result<Known> {
+/// Mounts the image. What is to run there, `plan` where the mounted image is the one that it was made for.
+async fn mounted(
+    arguments: &RunArguments,
+    common: &Common,
+    request: &MountRequest,
+    planned: &str,
+    plan: Plan,
+) -> Result<Plan> {
     let reference = &arguments.reference;
+    let mounted = mount(request, &arguments.cache, &arguments.settings, common).await?;
+    report_offline(reference, &mounted);
+    if mounted.manifest == planned {
+        return Ok(plan);
+    }
+    // the tag was moved since, or the node last knew it as something else
+    let pinned = Reference { version: Version::Digest(mounted.manifest.parse()?), ..reference.clone() };
+    let known = find(&pinned, arguments, common).await;
+    let known = known.with_context(|| format!("how {pinned}, which was mounted, is to be run"))?;
+    self::plan(arguments, known.process, plan.directory)
+}
+
+/// What the image wants its programs to be. As it was when last asked, where nobody answers: the node says the same of the rest.
+async fn find(reference: &Reference, arguments: &RunArguments, common: &Common) -> Result<Known> {
     let configs = Configs::of(&arguments.cache.directory);
     let known = configs.find(reference);
-    let image = match (Image::find(reference, common).await, known) {
-        (Ok(image), Some(known)) if known.manifest == image.manifest.to_string() => return Ok(known),
-        (Ok(image), _) => image,
-        (Err(error), Some(known)) if is_passing(&error) => return Ok(known),
-        (Err(error), _) => return Err(error),
+    let asked = Image::find(reference, common);
+    let image = match (known, &reference.version) {
+        (Some(known), Version::Digest(_)) => return Ok(known),
+        (None, _) => asked.await?,
+        (Some(known), Version::Tag(_)) => match timeout(KNOWN_WAIT, asked).await {
+            Ok(Ok(image)) if known.manifest == image.manifest.to_string() => return Ok(known),
+            Ok(Ok(image)) => image,
+            Ok(Err(error)) if !is_passing(&error) => return Err(error),
+            Ok(Err(_)) | Err(_) => return Ok(known),
+        },
     };
-    Ok(configs.remember(reference, image.manifest.to_string(), image.process().await?))
+    Ok(configs.remember(reference, image.manifest, image.process().await?))
 }
 
 fn is_passing(error: &anyhow::Error) -> bool {
@@ -81,7 +118,7 @@ fn is_passing(error: &anyhow::Error) -> bool {
 }
 
 /// What runs.
-fn plan(arguments: &RunArguments, image: Process, scratch: &Scratch) -> Result<Plan> {
+fn plan(arguments: &RunArguments, image: Process, directory: PathBuf) -> Result<Plan> {
     let command = process::command(&image, arguments.entrypoint.as_deref(), &arguments.command);
     ensure!(
         !command.is_empty(),
@@ -98,7 +135,7 @@ fn plan(arguments: &RunArguments, image: Process, scratch: &Scratch) -> Result<P
     };
     let environment = process::environment(&image.env, &arguments.env, |name| std::env::var_os(name));
     Ok(Plan {
-        directory: scratch.path().to_owned(),
+        directory,
         changes,
         volumes: volumes.collect::<Result<_>>()?,
         command,
@@ -113,39 +150,45 @@ fn plan(arguments: &RunArguments, image: Process, scratch: &Scratch) -> Result<P
 /// Runs the program to its end, and hands signals on to it. Its exit code.
 async fn follow(plan: Plan, signals: &mut Signals) -> Result<u8> {
     let mut running = Running::start(plan).await?;
-    let started = tokio::select! {
-        started = running.started() => Some(started),
-        _ = signals.next() => None,
-    };
-    match started {
-        Some(Ok(())) => {}
-        // it has said why; its end takes what it has mounted along
-        Some(Err(error)) => {
-            running.kill().await;
-            return Err(error);
-        }
-        None => {
+    let mut has_signal = false;
+    loop {
+        let signal = tokio::select! {
+            started = running.started() => match started {
+                Ok(()) => break,
+                // it has said why; its end takes what it has mounted along
+                Err(error) => {
+                    running.kill().await;
+                    return Err(error);
+                }
+            },
+            signal = signals.next() => signal,
+        };
+        // the program may run before we hear of it, and then the signal is for it; whoever does not want to wait says so twice
+        if has_signal {
             running.kill().await;
             bail!(Interrupted)
         }
+        has_signal = true;
+        hand_on(&running, signal);
     }
     loop {
-        let signal = tokio::select! {
+        tokio::select! {
             code = running.ended() => return code,
-            signal = signals.next() => signal,
-        };
-        if !is_from_terminal(signal) {
-            running.signal(signal);
+            signal = signals.next() => hand_on(&running, signal),
         }
     }
 }
 
-/// Whether the program got that signal already, as it is in the terminal's foreground beside us.
+fn hand_on(running: &Running, signal: Signal) {
+    if !is_from_terminal(signal) {
+        running.signal(signal);
+    }
+}
+
+/// Whether the program got that signal already, as it is in the terminal's foreground beside us, wherever our streams lead. Who
+/// sent it cannot be seen: what somebody else than the terminal sends us in its foreground is taken for the terminal's.
 fn is_from_terminal(signal: Signal) -> bool {
-    matches!(signal, Signal::INT | Signal::QUIT)
-        && (has_foreground(std::io::stdin())
-            || has_foreground(std::io::stdout())
-            || has_foreground(std::io::stderr()))
+    matches!(signal, Signal::INT | Signal::QUIT) && File::open("/dev/tty").is_ok_and(has_foreground)
 }
 
 /// Whether that is a terminal in whose foreground we are.

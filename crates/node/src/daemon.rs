@@ -386,8 +386,8 @@ impl Node {
             tokio::select! {
                 () = &mut life => {}
                 () = owner => {
-                    // an error means that somebody was faster
-                    let _ = node.unmount(&path, true).await;
+                    // an error means that somebody was faster; what has taken its place there since is not its owner's
+                    let _ = node.unmount_where(&path, true, |there| Arc::ptr_eq(there, &mount)).await;
                     life.await;
                 }
             }
@@ -461,10 +461,21 @@ impl Node {
         directory: &Path,
         lazy: bool,
     ) -> Result<UnmountResponse, NodeError> {
+        self.unmount_where(directory, lazy, |_| true).await
+    }
+
+    /// The same, if it is the mount that is meant: the same directory may have been mounted again meanwhile.
+    async fn unmount_where(
+        self: &Arc<Self>,
+        directory: &Path,
+        lazy: bool,
+        is_meant: impl FnOnce(&Arc<Mount>) -> bool,
+    ) -> Result<UnmountResponse, NodeError> {
         let mounted = self
             .mounts
             .lock()
             .get(directory)
+            .filter(|it| is_meant(&it.mount))
             .map(|it| (Arc::clone(&it.mount), it.report.clone(), it.number, it.record.clone()));
         let (mount, report, number, record) =
             mounted.ok_or_else(|| NodeError::NotMounted(directory.to_owned()))?;

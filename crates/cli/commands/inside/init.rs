@@ -4,12 +4,13 @@
 //! not.
 
 use std::io::{ErrorKind, Read, Write};
-use std::os::fd::{FromRawFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use rustix::fs::{FileType, FsWord, fchown, fstat, fstatfs};
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{
     Pid, Signal, WaitOptions, kill_process, kill_process_group, set_parent_process_death_signal, setpgid,
@@ -20,7 +21,7 @@ use rustix::thread::{set_thread_gid, set_thread_groups, set_thread_uid};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::user::{User, user};
-use super::{Plan, SIGNALLED, Unstarted, root};
+use super::{Plan, SIGNALLED, STARTED, Unstarted, root};
 use crate::args::InsideArguments;
 use crate::commands::Ended;
 use crate::commands::signals::Signals;
@@ -31,6 +32,8 @@ const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 const REFUSED: u8 = 125;
 const NOT_EXECUTABLE: u8 = 126;
 const NOT_FOUND: u8 = 127;
+/// The kernel's file system of pipes that have no name, as statfs(2) has it.
+const PIPES: FsWord = 0x5049_5045;
 
 /// Runs the program that it is told to run. *Errors*: [`Ended`], with the program's exit code.
 pub(crate) async fn run(arguments: InsideArguments) -> Result<()> {
@@ -46,10 +49,11 @@ pub(crate) async fn run(arguments: InsideArguments) -> Result<()> {
     let program = match start(&plan) {
         Ok(program) => program,
         Err(unstarted) => {
-            serde_json::to_writer(&line, &unstarted)?;
+            line.write_all(&serde_json::to_vec(&unstarted)?)?;
             bail!(Ended(unstarted.code));
         }
     };
+    line.write_all(STARTED)?;
     drop(line);
     if plan.terminal {
         // we are in its foreground, so that is ours to give
@@ -72,9 +76,13 @@ pub(crate) async fn run(arguments: InsideArguments) -> Result<()> {
 /// The line to whoever started this, which nobody else is to inherit.
 #[expect(unsafe_code, reason = "a descriptor that is known by its number")]
 fn take(line: RawFd) -> Result<UnixStream> {
+    let meant = "this is for `lamina run` to start";
+    // SAFETY: no more is asked of it than whether it is there
+    let found = fstat(unsafe { BorrowedFd::borrow_raw(line) }).context(meant)?;
+    ensure!(FileType::from_raw_mode(found.st_mode) == FileType::Socket, meant);
     // SAFETY: it was opened for this process, and the first that looks at it is this
     let line = unsafe { UnixStream::from_raw_fd(line) };
-    fcntl_setfd(&line, FdFlags::CLOEXEC).context("this is for `lamina run` to start")?;
+    fcntl_setfd(&line, FdFlags::CLOEXEC)?;
     Ok(line)
 }
 
@@ -99,9 +107,10 @@ fn bury(program: Pid, terminal: bool) -> Option<u8> {
 
 fn start(plan: &Plan) -> Result<Pid, Unstarted> {
     let refused = |error: anyhow::Error| Unstarted { code: REFUSED, message: format!("{error:#}") };
-    root::enter(plan).map_err(refused)?;
+    let ours = root::enter(plan).map_err(refused)?;
     let user = user(&plan.user).map_err(refused)?;
-    root::working_directory(&plan.working_directory).map_err(refused)?;
+    ours.go_to(&plan.working_directory).map_err(refused)?;
+    give_pipes(&user);
     let (program, arguments) = plan.command.split_first().expect("never empty");
     let mut command = Command::new(program);
     command.args(arguments).env_clear().env("PATH", PATH).env("HOME", &user.home);
@@ -121,6 +130,19 @@ fn start(plan: &Plan) -> Result<Pid, Unstarted> {
         spawning.join().expect("it does not panic")
     });
     Ok(Pid::from_child(&spawned?))
+}
+
+/// Has the user own the standard streams that are pipes, as the runtimes of containers have it: programs open them anew, as
+/// /dev/stdout. Nothing else, whose owner would stay another once the program has ended: a terminal, a FIFO in a directory.
+fn give_pipes(user: &User) {
+    let Some((uid, _)) = user.ids else { return };
+    let (input, output, errors) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
+    for stream in [input.as_fd(), output.as_fd(), errors.as_fd()] {
+        if fstatfs(stream).is_ok_and(|found| found.f_type == PIPES) {
+            // the program still has it as it is
+            let _ = fchown(stream, Some(uid), None);
+        }
+    }
 }
 
 /// Makes the calling thread the user's.

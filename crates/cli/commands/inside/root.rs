@@ -1,21 +1,23 @@
 //! The root directory of a program: the image, writable by an overlayfs, with what programs expect of the machine in it.
 //!
 //! Whatever lies outside is opened before the image becomes the root directory, and put in place after. So no link in the image
-//! leads out of it.
+//! leads out of it. What has to be made there is made in the image and in volumes only, whatever links lead to, never in what
+//! is the machine's: an image whose /etc is a link to /dev would have files made there.
 
 use std::ffi::CStr;
-use std::fs::{self, Permissions};
+use std::fs::{self, File, Permissions};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
-use rustix::fs::CWD;
+use anyhow::{Context, Result, bail, ensure};
+use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 use rustix::mount::{
     MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount, mount_bind,
     mount_change, move_mount, open_tree, unmount,
 };
+use rustix::path::Arg;
 use rustix::process::pivot_root;
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
@@ -26,9 +28,12 @@ use super::{Changes, Plan, Volume};
 const MACHINE: [(&str, bool); 4] =
     [("/dev", false), ("/sys", true), ("/etc/resolv.conf", true), ("/etc/hosts", true)];
 
-/// Moves this process, which must have one thread, into the image.
+/// Where shm_open(3) makes files.
+const SHARED_MEMORY: &str = "/dev/shm";
+
+/// Moves this process, which must have one thread, into the image. Where things may be made from then on.
 #[expect(unsafe_code, reason = "there is no safe call for namespaces")]
-pub(super) fn enter(plan: &Plan) -> Result<()> {
+pub(super) fn enter(plan: &Plan) -> Result<Ours> {
     // SAFETY: file descriptors stay as they are
     unsafe { unshare_unsafe(UnshareFlags::NEWNS) }.context("a mount namespace: are you root?")?;
     // nothing that is mounted here is seen outside
@@ -38,7 +43,10 @@ pub(super) fn enter(plan: &Plan) -> Result<()> {
     let machine =
         machine.map(|(path, read_only)| Volume { host: path.into(), inside: path.into(), read_only });
     let machine = machine.map(|volume| Opened::open(&volume)).collect::<Result<Vec<_>>>()?;
-    let volumes = plan.volumes.iter().map(Opened::open).collect::<Result<Vec<_>>>()?;
+    let mut volumes: Vec<_> = plan.volumes.iter().collect();
+    // one that lies in another comes behind it
+    volumes.sort_by_key(|volume| volume.inside.components().count());
+    let volumes = volumes.into_iter().map(Opened::open).collect::<Result<Vec<_>>>()?;
     // relative paths in what follows, so that no character in a directory's name means anything to overlayfs
     std::env::set_current_dir(&plan.directory)?;
     fs::create_dir("root")?;
@@ -63,30 +71,29 @@ pub(super) fn enter(plan: &Plan) -> Result<()> {
     pivot_root(".", ".").context("the image as the root directory")?;
     unmount(".", UnmountFlags::DETACH).context("the machine's root directory cannot be left")?;
     std::env::set_current_dir("/")?;
-    if mount_point(Path::new("/proc"), true, writable)? {
+    let mut ours = Ours(vec![mount_id(CWD, "/")?]);
+    if ours.mount_point(Path::new("/proc"), true, writable)? {
         file_system("proc", "/proc", c"").context("/proc in the image")?;
     }
     for opened in &machine {
-        if mount_point(&opened.inside, opened.is_directory, writable)? {
+        if ours.mount_point(&opened.inside, opened.is_directory, writable)? {
             opened.put()?;
         }
     }
+    // as machines have it, but its own: what is left there would stay, and programs name what they make there by their process ids,
+    // which begin anew in each run
+    if Path::new(SHARED_MEMORY).is_dir() {
+        file_system("tmpfs", SHARED_MEMORY, c"mode=1777").context("shared memory in the image")?;
+        ours.0.push(mount_id(CWD, SHARED_MEMORY)?);
+    }
     for opened in &volumes {
-        if !mount_point(&opened.inside, opened.is_directory, writable)? {
+        if !ours.mount_point(&opened.inside, opened.is_directory, writable)? {
             bail!("the image has no {} for a volume, and --read-only is set", opened.inside.display());
         }
         opened.put()?;
+        ours.0.push(mount_id(&opened.tree, "")?);
     }
-    Ok(())
-}
-
-/// Goes to a directory in the image, which is made if need be.
-pub(super) fn working_directory(directory: &str) -> Result<()> {
-    let working = Path::new("/").join(directory);
-    let there = if working.is_dir() { Ok(()) } else { fs::create_dir_all(&working) };
-    there
-        .and_then(|()| std::env::set_current_dir(&working))
-        .with_context(|| format!("the working directory {}", working.display()))
+    Ok(ours)
 }
 
 /// An overlayfs over the image at `root`, whose changes go to `changes`.
@@ -106,30 +113,59 @@ fn file_system(kind: &str, target: &str, options: &CStr) -> rustix::io::Result<(
     mount(kind, target, kind, MountFlags::empty(), options)
 }
 
-/// Makes what something can be mounted on, if there is none. Whether there is one now: nothing is made in an image that is
-/// not writable. A link that leads nowhere is replaced.
-fn mount_point(path: &Path, is_directory: bool, writable: bool) -> Result<bool> {
-    if let Ok(found) = path.metadata() {
-        if found.is_dir() != is_directory {
-            bail!("{} in the image and on this machine are a directory and a file", path.display());
+/// The mounts, by their ids, in which something may be made: the root directory and the volumes.
+pub(super) struct Ours(Vec<u64>);
+
+impl Ours {
+    /// Goes to a directory in the image, which is made if need be.
+    pub(super) fn go_to(&self, directory: &str) -> Result<()> {
+        let working = Path::new("/").join(directory);
+        let there = if working.is_dir() { Ok(()) } else { self.make(&working, true) };
+        there
+            .and_then(|()| Ok(std::env::set_current_dir(&working)?))
+            .with_context(|| format!("the working directory {}", working.display()))
+    }
+
+    /// Makes what something can be mounted on, if there is none. Whether there is one now: nothing is made in an image that is
+    /// not writable. A link that leads nowhere is replaced.
+    fn mount_point(&self, path: &Path, is_directory: bool, writable: bool) -> Result<bool> {
+        if let Ok(found) = path.metadata() {
+            if found.is_dir() != is_directory {
+                bail!("{} in the image and on this machine are a directory and a file", path.display());
+            }
+            return Ok(true);
         }
-        return Ok(true);
+        if !writable {
+            return Ok(false);
+        }
+        self.make(path, is_directory)
+            .with_context(|| format!("a mount point in the image: {}", path.display()))?;
+        Ok(true)
     }
-    if !writable {
-        return Ok(false);
-    }
-    let make = || {
+
+    /// Makes a directory or an empty file, and what leads there. *Errors*: also where that would be in a mount of the machine.
+    /// Nobody else changes what is there meanwhile, as no program runs yet.
+    fn make(&self, path: &Path, is_directory: bool) -> Result<()> {
+        let parent = path.parent().context("nothing can be made in its place")?;
+        let there = parent.ancestors().find(|there| there.exists()).context("the root directory")?;
+        ensure!(self.0.contains(&mount_id(CWD, there)?), "{} is no part of the image", there.display());
         if path.is_symlink() {
             fs::remove_file(path)?;
         }
+        // neither follows a link that leads nowhere
         if is_directory {
-            return fs::create_dir_all(path);
+            return Ok(fs::create_dir_all(path)?);
         }
-        path.parent().map_or(Ok(()), fs::create_dir_all)?;
-        fs::File::create(path).map(drop)
-    };
-    make().with_context(|| format!("a mount point in the image: {}", path.display()))?;
-    Ok(true)
+        fs::create_dir_all(parent)?;
+        File::create_new(path)?;
+        Ok(())
+    }
+}
+
+/// The id of the mount in which a file lies, that of the directory itself where the path is empty.
+fn mount_id(directory: impl AsFd, path: impl Arg) -> Result<u64> {
+    let found = statx(directory, path, AtFlags::EMPTY_PATH, StatxFlags::MNT_ID)?;
+    Ok(found.stx_mnt_id)
 }
 
 /// A volume, opened where it lies and not yet mounted anywhere.

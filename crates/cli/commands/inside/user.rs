@@ -1,7 +1,8 @@
 //! Who a program runs as, by the names that its image has for users and groups (passwd(5), group(5)).
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
 
 use anyhow::{Context, Result};
 use rustix::fs::{Gid, Uid};
@@ -30,13 +31,16 @@ pub(super) fn user(wanted: &str) -> Result<User> {
         .with_context(|| format!("the image has no user {wanted}"))
 }
 
-/// A file, or nothing where there is none.
+/// A file, or nothing where there is none. Nobody is waited for, as a FIFO has its readers do, whatever the image has there.
 fn read(path: &str) -> Result<String> {
+    if !fs::metadata(path).is_ok_and(|found| found.is_file()) {
+        return Ok(String::new());
+    }
     let mut bytes = Vec::new();
-    match File::open(path) {
-        Ok(file) => file.take(FILE_BYTES_MAX).read_to_end(&mut bytes).with_context(|| path.to_owned())?,
-        Err(_) => return Ok(String::new()),
-    };
+    let mut options = File::options();
+    let file = options.read(true).custom_flags(libc::O_NONBLOCK).open(path);
+    file.and_then(|file| file.take(FILE_BYTES_MAX).read_to_end(&mut bytes))
+        .with_context(|| path.to_owned())?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 

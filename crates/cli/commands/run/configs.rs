@@ -1,7 +1,8 @@
 //! How images want their programs run, as their registries last said. So an image that the node has can be run while nobody
 //! answers, and one that has not changed a request sooner.
 //!
-//! One small JSON file a reference. Every file can be deleted; it is written again at the next run.
+//! One small JSON file a reference, and one a manifest: a digest never means anything else, whatever the tag means since. Every
+//! file can be deleted; it is written again at the next run.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -9,12 +10,12 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use lamina_image::{Digest, Process};
-use lamina_wire::Reference;
+use lamina_wire::{Reference, Version};
 use serde::{Deserialize, Serialize};
 
 /// Where they are in a cache directory.
 const CONFIGS: &str = "configs";
-/// References that are remembered, some kilobytes each; the oldest are forgotten.
+/// References and manifests that are remembered, some kilobytes each; the oldest are forgotten.
 const CONFIGS_MAX: usize = 1024;
 /// What a config says of programs is not kept where it is longer than this, in bytes.
 const FILE_BYTES_MAX: u64 = 64 << 10;
@@ -49,11 +50,15 @@ impl Configs {
         Some(known).filter(|known| known.reference == reference)
     }
 
-    /// Remembers it. A failure costs a request later, and nothing else.
-    pub(super) fn remember(&self, reference: &Reference, manifest: String, process: Process) -> Known {
-        let known = Known { reference: reference.to_string(), manifest, process };
-        if let Err(error) = self.write(&known) {
-            tracing::debug!(%reference, %error, "its config cannot be remembered");
+    /// Remembers it, under its digest as well. A failure costs a request later, and nothing else.
+    pub(super) fn remember(&self, reference: &Reference, manifest: Digest, process: Process) -> Known {
+        let pinned = Reference { version: Version::Digest(manifest), ..reference.clone() };
+        let mut known = Known { reference: pinned.to_string(), manifest: manifest.to_string(), process };
+        for name in [pinned.to_string(), reference.to_string()] {
+            known.reference = name;
+            if let Err(error) = self.write(&known) {
+                tracing::debug!(reference = known.reference, %error, "its config cannot be remembered");
+            }
         }
         known
     }
@@ -68,7 +73,7 @@ impl Configs {
         if !path.exists() {
             self.shrink()?;
         }
-        let mut file = tempfile::NamedTempFile::new_in(&self.0)?;
+        let mut file = tempfile::Builder::new().prefix(".tmp").tempfile_in(&self.0)?;
         file.write_all(&bytes)?;
         file.persist(path).map_err(|error| error.error)?;
         Ok(())
@@ -79,12 +84,23 @@ impl Configs {
         let mut aged = Vec::new();
         for entry in fs::read_dir(&self.0)? {
             let path = entry?.path();
+            // what others are writing this moment
+            if path.extension().is_none() {
+                continue;
+            }
             let modified = fs::metadata(&path).and_then(|found| found.modified());
             aged.push((modified.unwrap_or(SystemTime::UNIX_EPOCH), path));
         }
         aged.sort();
         aged.truncate((aged.len() + 1).saturating_sub(CONFIGS_MAX));
-        aged.into_iter().try_for_each(|(_, path)| fs::remove_file(path))
+        for (_, path) in aged {
+            match fs::remove_file(path) {
+                // somebody else was faster
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                removed => removed?,
+            }
+        }
+        Ok(())
     }
 }
 
@@ -100,7 +116,10 @@ mod tests {
         let other: Reference = "localhost:5000/a:u".parse().unwrap();
         assert_eq!(configs.find(&reference), None);
         let process = Process { cmd: vec!["x".into()], user: "app".into(), ..Process::default() };
-        let known = configs.remember(&reference, "sha256:0".into(), process);
+        let manifest = Digest::of(b"manifest");
+        let known = configs.remember(&reference, manifest, process);
+        let pinned: Reference = format!("localhost:5000/a@{manifest}").parse().unwrap();
+        assert_eq!(configs.find(&pinned).map(|found| found.process), Some(known.process.clone()));
         assert_eq!(configs.find(&reference), Some(known));
         assert_eq!(configs.find(&other), None);
         for damage in [&b""[..], b"{}", b"\xff"] {
@@ -115,7 +134,7 @@ mod tests {
         let configs = Configs::of(cache.path());
         let reference: Reference = "localhost:5000/a:t".parse().unwrap();
         let process = Process { cmd: vec!["x".repeat(100_000)], ..Process::default() };
-        configs.remember(&reference, "sha256:0".into(), process);
+        configs.remember(&reference, Digest::of(b"manifest"), process);
         assert_eq!(configs.find(&reference), None);
     }
 }
