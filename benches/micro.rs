@@ -126,7 +126,7 @@ fn ranges(criterion: &mut Criterion) {
                 runtime.block_on(async {
                     let blob = store.blob(digest).await.expect("asked").expect("there");
                     let range = 4096..4096 + (kib << 10);
-                    let stream = store.read_blob(digest, blob, range).await.expect("read");
+                    let stream = store.read_blob(digest, blob, range).await.expect("read").into_stream();
                     futures_util::StreamExt::collect::<Vec<_>>(stream).await.len()
                 })
             });
