@@ -7,6 +7,7 @@
 //! first to go. `fill/stay.rs` says how much. A job whose own frames do not come to disk, or go again before it has ended, is of
 //! no use any more, and ends.
 
+mod job;
 mod stay;
 
 use std::collections::BTreeMap;
@@ -24,6 +25,7 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
+use self::job::{Job, State};
 use self::stay::Stays;
 use crate::daemon::Asked;
 use crate::resolve::resolve;
@@ -97,59 +99,6 @@ pub(crate) struct Fills {
     jobs: Mutex<BTreeMap<u64, Arc<Job>>>,
     next: AtomicU64,
     pub(crate) stays: Stays,
-}
-
-/// How a job is doing.
-#[derive(Clone, Debug)]
-enum State {
-    Running,
-    /// Nobody answers.
-    Waiting(String),
-    Done,
-    Cancelled,
-    Failed(String),
-}
-
-/// One job.
-#[derive(Debug)]
-pub(crate) struct Job {
-    number: u64,
-    reference: String,
-    directory: Option<PathBuf>,
-    total: AtomicU64,
-    done: AtomicU64,
-    state: Mutex<State>,
-    cancelled: watch::Sender<bool>,
-}
-
-impl Job {
-    fn set(&self, state: State) {
-        *self.state.lock() = state;
-    }
-
-    fn has_ended(&self) -> bool {
-        !matches!(*self.state.lock(), State::Running | State::Waiting(_))
-    }
-
-    fn stats(&self) -> FillStats {
-        let (state, reason) = match self.state.lock().clone() {
-            State::Running => ("running", String::new()),
-            State::Waiting(reason) => ("waiting", reason),
-            State::Done => ("done", String::new()),
-            State::Cancelled => ("cancelled", String::new()),
-            State::Failed(reason) => ("failed", reason),
-        };
-        let directory = self.directory.as_ref().map(|path| path.display().to_string());
-        FillStats {
-            job: self.number,
-            reference: self.reference.clone(),
-            directory: directory.unwrap_or_default(),
-            total_bytes: self.total.load(Ordering::Relaxed),
-            done_bytes: self.done.load(Ordering::Relaxed),
-            state: state.to_owned(),
-            reason,
-        }
-    }
 }
 
 impl Fills {
