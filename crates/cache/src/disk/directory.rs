@@ -33,7 +33,7 @@ const REMOTE: [(i64, &str); 11] = [
     (0x4750_4653, "gpfs"),
     (0x1983_0326, "beegfs"),
 ];
-/// What `statfs(2)` says of all that is served by a process: only the mount's type tells what that is.
+/// What `statfs(2)` says of all that is served by a process: only the mount's type, or its source, tells what that is.
 const FUSE: i64 = 0x6573_5546;
 /// Types of such mounts that live on another machine, or are shared with it, each as `mount(8)` shows one. Others, such as
 /// `fuse.mergerfs`, are of local disks.
