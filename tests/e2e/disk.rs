@@ -1,5 +1,7 @@
 //! A cache whose disk is small, full, broken, or not its own.
 
+use std::collections::HashMap;
+use std::ffi::OsString;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -43,10 +45,15 @@ fn reads_right(mounted: &Path, number: u64) -> Result<()> {
     Ok(())
 }
 
-/// What the segment files of a cache take now. Files that go meanwhile are not counted.
+/// What the segment files of a cache took at one moment at least. They only grow, and then go: those of a first look that a second
+/// one finds as well were all there between the two, each at least as long as it was at first.
 pub(crate) fn segment_bytes(cache: &Path) -> u64 {
-    let files = fs::read_dir(cache.join("segments")).into_iter().flatten().flatten();
-    files.filter_map(|file| Some(file.metadata().ok()?.size())).sum()
+    let look = || -> HashMap<OsString, u64> {
+        let files = fs::read_dir(cache.join("segments")).into_iter().flatten().flatten();
+        files.filter_map(|file| Some((file.file_name(), file.metadata().ok()?.size()))).collect()
+    };
+    let (first, second) = (look(), look());
+    first.iter().filter(|(name, _)| second.contains_key(*name)).map(|(_, bytes)| bytes).sum()
 }
 
 #[test]

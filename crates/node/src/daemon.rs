@@ -170,7 +170,7 @@ impl Node {
         let known = Known::open(part("images")).map_err(failed(part("images")))?;
         let records = Records::open(&config.cache.directory)?;
         let hosts = Hosts::new(config.client.clone(), config.mirrors.clone());
-        let pins = Pins::open(part("pins")).map_err(failed(part("pins")))?;
+        let pins = Pins::open(part("pins"), config.cache.bytes_max).map_err(failed(part("pins")))?;
         pins.restore(&cache, &trees);
         let (count, _) = watch::channel(0);
         let fills = Fills::new(held.find(PAUSED).is_some());

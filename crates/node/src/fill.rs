@@ -4,7 +4,11 @@
 //! for readers, keeps to its rate, and can be paused or cancelled.
 //!
 //! What is here when a job begins, such as what a start has read, stays until it ends: otherwise it would be the oldest, and the
-//! first to go. A job whose own frames go again before it has ended is of no use any more, and ends.
+//! first to go. `fill/stay.rs` says how much. A job whose own frames do not come to disk, or go again before it has ended, is of
+//! no use any more, and ends.
+
+mod job;
+mod stay;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -13,15 +17,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use lamina_cache::{Cache, Source, Want};
-use lamina_chunk::FrameId;
 use lamina_image::Tree;
 use lamina_mount::Mount;
 use lamina_wire::Reference;
 use lamina_wire::proto::{FillRequest, FillStats, MountRequest, PrefetchRequest, PrefetchResponse};
 use parking_lot::Mutex;
 use tokio::sync::watch;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
+use self::job::{Job, State};
+use self::stay::Stays;
 use crate::daemon::Asked;
 use crate::resolve::resolve;
 use crate::sources::Sources;
@@ -93,66 +98,14 @@ pub(crate) struct Fills {
     paused: watch::Sender<bool>,
     jobs: Mutex<BTreeMap<u64, Arc<Job>>>,
     next: AtomicU64,
-}
-
-/// How a job is doing.
-#[derive(Clone, Debug)]
-enum State {
-    Running,
-    /// Nobody answers.
-    Waiting(String),
-    Done,
-    Cancelled,
-    Failed(String),
-}
-
-/// One job.
-#[derive(Debug)]
-pub(crate) struct Job {
-    number: u64,
-    reference: String,
-    directory: Option<PathBuf>,
-    total: AtomicU64,
-    done: AtomicU64,
-    state: Mutex<State>,
-    cancelled: watch::Sender<bool>,
-}
-
-impl Job {
-    fn set(&self, state: State) {
-        *self.state.lock() = state;
-    }
-
-    fn has_ended(&self) -> bool {
-        !matches!(*self.state.lock(), State::Running | State::Waiting(_))
-    }
-
-    fn stats(&self) -> FillStats {
-        let (state, reason) = match self.state.lock().clone() {
-            State::Running => ("running", String::new()),
-            State::Waiting(reason) => ("waiting", reason),
-            State::Done => ("done", String::new()),
-            State::Cancelled => ("cancelled", String::new()),
-            State::Failed(reason) => ("failed", reason),
-        };
-        let directory = self.directory.as_ref().map(|path| path.display().to_string());
-        FillStats {
-            job: self.number,
-            reference: self.reference.clone(),
-            directory: directory.unwrap_or_default(),
-            total_bytes: self.total.load(Ordering::Relaxed),
-            done_bytes: self.done.load(Ordering::Relaxed),
-            state: state.to_owned(),
-            reason,
-        }
-    }
+    pub(crate) stays: Stays,
 }
 
 impl Fills {
     /// No jobs yet.
     pub(crate) fn new(paused: bool) -> Self {
         let (paused, _) = watch::channel(paused);
-        Self { paused, jobs: Mutex::default(), next: AtomicU64::new(1) }
+        Self { paused, jobs: Mutex::default(), next: AtomicU64::new(1), stays: Stays::default() }
     }
 
     fn begin(&self, reference: &Reference, directory: Option<PathBuf>) -> Arc<Job> {
@@ -200,37 +153,6 @@ impl Fills {
         self.jobs.lock().values().map(|job| job.stats()).collect()
     }
 
-    /// Brings `wants` to disk, where what is there already stays meanwhile; whether all came, and the state is still to be set.
-    /// What came is written by then, if the disk takes it.
-    async fn run(
-        &self,
-        job: &Job,
-        cache: &Cache,
-        source: &Arc<dyn Source>,
-        wants: &[Want],
-        pace: Pace,
-    ) -> bool {
-        let (here, far): (Vec<Want>, Vec<Want>) = wants.iter().partition(|want| cache.is_on_disk(want.id));
-        job.total.store(wants.iter().map(bytes).sum(), Ordering::Relaxed);
-        job.done.store(here.iter().map(bytes).sum(), Ordering::Relaxed);
-        let _stay = Stay::begin(cache, &here);
-        let mut cancelled = job.cancelled.subscribe();
-        let filled = tokio::select! {
-            filled = self.fill(job, cache, source, &far, pace) => filled,
-            _ = cancelled.wait_for(|cancelled| *cancelled) => {
-                job.set(State::Cancelled);
-                false
-            }
-        };
-        // what has come and is not written yet would push out what is to stay
-        if filled {
-            written(cache, &far).await;
-        } else {
-            cache.flushed().await;
-        }
-        filled
-    }
-
     async fn fill(
         &self,
         job: &Job,
@@ -265,12 +187,14 @@ impl Fills {
             job.done.fetch_add(batch.iter().map(bytes).sum(), Ordering::Relaxed);
             if first.is_empty() {
                 first = batch;
+                written(|| first.iter().any(|want| cache.is_on_disk(want.id))).await;
             }
             let first_here = first.iter().filter(|want| cache.is_on_disk(want.id)).count();
             first_here_max = first_here.max(first_here_max);
             // a few may have been damaged
-            if 2 * first_here < first_here_max {
-                job.set(State::Failed(format!("what came first has gone again; {FULL}")));
+            if first_here == 0 || 2 * first_here < first_here_max {
+                let what = if first_here_max == 0 { "does not come to disk" } else { "has gone again" };
+                job.set(State::Failed(format!("what came first {what}; {FULL}")));
                 return false;
             }
             if let Some(ms) = (came.0 * 1000).checked_div(pace.bytes_per_s) {
@@ -281,32 +205,15 @@ impl Fills {
     }
 }
 
-/// Waits until frames that have come are on disk, or will not be.
-async fn written(cache: &Cache, wants: &[Want]) {
-    let begun = Instant::now();
-    while begun.elapsed() < WRITTEN && !wants.iter().all(|want| cache.is_on_disk(want.id)) {
-        sleep(WRITTEN / 200).await;
-    }
-}
-
-/// Keeps frames on disk for as long as it lives.
-struct Stay<'a> {
-    cache: &'a Cache,
-    ids: Vec<FrameId>,
-}
-
-impl<'a> Stay<'a> {
-    fn begin(cache: &'a Cache, wants: &[Want]) -> Self {
-        let ids: Vec<FrameId> = wants.iter().map(|want| want.id).collect();
-        cache.pin(ids.iter().copied());
-        Self { cache, ids }
-    }
-}
-
-impl Drop for Stay<'_> {
-    fn drop(&mut self) {
-        self.cache.unpin(self.ids.iter().copied());
-    }
+/// Waits until what has come is on disk, or will not be.
+async fn written(is_on_disk: impl Fn() -> bool) {
+    let waits = async {
+        while !is_on_disk() {
+            sleep(WRITTEN / 200).await;
+        }
+    };
+    // what is missing then is for the caller to see
+    let _ = timeout(WRITTEN, waits).await;
 }
 
 fn bytes(want: &Want) -> u64 {
@@ -350,7 +257,7 @@ impl Node {
         let (node, number) = (Arc::clone(self), job.number);
         let source: Arc<dyn Source> = Arc::new(sources);
         tokio::spawn(async move {
-            if node.fills.run(&job, &node.cache, &source, &wants, pace).await {
+            if node.bring(&job, &source, &wants, pace).await {
                 node.finish(&job, &wants);
             }
             drop(busy);
@@ -424,7 +331,7 @@ impl Node {
                 tracing::warn!(%error, "a mount is not filled");
                 return job.set(State::Failed(error.to_string()));
             }
-            if !self.fills.run(job, &self.cache, source, &wants, pace).await {
+            if !self.bring(job, source, &wants, pace).await {
                 return;
             }
             if policy != Policy::Touched {
@@ -432,6 +339,32 @@ impl Node {
             }
             sleep(LOOK).await;
         }
+    }
+
+    /// Brings `wants` to disk, where what is there already stays meanwhile; whether all came, and the state is still to be set.
+    /// What came is written by then, if the disk takes it.
+    async fn bring(&self, job: &Job, source: &Arc<dyn Source>, wants: &[Want], pace: Pace) -> bool {
+        let cache = &self.cache;
+        let (here, far): (Vec<Want>, Vec<Want>) = wants.iter().partition(|want| cache.is_on_disk(want.id));
+        job.total.store(wants.iter().map(bytes).sum(), Ordering::Relaxed);
+        job.done.store(here.iter().map(bytes).sum(), Ordering::Relaxed);
+        let begin = || self.fills.stays.begin(cache, &self.pins, job.number, &here);
+        let _stay = (!far.is_empty()).then(begin);
+        let mut cancelled = job.cancelled.subscribe();
+        let filled = tokio::select! {
+            filled = self.fills.fill(job, cache, source, &far, pace) => filled,
+            _ = cancelled.wait_for(|cancelled| *cancelled) => {
+                job.set(State::Cancelled);
+                false
+            }
+        };
+        // what has come and is not written yet would push out what is to stay
+        if filled {
+            written(|| far.iter().all(|want| cache.is_on_disk(want.id))).await;
+        } else {
+            cache.flushed().await;
+        }
+        filled
     }
 
     /// Everything came. Whether it is there is for the disk to say.
@@ -472,7 +405,14 @@ fn is_dense(mount: &Mount) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use lamina_chunk::{Frame, PackId, Place};
+    use std::ops::Range;
+
+    use bytes::Bytes;
+    use futures_util::FutureExt;
+    use futures_util::future::BoxFuture;
+    use lamina_cache::{CacheConfig, Class, Pieces, SourceError};
+    use lamina_chunk::{Chunk, Frame, FrameId, PackId, Place};
+    use tokio::runtime::Handle;
 
     use super::*;
 
@@ -490,5 +430,73 @@ mod tests {
         assert_eq!(lens, [4, 4, 2]);
         assert_eq!(batches(&wants).flatten().count(), 10);
         assert_eq!(batches(&[]).count(), 0);
+    }
+
+    /// Frames that do not compress, one after the other, and how much of them was asked for.
+    struct Pack {
+        bytes: Bytes,
+        asked_bytes: AtomicU64,
+    }
+
+    impl Source for Pack {
+        fn stream(
+            &self,
+            _pack: PackId,
+            range: Range<u64>,
+            _class: Class,
+        ) -> BoxFuture<'_, Result<Pieces, SourceError>> {
+            let small = |at: u64| usize::try_from(at).unwrap();
+            self.asked_bytes.fetch_add(range.end - range.start, Ordering::SeqCst);
+            let body = self.bytes.slice(small(range.start)..small(range.end));
+            async move { Ok(Pieces::whole(body)) }.boxed()
+        }
+    }
+
+    const FRAME_BYTES: u32 = 256 << 10;
+
+    fn pack(count: u32) -> (Arc<Pack>, Vec<Want>) {
+        let frame = |n: u32| n.to_le_bytes().repeat(FRAME_BYTES as usize / 4);
+        let bytes: Bytes = (0..count).flat_map(frame).collect();
+        let want = |n: u32| {
+            let place = Frame { offset: n * FRAME_BYTES, sealed_len: FRAME_BYTES, plain_len: FRAME_BYTES };
+            let id = Chunk::cut(Bytes::from(frame(n))).id();
+            Want { id, place: Place { pack: PackId::from_bytes([1; 32]), frame: place } }
+        };
+        (Arc::new(Pack { bytes, asked_bytes: AtomicU64::new(0) }), (0..count).map(want).collect())
+    }
+
+    /// Fills a cache of so many bytes, in which the first 15 frames are pinned, with 49 others: how many were asked for, and the
+    /// job's state.
+    async fn filled(bytes_max: u64, doomed: bool) -> (u64, State) {
+        let directory = tempfile::tempdir().unwrap();
+        let config = CacheConfig::new(directory.path().join("cache"), bytes_max);
+        let cache = Cache::open(config, Handle::current()).unwrap();
+        let (pack, wants) = pack(64);
+        let source: Arc<dyn Source> = pack.clone();
+        let (pinned, far) = wants.split_at(15);
+        cache.pin(pinned.iter().map(|want| want.id));
+        cache.fill(&source, pinned).await.unwrap();
+        written(|| pinned.iter().all(|want| cache.is_on_disk(want.id))).await;
+        assert!(pinned.iter().all(|want| cache.is_on_disk(want.id)));
+        let before = pack.asked_bytes.load(Ordering::SeqCst);
+        if doomed {
+            // nobody need wait for what does not come
+            tokio::time::pause();
+        }
+        let fills = Fills::new(false);
+        let job = fills.begin(&"registry/a:t".parse().unwrap(), None);
+        let pace = Pace { idle: false, bytes_per_s: 0 };
+        assert_eq!(fills.fill(&job, &cache, &source, far, pace).await, !doomed);
+        let asked = pack.asked_bytes.load(Ordering::SeqCst) - before;
+        (asked / u64::from(FRAME_BYTES), job.state.lock().clone())
+    }
+
+    #[tokio::test]
+    async fn a_job_fetches_all_where_there_is_room_and_one_batch_where_nothing_comes_to_disk() {
+        let (asked, state) = filled(64 << 20, false).await;
+        assert!(asked == 49 && matches!(state, State::Running), "{asked} frames, {state:?}");
+        let (asked, state) = filled(4 << 20, true).await;
+        let State::Failed(reason) = state else { panic!("{asked} frames, {state:?}") };
+        assert!(asked == 16 && reason.contains("--cache-mib"), "{asked} frames, {reason}");
     }
 }

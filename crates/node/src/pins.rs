@@ -43,14 +43,18 @@ struct Pinned {
 #[derive(Debug)]
 pub(crate) struct Pins {
     directory: PathBuf,
+    /// What they may take, in bytes of frames.
+    bytes_max: u64,
     /// By manifest.
     pinned: Mutex<BTreeMap<String, Pinned>>,
 }
 
 impl Pins {
-    pub(crate) fn open(directory: PathBuf) -> io::Result<Self> {
+    /// Takes the directory, creating it where it is missing. Nothing is pinned yet in a cache of `cache_bytes_max`.
+    pub(crate) fn open(directory: PathBuf, cache_bytes_max: u64) -> io::Result<Self> {
         fs::create_dir_all(&directory)?;
-        Ok(Self { directory, pinned: Mutex::default() })
+        let bytes_max = cache_bytes_max / 100 * CACHE_PERCENT;
+        Ok(Self { directory, bytes_max, pinned: Mutex::default() })
     }
 
     fn path(&self, manifest: &str) -> PathBuf {
@@ -91,11 +95,17 @@ impl Pins {
     }
 
     /// The bytes of all pinned frames and of `more`, each once.
-    fn bytes(&self, more: &[(FrameId, u32)]) -> u64 {
+    fn bytes<'a>(&self, more: impl IntoIterator<Item = &'a (FrameId, u32)>) -> u64 {
         let pinned = self.pinned.lock();
-        let all = pinned.values().flat_map(|one| one.frames.iter()).chain(more);
-        let once: HashMap<FrameId, u32> = all.copied().collect();
+        let mut once: HashMap<FrameId, u32> =
+            pinned.values().flat_map(|one| one.frames.iter()).copied().collect();
+        once.extend(more.into_iter().copied());
         once.values().map(|len| u64::from(*len)).sum()
+    }
+
+    /// Whether pins might be that much more.
+    pub(crate) fn have_room_for<'a>(&self, more: impl IntoIterator<Item = &'a (FrameId, u32)>) -> bool {
+        self.bytes(more) <= self.bytes_max
     }
 }
 
@@ -133,12 +143,12 @@ impl Pins {
 impl Node {
     /// Pins an image, takes a pin away, or only lists them.
     pub async fn pin(&self, request: PinRequest) -> Result<PinResponse, NodeError> {
-        let bytes_max = self.config.cache.bytes_max / 100 * CACHE_PERCENT;
+        let bytes_max = self.pins.bytes_max;
         if !request.reference.is_empty() {
             let reference: Reference = request.reference.parse()?;
             match request.remove {
                 true => self.unpin(&reference)?,
-                false => self.pin_image(&reference, request.plain_http, bytes_max).await?,
+                false => self.pin_image(&reference, request.plain_http).await?,
             }
         }
         let pin = |one: &Pinned| Pin {
@@ -150,15 +160,10 @@ impl Node {
         Ok(PinResponse { pins, bytes: self.pins.bytes(&[]), bytes_max })
     }
 
-    async fn pin_image(
-        &self,
-        reference: &Reference,
-        plain_http: bool,
-        bytes_max: u64,
-    ) -> Result<(), NodeError> {
+    async fn pin_image(&self, reference: &Reference, plain_http: bool) -> Result<(), NodeError> {
         let (found, tree, _) = self.image(reference, plain_http).await?;
         let frames = frames(&tree);
-        let bytes = self.pins.bytes(&frames);
+        let (bytes, bytes_max) = (self.pins.bytes(&frames[..]), self.pins.bytes_max);
         if bytes > bytes_max {
             return Err(NodeError::TooLarge { reference: reference.to_string(), bytes, bytes_max });
         }
@@ -167,6 +172,7 @@ impl Node {
         let path = self.pins.path(&entry.manifest);
         self.pins.write(&entry).map_err(|error| NodeError::File { path, error })?;
         self.pins.hold(&self.cache, entry, frames);
+        self.fills.stays.make_way(&self.cache, &self.pins);
         Ok(())
     }
 
@@ -191,13 +197,22 @@ impl Node {
 }
 
 #[cfg(test)]
+impl Pins {
+    /// Pins frames that no image names.
+    pub(crate) fn hold_frames(&self, cache: &Cache, manifest: &str, frames: Arc<[(FrameId, u32)]>) {
+        let entry = Entry { reference: String::new(), manifest: manifest.to_owned(), tree: String::new() };
+        self.hold(cache, entry, frames);
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn a_pin_is_read_again_and_what_a_crash_left_of_one_is_removed() {
         let directory = tempfile::tempdir().unwrap();
-        let pins = Pins::open(directory.path().join("pins")).unwrap();
+        let pins = Pins::open(directory.path().join("pins"), 100).unwrap();
         let manifest = Digest::of(b"m").to_string();
         let entry = Entry {
             reference: "r/a:t".into(),

@@ -33,26 +33,27 @@ const REMOTE: [(i64, &str); 11] = [
     (0x4750_4653, "gpfs"),
     (0x1983_0326, "beegfs"),
 ];
-/// What `statfs(2)` says of all that is served by a process: only the mount's type tells what that is.
+/// What `statfs(2)` says of all that is served by a process: only the mount's type, or its source, tells what that is.
 const FUSE: i64 = 0x6573_5546;
-/// Types of such mounts that live on another machine, or are shared with it. Others, such as `fuse.mergerfs`, are of local disks.
-const REMOTE_FUSE: [&str; 15] = [
+/// Types of such mounts that live on another machine, or are shared with it, each as `mount(8)` shows one. Others, such as
+/// `fuse.mergerfs`, are of local disks.
+const REMOTE_FUSE: [&str; 12] = [
     "fuse.lamina",
     "fuse.sshfs",
     "fuse.s3fs",
     "fuse.gcsfuse",
-    "fuse.goofys",
-    "fuse.mountpoint-s3",
-    "fuse.blobfuse2",
     "fuse.rclone",
     "fuse.juicefs",
     "fuse.glusterfs",
     "fuse.ceph-fuse",
-    "fuse.moosefs",
+    // both are MooseFS
+    "fuse.mfsmount",
+    "fuse.mfs",
     "fuse.seaweedfs",
-    "fuse.davfs",
     "virtiofs",
 ];
+/// Where the type is only `fuse`, the source of one that lives on another machine begins so; davfs2's is a URL.
+const REMOTE_SOURCES: [&str; 4] = ["mountpoint-s3", "blobfuse2", "http://", "https://"];
 
 /// Why a directory will not do, and what to do about it.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -133,13 +134,24 @@ fn remote(directory: &Path) -> io::Result<Option<String>> {
     let device = fs::metadata(directory)?.dev();
     let device = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
     let mounts = fs::read_to_string("/proc/self/mountinfo")?;
-    Ok(mount_type(&mounts, &device).filter(|name| REMOTE_FUSE.contains(name)).map(str::to_owned))
+    Ok(remote_fuse(&mounts, &device).map(str::to_owned))
 }
 
-/// The type of the mount with this device (`major:minor`) in the text of `/proc/PID/mountinfo`, as proc(5) has it.
-fn mount_type<'a>(mounts: &'a str, device: &str) -> Option<&'a str> {
+/// What the mount with this device is called, if it is of another machine.
+fn remote_fuse<'a>(mounts: &'a str, device: &str) -> Option<&'a str> {
+    let (name, source) = mount_type(mounts, device)?;
+    match name {
+        "fuse" => REMOTE_SOURCES.iter().any(|begins| source.starts_with(begins)).then_some(source),
+        _ => REMOTE_FUSE.contains(&name).then_some(name),
+    }
+}
+
+/// The type of the mount with this device (`major:minor`) in the text of `/proc/PID/mountinfo`, as proc(5) has it, and its source,
+/// which may be empty.
+fn mount_type<'a>(mounts: &'a str, device: &str) -> Option<(&'a str, &'a str)> {
     let of_device = mounts.lines().find(|line| line.split(' ').nth(2) == Some(device))?;
-    of_device.split_once(" - ")?.1.split(' ').next()
+    let mut fields = of_device.split_once(" - ")?.1.split(' ');
+    Some((fields.next()?, fields.next().unwrap_or_default()))
 }
 
 /// Says whose the directory is, once it is locked. A full disk must not keep the cache from opening.
@@ -178,17 +190,38 @@ mod tests {
         let mounts = "22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw\n\
                       40 22 0:53 / /mnt/a\\040b rw,nosuid master:7 shared:9 - fuse.sshfs host:/x rw,user_id=0\n\
                       41 22 0:5 / /mnt/c rw\n";
-        assert_eq!(mount_type(mounts, "254:0"), Some("ext4"));
-        assert_eq!(mount_type(mounts, "0:53"), Some("fuse.sshfs"));
+        assert_eq!(mount_type(mounts, "254:0"), Some(("ext4", "/dev/vda")));
+        assert_eq!(mount_type(mounts, "0:53"), Some(("fuse.sshfs", "host:/x")));
         assert_eq!(mount_type(mounts, "0:5"), None, "a line that is cut off");
         assert_eq!(mount_type(mounts, "0:6"), None);
+    }
+
+    #[test]
+    fn what_a_process_serves_is_of_another_machine_by_its_type_or_its_source() {
+        let said = |mount: &str| {
+            let mounts = format!("40 22 0:53 / /mnt rw,nosuid shared:9 - {mount} rw,user_id=0\n");
+            remote_fuse(&mounts, "0:53").map(str::to_owned)
+        };
+        for (mount, name) in [
+            ("fuse.sshfs host:/x", "fuse.sshfs"),
+            ("fuse.mfs 10.0.0.9:9421", "fuse.mfs"),
+            ("fuse.mfsmount mfsmount", "fuse.mfsmount"),
+            ("fuse mountpoint-s3", "mountpoint-s3"),
+            ("fuse blobfuse2", "blobfuse2"),
+            ("fuse https://host/dav", "https://host/dav"),
+        ] {
+            assert_eq!(said(mount).as_deref(), Some(name));
+        }
+        for mount in ["fuse.mergerfs a:b", "fuse /dev/fuse", "fuse", "fuseblk /dev/sda1", "ext4 /dev/vda"] {
+            assert_eq!(said(mount), None, "{mount}");
+        }
     }
 
     proptest::proptest! {
         #[test]
         fn any_text_of_mounts_has_a_type_or_none(mounts in "([0-9:]{1,3} |- |[a-z]{1,3} |\n){0,40}", device in "[0-9:]{1,3}") {
             let found = mount_type(&mounts, &device);
-            proptest::prop_assert!(found.is_none_or(|name| mounts.contains(name)));
+            proptest::prop_assert!(found.is_none_or(|(name, source)| mounts.contains(name) && mounts.contains(source)));
         }
     }
 

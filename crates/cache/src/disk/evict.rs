@@ -11,9 +11,10 @@
 //! survives and is written again: up to four fifths of what is fetched.
 //!
 //! Reads are those of the disk: the memory in front of it takes the many reads of one frame that belong together.
-//! Pinned frames always stay.
+//! Pinned frames always stay: a segment with some goes only where there is room for its copies, and one that they nearly fill,
+//! which would be written again for nothing, is passed over. Where they leave no room, what comes is not kept.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::fs;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -22,7 +23,7 @@ use lamina_chunk::{FrameId, Sealed};
 
 use super::index::Location;
 use super::locations::key;
-use super::segment::{self, Kind, SEGMENT_HEADER_BYTES, Segment};
+use super::segment::{self, Kind, RECORD_HEADER_BYTES, SEGMENT_HEADER_BYTES, Segment};
 use super::{Disk, Writing, record_len, segment_path};
 use crate::metrics::add;
 
@@ -33,6 +34,9 @@ const GHOSTS_MAX: usize = 64 << 10;
 /// Survivors are copied in batches of so many bytes. The last one is held in memory while the old segment is removed, so that
 /// small caches need no room for copies.
 const COPY_BYTES: u64 = 4 << 20;
+/// A kept segment goes only where less than so many eighths of it are pinned. With all that may be pinned by a node, three
+/// quarters of the cap, in such segments, they take 86 % of it, and there is still something that can go.
+const PINNED_EIGHTHS: u64 = 7;
 
 /// The watermarks, in bytes of segment files.
 #[derive(Clone, Copy, Debug)]
@@ -131,21 +135,51 @@ impl Disk {
         }
     }
 
-    /// Which segment goes first.
+    /// Which segment goes first; none where all that could go is pinned.
     fn victim(&self) -> Option<(u32, Arc<Segment>)> {
+        let pinned_bytes = self.pinned_bytes();
         let segments = self.segments.read();
         let new_bytes: u64 = segments
             .values()
             .filter(|segment| segment.kind == Kind::New)
             .map(|segment| segment.len.load(Ordering::Relaxed))
             .sum();
-        let kind = if new_bytes > self.bytes_max / NEW_PART { Kind::New } else { Kind::Kept };
+        let can_go = |number: &u32, segment: &Segment| {
+            let (len, pinned) = (segment.len.load(Ordering::Relaxed), pinned_bytes.get(number));
+            let is_worth_it = |pinned| segment.kind == Kind::New || 8 * pinned < PINNED_EIGHTHS * len;
+            pinned.is_none_or(|pinned| is_worth_it(*pinned) && self.has_room_for_copies(len))
+        };
         let oldest = |kind| {
-            let of_kind = segments.iter().filter(|(_, segment)| segment.kind == kind);
+            let of_kind =
+                segments.iter().filter(|(number, segment)| segment.kind == kind && can_go(number, segment));
             of_kind.min_by_key(|(number, _)| **number)
         };
-        let (number, segment) = oldest(kind).or_else(|| oldest(Kind::New))?;
+        let (first, second) = match new_bytes > self.bytes_max / NEW_PART {
+            true => (Kind::New, Kind::Kept),
+            false => (Kind::Kept, Kind::New),
+        };
+        let (number, segment) = oldest(first).or_else(|| oldest(second))?;
         Some((*number, segment.clone()))
+    }
+
+    /// The bytes of pinned records by segment. Costs a look into two tables for each pin.
+    fn pinned_bytes(&self) -> HashMap<u32, u64> {
+        let mut bytes = HashMap::new();
+        for key in self.pins.lock().keys() {
+            if let Some(location) = self.locations.find_key(*key) {
+                *bytes.entry(location.segment).or_default() +=
+                    RECORD_HEADER_BYTES as u64 + u64::from(location.sealed_len);
+            }
+        }
+        bytes
+    }
+
+    /// Whether a segment of `len` bytes finds room even if all of it survives.
+    fn has_room_for_copies(&self, len: u64) -> bool {
+        // a segment of a larger cap takes several
+        let headers = len / self.segment_bytes * SEGMENT_HEADER_BYTES;
+        let before_it_goes = if len > COPY_BYTES { len } else { 0 };
+        self.used() + before_it_goes + headers <= self.bytes_max
     }
 
     /// Removes a whole segment but for what survives. Readers that have it open finish undisturbed.

@@ -28,7 +28,12 @@ struct Held {
 impl Locations {
     /// Where a frame with the beginning of this id lies.
     pub(crate) fn find(&self, id: FrameId) -> Option<Location> {
-        Some(self.0.read().get(&key(id))?.location)
+        self.find_key(key(id))
+    }
+
+    /// The same by what stands for it.
+    pub(super) fn find_key(&self, key: u64) -> Option<Location> {
+        Some(self.0.read().get(&key)?.location)
     }
 
     /// The same for somebody who reads it.

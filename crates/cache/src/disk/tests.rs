@@ -206,6 +206,64 @@ fn the_cap_holds_after_each_write_while_whole_cold_segments_go() {
     assert!(seen.disk_used_bytes > 512 << 10, "the cap is made use of: {seen:?}");
 }
 
+/// Frames of 60,000 bytes that are like no other's, numbered from `from` on.
+fn large(from: u64, count: u64) -> Vec<Chunk> {
+    let one = |n: u64| n.to_le_bytes().repeat(60_000 / 8);
+    (from..from + count).map(|n| Chunk::cut(Bytes::from(one(n)))).collect()
+}
+
+/// Pins what comes until so many percent of the cap are pinned frames on disk.
+fn pin_percent(disk: &Disk, percent: u64) -> Vec<Chunk> {
+    let pinned = large(0, disk.bytes_max * percent / 100 / 60_080);
+    disk.pin(pinned.iter().map(Chunk::id));
+    pinned.iter().for_each(|chunk| disk.append(&[frame(chunk)]));
+    assert!(pinned.iter().all(|chunk| disk.contains(chunk.id())), "they fit");
+    pinned
+}
+
+#[test]
+fn pinned_frames_stay_at_the_hard_cap_though_each_segment_has_to_be_copied_in_pieces() {
+    let mut rig = Rig::new(60 << 20);
+    let disk = rig.disk.as_mut().expect("open");
+    disk.segment_bytes = 5 << 20;
+    disk.marks = Marks::of(disk.bytes_max, disk.segment_bytes);
+    let pinned = pin_percent(disk, 98);
+    for chunk in large(10_000, 200) {
+        disk.append(&[frame(&chunk)]);
+        assert!(disk.used() <= disk.bytes_max);
+    }
+    let gone = pinned.iter().filter(|chunk| !disk.contains(chunk.id())).count();
+    assert_eq!(gone, 0, "of {} pinned frames", pinned.len());
+}
+
+#[test]
+fn what_is_pinned_above_the_low_mark_is_not_written_again_for_each_frame_that_comes() {
+    let rig = Rig::new(16 << 20);
+    let pinned = pin_percent(rig.disk(), 99);
+    let before = rig.disk().counters.snapshot();
+    for chunk in large(10_000, 200) {
+        rig.disk().append(&[frame(&chunk)]);
+    }
+    let seen = rig.disk().counters.snapshot();
+    let (written, came) = (seen.kept_frames - before.kept_frames, 200);
+    assert!(written <= pinned.len() as u64, "{written} pinned frames were written again where {came} came");
+    assert!(pinned.iter().all(|chunk| rig.disk().contains(chunk.id())));
+}
+
+#[test]
+fn what_is_not_pinned_comes_and_goes_beside_what_is() {
+    let rig = Rig::new(16 << 20);
+    let pinned = pin_percent(rig.disk(), 75);
+    for chunk in large(10_000, 400) {
+        rig.disk().append(&[frame(&chunk)]);
+        assert!(rig.disk().contains(chunk.id()), "there is room for it");
+    }
+    let seen = rig.disk().counters.snapshot();
+    assert!(pinned.iter().all(|chunk| rig.disk().contains(chunk.id())));
+    assert_eq!(seen.write_dropped, 0);
+    assert!(seen.kept_frames <= 2 * pinned.len() as u64, "{seen:?}");
+}
+
 #[test]
 fn a_lower_cap_is_kept_at_the_next_open() {
     let mut rig = Rig::new(8 << 20);
