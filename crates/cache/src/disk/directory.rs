@@ -35,8 +35,8 @@ const REMOTE: [(i64, &str); 11] = [
 ];
 /// What `statfs(2)` says of all that is served by a process: only the mount's type, or its source, tells what that is.
 const FUSE: i64 = 0x6573_5546;
-/// Types of such mounts that live on another machine, or are shared with it, each as `mount(8)` shows one. Others, such as
-/// `fuse.mergerfs`, are of local disks.
+/// Types of such mounts that live on another machine, or are shared with it, as `mount(8)` or their own pages show them.
+/// Others, such as `fuse.mergerfs`, are of local disks.
 const REMOTE_FUSE: [&str; 12] = [
     "fuse.lamina",
     "fuse.sshfs",
