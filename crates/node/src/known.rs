@@ -3,16 +3,14 @@
 //! One small JSON file a reference. A digest never means anything else, so an image named by digest is found here without asking
 //! anybody; what is named by tag only where nobody answers. Every file can be deleted; it is written again at the next mount.
 
-use std::fs::{self, File};
-use std::io::{self, Write};
-use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::fs;
+use std::io;
+use std::path::PathBuf;
 
-use lamina_image::Digest;
 use lamina_wire::{Reference, Version};
 use serde::{Deserialize, Serialize};
 
-use crate::Found;
+use crate::{Found, Remembered};
 
 /// References that are remembered, half a kilobyte each; the oldest are forgotten.
 const KNOWN_MAX: usize = 4096;
@@ -21,7 +19,7 @@ const FILE_BYTES_MAX: u64 = 16 << 10;
 
 /// The directory of known images.
 #[derive(Clone, Debug)]
-pub(crate) struct Known(PathBuf);
+pub(crate) struct Known(Remembered);
 
 /// What a file says.
 #[derive(Debug, Serialize, Deserialize)]
@@ -36,17 +34,13 @@ impl Known {
     /// Takes the directory, creating it where it is missing.
     pub(crate) fn open(directory: PathBuf) -> io::Result<Self> {
         fs::create_dir_all(&directory)?;
-        Ok(Self(directory))
-    }
-
-    fn path(&self, reference: &str) -> PathBuf {
-        self.0.join(format!("{}.json", Digest::of(reference.as_bytes()).hex()))
+        Ok(Self(Remembered::new(directory, KNOWN_MAX, FILE_BYTES_MAX)))
     }
 
     /// What `reference` meant when it was last found. Blocks for one small read.
     pub(crate) fn find(&self, reference: &Reference) -> Option<Found> {
         let reference = reference.to_string();
-        let entry = read(&self.path(&reference)).ok()?;
+        let entry: Entry = self.0.find(&reference)?;
         if entry.reference != reference {
             return None;
         }
@@ -65,43 +59,16 @@ impl Known {
     }
 
     fn write(&self, reference: &str, found: &Found) -> io::Result<()> {
-        let path = self.path(reference);
         let (manifest, tree) = (found.manifest.to_string(), found.tree.to_string());
         let entry = Entry { reference: reference.to_owned(), manifest, tree, bound: found.bound };
-        if !path.exists() {
-            self.shrink()?;
-        }
-        let mut file = tempfile::Builder::new().prefix(".tmp").tempfile_in(&self.0)?;
-        file.write_all(&serde_json::to_vec(&entry)?)?;
-        file.persist(path).map_err(|error| error.error)?;
-        Ok(())
+        self.0.write(reference, &entry)
     }
-
-    /// Forgets the oldest until one more has room.
-    fn shrink(&self) -> io::Result<()> {
-        let files: io::Result<Vec<PathBuf>> =
-            fs::read_dir(&self.0)?.map(|entry| entry.map(|entry| entry.path())).collect();
-        let files = files?;
-        if files.len() < KNOWN_MAX {
-            return Ok(());
-        }
-        let modified = |path: &PathBuf| {
-            fs::metadata(path).and_then(|metadata| metadata.modified()).unwrap_or(SystemTime::UNIX_EPOCH)
-        };
-        let mut aged: Vec<_> = files.into_iter().map(|path| (modified(&path), path)).collect();
-        aged.sort();
-        aged.truncate(aged.len() + 1 - KNOWN_MAX);
-        aged.into_iter().try_for_each(|(_, path)| fs::remove_file(path))
-    }
-}
-
-fn read(path: &Path) -> io::Result<Entry> {
-    let file = File::open(path)?;
-    Ok(serde_json::from_reader(io::Read::take(file, FILE_BYTES_MAX))?)
 }
 
 #[cfg(test)]
 mod tests {
+    use lamina_image::Digest;
+
     use super::*;
 
     fn known() -> (tempfile::TempDir, Known) {
@@ -132,7 +99,7 @@ mod tests {
         let tag: Reference = "localhost:5000/a:t".parse().expect("a reference");
         known.remember(&tag, &found);
         for damage in [&b""[..], b"{}", b"\xff\xfe", b"{\"reference\":\"localhost:5000/a:t\"}"] {
-            fs::write(known.path(&tag.to_string()), damage).expect("written");
+            fs::write(known.0.path(&tag.to_string()), damage).expect("written");
             assert!(known.find(&tag).is_none());
         }
     }

@@ -4,12 +4,10 @@
 //! One small JSON file a reference, and one a manifest: a digest never means anything else, whatever the tag means since. Every
 //! file can be deleted; it is written again at the next run.
 
-use std::fs::{self, File};
-use std::io::{self, Read, Write};
-use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::path::Path;
 
 use lamina_image::{Digest, Process};
+use lamina_node::Remembered;
 use lamina_wire::{Reference, Version};
 use serde::{Deserialize, Serialize};
 
@@ -21,7 +19,7 @@ const CONFIGS_MAX: usize = 1024;
 const FILE_BYTES_MAX: u64 = 64 << 10;
 
 /// The directory.
-pub(super) struct Configs(PathBuf);
+pub(super) struct Configs(Remembered);
 
 /// What a reference meant.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,19 +32,13 @@ pub(super) struct Known {
 
 impl Configs {
     pub(super) fn of(cache: &Path) -> Self {
-        Self(cache.join(CONFIGS))
-    }
-
-    fn path(&self, reference: &str) -> PathBuf {
-        self.0.join(format!("{}.json", Digest::of(reference.as_bytes()).hex()))
+        Self(Remembered::new(cache.join(CONFIGS), CONFIGS_MAX, FILE_BYTES_MAX))
     }
 
     /// What a reference meant when it was last run. Blocks for one small read.
     pub(super) fn find(&self, reference: &Reference) -> Option<Known> {
         let reference = reference.to_string();
-        let mut bytes = Vec::new();
-        File::open(self.path(&reference)).ok()?.take(FILE_BYTES_MAX).read_to_end(&mut bytes).ok()?;
-        let known: Known = serde_json::from_slice(&bytes).ok()?;
+        let known: Known = self.0.find(&reference)?;
         Some(known).filter(|known| known.reference == reference)
     }
 
@@ -56,51 +48,11 @@ impl Configs {
         let mut known = Known { reference: pinned.to_string(), manifest: manifest.to_string(), process };
         for name in [pinned.to_string(), reference.to_string()] {
             known.reference = name;
-            if let Err(error) = self.write(&known) {
+            if let Err(error) = self.0.write(&known.reference, &known) {
                 tracing::debug!(reference = known.reference, %error, "its config cannot be remembered");
             }
         }
         known
-    }
-
-    fn write(&self, known: &Known) -> io::Result<()> {
-        fs::create_dir_all(&self.0)?;
-        let path = self.path(&known.reference);
-        let bytes = serde_json::to_vec(known)?;
-        if bytes.len() as u64 > FILE_BYTES_MAX {
-            return Err(io::ErrorKind::FileTooLarge.into());
-        }
-        if !path.exists() {
-            self.shrink()?;
-        }
-        let mut file = tempfile::Builder::new().prefix(".tmp").tempfile_in(&self.0)?;
-        file.write_all(&bytes)?;
-        file.persist(path).map_err(|error| error.error)?;
-        Ok(())
-    }
-
-    /// Forgets the oldest until one more has room.
-    fn shrink(&self) -> io::Result<()> {
-        let mut aged = Vec::new();
-        for entry in fs::read_dir(&self.0)? {
-            let path = entry?.path();
-            // what others are writing this moment
-            if path.extension().is_none() {
-                continue;
-            }
-            let modified = fs::metadata(&path).and_then(|found| found.modified());
-            aged.push((modified.unwrap_or(SystemTime::UNIX_EPOCH), path));
-        }
-        aged.sort();
-        aged.truncate((aged.len() + 1).saturating_sub(CONFIGS_MAX));
-        for (_, path) in aged {
-            match fs::remove_file(path) {
-                // somebody else was faster
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                removed => removed?,
-            }
-        }
-        Ok(())
     }
 }
 
@@ -123,7 +75,7 @@ mod tests {
         assert_eq!(configs.find(&reference), Some(known));
         assert_eq!(configs.find(&other), None);
         for damage in [&b""[..], b"{}", b"\xff"] {
-            fs::write(configs.path(&reference.to_string()), damage).unwrap();
+            std::fs::write(configs.0.path(&reference.to_string()), damage).unwrap();
             assert_eq!(configs.find(&reference), None);
         }
     }
