@@ -16,7 +16,7 @@ use std::collections::{HashMap, HashSet};
 use std::fs::{self, File, Metadata};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -29,7 +29,7 @@ pub use self::directory::{Unfit, prepare as check_directory};
 use self::evict::{Ghosts, Marks};
 use self::index::{BATCH_MAX, Index, Location};
 use self::locations::Locations;
-use self::segment::{Kind, RECORD_HEADER_BYTES, RecordHeader, SEGMENT_HEADER_BYTES, Segment};
+use self::segment::{Kind, RECORD_HEADER_BYTES, SEGMENT_HEADER_BYTES, Segment};
 use crate::metrics::{Counters, add};
 
 /// Frames go to a segment in writes of up to so many bytes: a file system takes one long one several times as fast as many
@@ -190,8 +190,6 @@ impl Disk {
     /// Appends a record for each frame, all with one write, if they fit under the cap; whether they are on disk now.
     fn append_run(&self, writing: &mut Writing, kind: Kind, frames: &[(FrameId, &Sealed)], heat: u8) -> bool {
         let records_len: u64 = frames.iter().map(|(_, sealed)| record_len(sealed)).sum();
-        let mut records = Vec::with_capacity(usize::try_from(records_len).unwrap_or(0));
-        frames.iter().for_each(|(id, sealed)| RecordHeader::write(*id, sealed, &mut records));
         self.roll_if_full(writing, kind, records_len);
         let header = if writing.of(kind).active.is_none() { SEGMENT_HEADER_BYTES } else { 0 };
         if self.used() + header + records_len > self.bytes_max {
@@ -202,7 +200,7 @@ impl Disk {
         }
         let Some((number, segment)) = writing.of(kind).active.clone() else { return false };
         let offset = segment.len.load(Ordering::Relaxed);
-        if let Err(error) = segment.file.write_all_at(&records, offset) {
+        if let Err(error) = segment::write(&segment.file, offset, frames) {
             self.write_failed(&error);
             if segment.file.set_len(offset).is_err() {
                 // what lies behind is unknown: count it and begin another segment

@@ -1,7 +1,7 @@
 //! A segment file: a header, then records of one sealed frame each. `FORMAT.md` has the bytes.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, IoSlice};
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::AtomicU64;
 
@@ -12,6 +12,9 @@ use lamina_chunk::{CHUNK_BYTES_MAX, FrameId, Sealed};
 pub(crate) const SEGMENT_HEADER_BYTES: u64 = 16;
 /// What a record begins with, in bytes.
 pub(crate) const RECORD_HEADER_BYTES: usize = 64;
+
+/// Parts that one write takes: `UIO_MAXIOV` of the kernel's include/uapi/linux/uio.h.
+const IOV_MAX: usize = 1024;
 
 const SEGMENT_MAGIC: [u8; 8] = *b"LAMSEG01";
 const RECORD_MAGIC: [u8; 8] = *b"LAMFRM01";
@@ -55,19 +58,21 @@ pub(crate) struct RecordHeader {
 }
 
 impl RecordHeader {
-    /// Appends the whole record of `sealed` to `records`. Panics where a frame is longer than any frame can be; such were
-    /// never opened.
-    pub(crate) fn write(id: FrameId, sealed: &Sealed, records: &mut Vec<u8>) {
+    /// Panics where a frame is longer than any frame can be; such were never opened.
+    pub(crate) fn of(id: FrameId, sealed: &Sealed) -> Self {
         let small = |len: usize| u32::try_from(len).expect("frames are at most 256 KiB");
-        let start = records.len();
-        records.reserve(RECORD_HEADER_BYTES + sealed.bytes().len());
-        records.extend_from_slice(&RECORD_MAGIC);
-        records.extend_from_slice(id.as_bytes());
-        records.extend_from_slice(&small(sealed.bytes().len()).to_le_bytes());
-        records.extend_from_slice(&small(sealed.plain_len()).to_le_bytes());
-        let check = check(&records[start..]);
-        records.extend_from_slice(&check);
-        records.extend_from_slice(sealed.bytes());
+        Self { id, sealed_len: small(sealed.bytes().len()), plain_len: small(sealed.plain_len()) }
+    }
+
+    fn bytes(&self) -> [u8; RECORD_HEADER_BYTES] {
+        let mut header = [0; RECORD_HEADER_BYTES];
+        header[..8].copy_from_slice(&RECORD_MAGIC);
+        header[8..40].copy_from_slice(self.id.as_bytes());
+        header[40..44].copy_from_slice(&self.sealed_len.to_le_bytes());
+        header[44..48].copy_from_slice(&self.plain_len.to_le_bytes());
+        let check = check(&header[..48]);
+        header[48..].copy_from_slice(&check);
+        header
     }
 
     /// Reads a header; `None` where these 64 bytes are not one.
@@ -97,6 +102,29 @@ fn check(header: &[u8]) -> [u8; 16] {
 /// Writes the header of a new segment.
 pub(crate) fn begin(file: &File, kind: Kind) -> io::Result<()> {
     file.write_all_at(&kind.header(), 0)
+}
+
+/// Writes a record for each frame, one behind the other from `offset` on, with as few calls as the kernel takes; frames are not
+/// copied on the way. After an error anything may lie behind `offset`.
+pub(crate) fn write(file: &File, offset: u64, frames: &[(FrameId, &Sealed)]) -> io::Result<()> {
+    let headers: Vec<_> = frames.iter().map(|(id, sealed)| RecordHeader::of(*id, sealed).bytes()).collect();
+    let mut parts = Vec::with_capacity(2 * frames.len());
+    for (header, (_, sealed)) in headers.iter().zip(frames) {
+        parts.extend([IoSlice::new(header), IoSlice::new(sealed.bytes())]);
+    }
+    let (mut parts, mut at) = (&mut parts[..], offset);
+    while !parts.is_empty() {
+        match rustix::io::pwritev(file, &parts[..parts.len().min(IOV_MAX)], at) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => {
+                at += written as u64;
+                IoSlice::advance_slices(&mut parts, written);
+            }
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
 }
 
 /// What kind of segment `file` is; `None` where it does not begin as one of this version does.
@@ -149,25 +177,39 @@ mod tests {
     #[test]
     fn a_record_header_is_these_bytes() {
         let sealed = Sealed::new(Bytes::from_static(b"abc"), 5);
-        let mut record = Vec::new();
-        RecordHeader::write(FrameId::from_bytes([7; 32]), &sealed, &mut record);
-        assert_eq!(record.len(), 67);
-        assert_eq!(record[..8], *b"LAMFRM01");
-        assert_eq!(record[8..40], [7; 32]);
-        assert_eq!(record[40..48], [3, 0, 0, 0, 5, 0, 0, 0]);
-        assert_eq!(record[64..], *b"abc");
-        let header = RecordHeader::read(&record[..64]).expect("a header");
-        assert_eq!(header, RecordHeader { id: FrameId::from_bytes([7; 32]), sealed_len: 3, plain_len: 5 });
+        let header = RecordHeader::of(FrameId::from_bytes([7; 32]), &sealed);
+        assert_eq!((header.sealed_len, header.plain_len, header.record_len()), (3, 5, 67));
+        let bytes = header.bytes();
+        assert_eq!(bytes[..8], *b"LAMFRM01");
+        assert_eq!(bytes[8..40], [7; 32]);
+        assert_eq!(bytes[40..48], [3, 0, 0, 0, 5, 0, 0, 0]);
+        assert_eq!(RecordHeader::read(&bytes), Some(header));
+    }
+
+    #[test]
+    fn records_are_written_one_behind_the_other_however_many() {
+        let file = tempfile::tempfile().expect("a file");
+        let sealed: Vec<Sealed> =
+            (0..IOV_MAX).map(|n| Sealed::new(Bytes::from(vec![n as u8; 1 + n % 7]), 9)).collect();
+        let frames: Vec<(FrameId, &Sealed)> =
+            sealed.iter().zip(0u32..).map(|(sealed, n)| (FrameId::of(&n.to_le_bytes()), sealed)).collect();
+        write(&file, 100, &frames).expect("written");
+        let (records, end) = scan(&file, 100, file.metadata().expect("a length").len());
+        assert_eq!((records.len(), end), (frames.len(), file.metadata().expect("a length").len()));
+        for ((at, header), (id, frame)) in records.iter().zip(&frames) {
+            assert_eq!(*header, RecordHeader::of(*id, frame));
+            let read = read(&file, *at, *header).expect("read").expect("a record");
+            assert_eq!(read.bytes(), frame.bytes());
+        }
     }
 
     proptest! {
         #[test]
         fn a_header_with_any_bit_changed_is_none(at in 0usize..64, bit in 0u8..8) {
             let sealed = Sealed::new(Bytes::from_static(b"abc"), 5);
-            let mut record = Vec::new();
-            RecordHeader::write(FrameId::of(b"x"), &sealed, &mut record);
-            record[at] ^= 1 << bit;
-            prop_assert_eq!(RecordHeader::read(&record[..64]), None);
+            let mut header = RecordHeader::of(FrameId::of(b"x"), &sealed).bytes();
+            header[at] ^= 1 << bit;
+            prop_assert_eq!(RecordHeader::read(&header), None);
         }
 
         #[test]
