@@ -10,6 +10,7 @@ mod evict;
 mod index;
 mod locations;
 mod open;
+mod recent;
 mod segment;
 
 use std::collections::{HashMap, HashSet};
@@ -29,6 +30,7 @@ pub use self::directory::{Unfit, prepare as check_directory};
 use self::evict::{Ghosts, Marks};
 use self::index::{BATCH_MAX, Index, Location};
 use self::locations::Locations;
+use self::recent::Recent;
 use self::segment::{Kind, RECORD_HEADER_BYTES, SEGMENT_HEADER_BYTES, Segment};
 use crate::metrics::{Counters, add};
 
@@ -63,6 +65,7 @@ struct Writing {
     kept: Growing,
     next: u32,
     ghosts: Ghosts,
+    recent: Recent,
 }
 
 /// The segment of one kind that grows.
@@ -211,6 +214,7 @@ impl Disk {
             }
             return false;
         }
+        writing.recent.note(&segment, offset..offset + records_len);
         self.counters.disk_used_bytes.fetch_add(records_len, Ordering::Relaxed);
         frames.iter().for_each(|frame| self.take_in(writing.of(kind), (number, &segment), *frame, heat));
         true
