@@ -45,7 +45,8 @@ pub struct MountConfig {
     pub neighbour_bytes: u64,
     /// Readahead within a file, in bytes of the file.
     pub file_ramp: Ramp,
-    /// Readahead across files that lie one behind the other in packs, in bytes of frames.
+    /// Readahead across files that lie one behind the other in packs, in bytes of frames. Opening small files takes longer than
+    /// fetching them, so its bound is what a 1 Gbit/s link carries in a second.
     pub pack_ramp: Ramp,
 }
 
@@ -64,7 +65,7 @@ impl MountConfig {
             recorded_run_bytes: 64 << 20,
             neighbour_bytes: 168 << 10,
             file_ramp: Ramp { run_min: 256 << 10, ahead_max: 16 << 20, slack: 128 << 10 },
-            pack_ramp: Ramp { run_min: 512 << 10, ahead_max: 32 << 20, slack: 256 << 10 },
+            pack_ramp: Ramp { run_min: 512 << 10, ahead_max: 128 << 20, slack: 256 << 10 },
         }
     }
 }
