@@ -1,25 +1,22 @@
 //! The daemon's state: its cache, its trees, its mounts.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use futures_util::TryStreamExt;
 use lamina_cache::{Cache, CacheConfig, Source};
 use lamina_image::{CommandKey, Digest, Platform, Tree};
 use lamina_mount::{BootStream, Mount, MountConfig, MountError, Record, Terms};
 use lamina_wire::proto::{MountRecord, MountRequest, MountResponse, UnmountResponse};
-use lamina_wire::{Client, ClientConfig, Reference};
+use lamina_wire::{ClientConfig, Reference};
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
-use tokio_util::io::{StreamReader, SyncIoBridge};
 use tracing::warn;
 
 use crate::boot_files::{BootFiles, KeptBoot, KeptSource};
@@ -38,16 +35,11 @@ use crate::{Found, KeptTraces, NodeError};
 
 /// One daemon takes no more mounts.
 const MOUNTS_MAX: usize = 4096;
-/// A tree's blob over 1 GiB is refused: some ten million files.
-const TREE_BLOB_BYTES_MAX: u64 = 1 << 30;
-
 /// What the cache directory's lock is called where it is kept.
 const LOCK: &str = "lock";
 /// How long an unmount waits for the kernel to let go of what is mounted nowhere any more. A mount namespace that was made
 /// meanwhile may have a copy, and keep it for ever.
 const COPIES: Duration = Duration::from_secs(3);
-/// A tree that takes longer to come is given up: the largest one over 100 Mbit/s.
-const TREE: Duration = Duration::from_secs(90);
 /// Boot packs get this part of what the cache may take, beside it.
 const BOOT_PART: u64 = 10;
 
@@ -88,7 +80,7 @@ pub struct Node {
     /// Whether another program is to take this one's place.
     pub(crate) replaced: AtomicBool,
     /// Trees that are mounted: two mounts of an image share one.
-    loaded: Mutex<BTreeMap<Digest, std::sync::Weak<Tree>>>,
+    pub(crate) loaded: Mutex<BTreeMap<Digest, std::sync::Weak<Tree>>>,
     /// Mounts, and requests that are being answered: what keeps the daemon from ending.
     count: watch::Sender<usize>,
 }
@@ -407,52 +399,6 @@ impl Node {
         if mounts.get(path).is_some_and(|mounted| Arc::ptr_eq(&mounted.mount, mount)) {
             mounts.remove(path);
         }
-    }
-
-    pub(crate) async fn tree(&self, asked: &mut Asked, found: &Found) -> Result<Arc<Tree>, NodeError> {
-        let Asked { sources, reference, requests } = asked;
-        let reference = &*reference;
-        let digest = found.tree;
-        if let Some(tree) = self.loaded.lock().get(&digest).and_then(std::sync::Weak::upgrade) {
-            return Ok(tree);
-        }
-        let trees = self.trees.clone();
-        let local = blocking(move || Ok::<_, NodeError>(trees.load(digest))).await?;
-        let tree = match local {
-            Some(tree) => tree,
-            None => {
-                *requests += 1;
-                let (repository, trees) = (&reference.repository, &self.trees);
-                sources
-                    .ask(TREE, |client| async move {
-                        if let Some(tree) = self.receive_tree(&client, repository, digest).await {
-                            return Ok(tree);
-                        }
-                        // once more, with retries, with an error that says why, and without a disk if there is no other way
-                        let blob = client.blob(repository, digest, TREE_BLOB_BYTES_MAX).await?;
-                        let (trees, name) = (trees.clone(), reference.to_string());
-                        blocking(move || trees.store(&name, digest, &blob)).await
-                    })
-                    .await?
-            }
-        };
-        let tree = Arc::new(tree);
-        let mut loaded = self.loaded.lock();
-        loaded.retain(|_, tree| tree.strong_count() > 0);
-        loaded.insert(digest, Arc::downgrade(&tree));
-        Ok(tree)
-    }
-
-    /// Unpacks a tree while it comes; `None` if anything goes wrong.
-    async fn receive_tree(&self, client: &Client, repository: &str, digest: Digest) -> Option<Tree> {
-        let blob = client.blob_stream(repository, digest).await.ok()?;
-        if blob.len.is_none_or(|len| len > TREE_BLOB_BYTES_MAX) {
-            return None;
-        }
-        let reader = SyncIoBridge::new(StreamReader::new(blob.bytes.map_err(io::Error::other)));
-        let trees = self.trees.clone();
-        let received = tokio::task::spawn_blocking(move || trees.receive(digest, reader)).await.ok()?;
-        received.inspect_err(|error| tracing::debug!(tree = %digest, %error, "a tree did not come")).ok()
     }
 
     /// Unmounts a directory. If a start was recorded on it until now, this returns when the registry was told.

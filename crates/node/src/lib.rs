@@ -25,6 +25,7 @@ mod sources;
 mod start;
 mod stats;
 mod traces;
+mod tree;
 mod trees;
 mod upgrade;
 
