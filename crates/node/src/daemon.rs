@@ -17,7 +17,8 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
-use tracing::warn;
+use tracing::field::Empty;
+use tracing::{Instrument, Span, debug_span, info_span, warn};
 
 use crate::boot_files::{BootFiles, KeptBoot, KeptSource};
 use crate::fill::{Fills, PAUSED, Policy};
@@ -29,6 +30,7 @@ use crate::pins::Pins;
 use crate::records::{Records, image_record};
 use crate::resolve::{Resolved, resolve};
 use crate::sources::{Hosts, Mirrors, Sources};
+use crate::spans::{Within, failed};
 use crate::start::{Chosen, Report, Starting};
 use crate::trees::Trees;
 use crate::{Found, KeptTraces, NodeError};
@@ -106,6 +108,8 @@ pub(crate) struct Mounted {
     pub(crate) restored: &'static str,
     /// The boot pack that was found for its start.
     pub(crate) chosen: Arc<OnceLock<Chosen>>,
+    /// What its start is part of.
+    pub(crate) within: Within,
 }
 
 /// What a request asks of whom.
@@ -207,6 +211,20 @@ impl Node {
 
     /// Mounts an image. When it returns, the mount answers, and outlives this process where it has a holder.
     pub async fn mount(self: &Arc<Self>, request: MountRequest) -> Result<MountResponse, NodeError> {
+        let span = info_span!(
+            "mount",
+            image = request.reference,
+            directory = request.directory,
+            manifest = Empty,
+            tree = Empty,
+            offline = Empty,
+            otel.status_description = Empty
+        );
+        let mounted = self.mount_new(request).instrument(span.clone()).await;
+        mounted.inspect_err(|error| failed(&span, error))
+    }
+
+    async fn mount_new(self: &Arc<Self>, request: MountRequest) -> Result<MountResponse, NodeError> {
         let begun = Instant::now();
         if self.mounts.lock().len() >= MOUNTS_MAX {
             return Err(NodeError::TooManyMounts(MOUNTS_MAX));
@@ -219,12 +237,15 @@ impl Node {
         };
         let _reserved = self.reserve(Path::new(&request.directory))?;
         let mut asked = self.ask(&request)?;
+        let span = Span::current();
+        asked.sources.within.begin(span.clone());
         let Asked { sources, reference, .. } = &asked;
         let (platform, deadline) = (&self.config.platform, self.config.cache.deadline);
         let resolved = resolve(sources, &self.known, reference, platform, request.require_bound, deadline);
         let Resolved { found, offline } = resolved.await?;
         asked.requests = found.requests;
         let (manifest, tree) = (found.manifest.to_string(), found.tree.to_string());
+        span.record("manifest", &manifest).record("tree", &tree).record("offline", offline.is_some());
         let record = MountRecord {
             image: Some(image_record(&asked.reference.to_string(), &found)),
             request: Some(request),
@@ -269,7 +290,8 @@ impl Node {
         // behind the tree, which the mount waits for
         let boot = boot.map(|found| Starting::stream_boot(found, Arc::clone(&source)));
         let (cache, handle) = (Arc::clone(&self.cache), Handle::current());
-        let mount = Arc::new(blocking(move || Mount::start(tree, cache, source, config, handle)).await?);
+        let start = blocking(move || Mount::start(tree, cache, source, config, handle));
+        let mount = Arc::new(start.instrument(debug_span!("attach")).await?);
         if let Some(connection) = mount.take_connection() {
             self.held.keep(&held_name(number), connection);
         }
@@ -277,7 +299,8 @@ impl Node {
         self.remember(number, &record);
         let report = request.record.then_some(None);
         let chosen = Arc::clone(&starting.chosen);
-        let mounted = Mounted { mount, number, record, report: None, restored, chosen };
+        let within = starting.within.clone();
+        let mounted = Mounted { mount, number, record, report: None, restored, chosen, within };
         self.keep(mounted, report, starting, boot);
         Ok(())
     }
@@ -307,6 +330,7 @@ impl Node {
             kept: Arc::clone(&kept),
             traces: KeptTraces::new(self.config.cache.directory.join("traces")),
             chosen: Arc::default(),
+            within: sources.within.clone(),
         };
         Ok((starting, kept))
     }
@@ -417,16 +441,15 @@ impl Node {
         lazy: bool,
         is_meant: impl FnOnce(&Arc<Mount>) -> bool,
     ) -> Result<UnmountResponse, NodeError> {
-        let mounted = self
-            .mounts
-            .lock()
-            .get(directory)
-            .filter(|it| is_meant(&it.mount))
-            .map(|it| (Arc::clone(&it.mount), it.report.clone(), it.number, it.record.clone()));
-        let (mount, report, number, record) =
+        let mounted = self.mounts.lock().get(directory).filter(|it| is_meant(&it.mount)).map(|it| {
+            (Arc::clone(&it.mount), it.report.clone(), it.number, it.record.clone(), it.within.clone())
+        });
+        let (mount, report, number, record, within) =
             mounted.ok_or_else(|| NodeError::NotMounted(directory.to_owned()))?;
         let waiting = Arc::clone(&mount);
         blocking(move || mount.unmount(lazy)).await?;
+        // this may be the end of the daemon: what was done is to be told before
+        within.end();
         let held = lazy || timeout(COPIES, waiting.wait()).await.is_err();
         if held && !self.ending.load(Ordering::Relaxed) {
             self.remember(number, &MountRecord { detached: true, ..record });

@@ -22,6 +22,7 @@ mod resolve;
 mod restore;
 mod server;
 mod sources;
+mod spans;
 mod start;
 mod stats;
 mod traces;

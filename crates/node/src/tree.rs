@@ -8,8 +8,11 @@ use futures_util::TryStreamExt;
 use lamina_image::{Digest, Tree};
 use lamina_wire::Client;
 use tokio_util::io::{StreamReader, SyncIoBridge};
+use tracing::field::Empty;
+use tracing::{Instrument, Span, debug_span};
 
 use crate::daemon::{Asked, blocking};
+use crate::spans::failed;
 use crate::{Found, Node, NodeError};
 
 /// A tree's blob over 1 GiB is refused: some ten million files.
@@ -20,17 +23,32 @@ const TREE: Duration = Duration::from_secs(90);
 impl Node {
     /// The tree of an image. Mounts that show the same one share it.
     pub(crate) async fn tree(&self, asked: &mut Asked, found: &Found) -> Result<Arc<Tree>, NodeError> {
+        let span = debug_span!("tree", digest = %found.tree, from = Empty, otel.status_description = Empty);
+        let tree = self.find_tree(asked, found).instrument(span.clone()).await;
+        tree.inspect_err(|error| failed(&span, error))
+    }
+
+    async fn find_tree(&self, asked: &mut Asked, found: &Found) -> Result<Arc<Tree>, NodeError> {
+        let span = Span::current();
+        let from = |what: &str| {
+            span.record("from", what);
+        };
         let Asked { sources, reference, requests } = asked;
         let reference = &*reference;
         let digest = found.tree;
         if let Some(tree) = self.loaded.lock().get(&digest).and_then(std::sync::Weak::upgrade) {
+            from("memory");
             return Ok(tree);
         }
         let trees = self.trees.clone();
         let local = blocking(move || Ok::<_, NodeError>(trees.load(digest))).await?;
         let tree = match local {
-            Some(tree) => tree,
+            Some(tree) => {
+                from("disk");
+                tree
+            }
             None => {
+                from("network");
                 *requests += 1;
                 let (repository, trees) = (&reference.repository, &self.trees);
                 sources
