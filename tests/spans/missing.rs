@@ -45,9 +45,9 @@ fn mount_and_read(rig: &Rig) -> Result<()> {
 
 #[test]
 fn a_collector_that_is_not_there_or_fails_costs_one_warning() -> Result<()> {
-    let rig = pushed()?;
     let failing = Collector::new(Manner::Fails)?;
     for url in [NOWHERE, &failing.url()] {
+        let rig = pushed()?;
         // many batches, so that there is much to warn of
         let node = node(&rig, url, &[("OTEL_BSP_SCHEDULE_DELAY", "10")])?;
         mount_and_read(&rig)?;
@@ -71,6 +71,7 @@ fn a_collector_that_hangs_neither_holds_a_mount_up_nor_the_end_of_its_node() -> 
     // the queue is full now, and what more there is to tell is dropped
     mount_and_read(&rig)?;
     ensure!(busy.stop(DEADLINE)?.success());
+    let rig = pushed()?;
     // here the end is the first to send anything; had it waited for that to fail, it would have said so
     let node = node(&rig, &hanging.url(), &[("OTEL_BSP_SCHEDULE_DELAY", "3600000")])?;
     mount_and_read(&rig)?;
