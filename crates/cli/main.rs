@@ -52,7 +52,9 @@ fn main() -> ExitCode {
         let spans = Spans::start(&arguments, runtime.handle())?;
         start_logging(&arguments, spans.as_ref());
         let result = runtime.block_on(run(arguments));
-        spans.map(Spans::end);
+        if let Some(spans) = spans {
+            spans.end();
+        }
         // threads that still read a slow disk or network must not hold the end up; nor is the runtime taken away from
         // under them, which would make them panic: they end with the process
         std::mem::forget(runtime);

@@ -11,7 +11,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use async_trait::async_trait;
 use lamina_wire::{ClientConfig, Post};
 use opentelemetry::trace::TracerProvider;
@@ -90,9 +90,10 @@ fn destination(named: Option<&OtlpUrl>) -> Result<Option<OtlpUrl>> {
         return Ok(Some(url.traces()));
     }
     let variable = |name: &'static str| {
-        let text = std::env::var(name).ok().filter(|text| !text.is_empty());
-        let parsed = text
-            .map(|text| text.parse::<OtlpUrl>().map_err(|error| anyhow::anyhow!("{name}={text}: {error}")));
+        let text = std::env::var_os(name).filter(|text| !text.is_empty());
+        let text = text.map(|text| text.to_string_lossy().into_owned());
+        // without the text, which may have a login in it
+        let parsed = text.map(|text| text.parse::<OtlpUrl>().map_err(|error| anyhow!("{name}: {error}")));
         parsed.transpose()
     };
     match variable("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")? {
