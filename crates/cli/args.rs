@@ -3,6 +3,7 @@
 mod fsck;
 mod gc;
 mod limits;
+mod otlp;
 mod profile;
 mod run;
 mod storage;
@@ -18,6 +19,7 @@ use lamina_wire::Reference;
 pub(crate) use self::fsck::FsckArguments;
 pub(crate) use self::gc::{GcArguments, GcSettings};
 pub(crate) use self::limits::RegistryLimits;
+pub(crate) use self::otlp::{OtlpArguments, OtlpUrl};
 pub(crate) use self::profile::{
     ProfileArguments, ProfileCommand, ProfileDrop, ProfileExport, ProfileImport, ProfilePush, ProfileRecord,
     ProfileShow,
@@ -147,6 +149,8 @@ pub(crate) struct RegistryArguments {
     /// The private key of the certificate, in a PEM file
     #[arg(long, env = "LAMINA_TLS_KEY", value_name = "FILE", requires = "tls_cert")]
     pub(crate) tls_key: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) otlp: OtlpArguments,
 }
 
 #[derive(Args, Debug)]
@@ -200,6 +204,8 @@ pub(crate) struct NodeSettings {
     /// Serve counters to Prometheus under /metrics at this address [default: nowhere]
     #[arg(long, env = "LAMINA_METRICS", value_name = "ADDRESS:PORT")]
     pub(crate) metrics: Option<SocketAddr>,
+    #[command(flatten)]
+    pub(crate) otlp: OtlpArguments,
     /// Where else a registry's contents are, asked before it and in the order given; can be repeated. MIRROR is
     /// [http://]host[:port]
     #[arg(long = "mirror", env = "LAMINA_MIRROR", value_name = "REGISTRY=MIRROR", value_delimiter = ',',

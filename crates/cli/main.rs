@@ -6,13 +6,17 @@ mod commands;
 mod config;
 mod progress;
 mod source;
+mod spans;
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
 
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer, Registry};
 
 use crate::args::{Arguments, Command, LogFormat};
+use crate::spans::Spans;
 
 /// Something went wrong.
 const FAILED: u8 = 1;
@@ -35,7 +39,6 @@ fn main() -> ExitCode {
     if matches!(arguments.command, Command::Mount(_) | Command::Node(_)) {
         give_large_buffers_back();
     }
-    start_logging(&arguments);
     let runs = matches!(arguments.command, Command::Run(_) | Command::Inside(_));
     let failure = if runs { RUN_FAILED } else { FAILED };
     // a holder does next to nothing, and must not be in the way; an init may have but one thread
@@ -46,7 +49,12 @@ fn main() -> ExitCode {
     };
     let runtime = runtime.enable_all().build();
     let result = runtime.map_err(anyhow::Error::from).and_then(|runtime| {
+        let spans = Spans::start(&arguments, runtime.handle())?;
+        start_logging(&arguments, spans.as_ref());
         let result = runtime.block_on(run(arguments));
+        if let Some(spans) = spans {
+            spans.end();
+        }
         // threads that still read a slow disk or network must not hold the end up; nor is the runtime taken away from
         // under them, which would make them panic: they end with the process
         std::mem::forget(runtime);
@@ -126,15 +134,22 @@ fn complain(error: &anyhow::Error, code: u8) -> ExitCode {
     ExitCode::from(unstarted.map_or(code, |unstarted| unstarted.code))
 }
 
-fn start_logging(arguments: &Arguments) {
+fn start_logging(arguments: &Arguments, spans: Option<&Spans>) {
     let filter = EnvFilter::try_new(&arguments.common.log).unwrap_or_else(|_| EnvFilter::new("warn"));
     // a log on a full disk must not take the daemon with it: what cannot be written is dropped
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let log = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     let log = log.log_internal_errors(false).with_ansi(std::io::stderr().is_terminal());
-    match arguments.common.log_format {
-        LogFormat::Text => log.init(),
+    let log: Box<dyn Layer<Registry> + Send + Sync> = match arguments.common.log_format {
+        LogFormat::Text => log.boxed(),
         LogFormat::Json => {
-            log.json().flatten_event(true).with_current_span(true).with_span_list(false).init()
+            log.json().flatten_event(true).with_current_span(true).with_span_list(false).boxed()
+        }
+    };
+    // with nobody to send them to, no span is made that the log does not show
+    match spans {
+        None => tracing_subscriber::registry().with(log).with(filter).init(),
+        Some(spans) => {
+            tracing_subscriber::registry().with(log.with_filter(filter)).with(spans.layer()).init()
         }
     }
 }

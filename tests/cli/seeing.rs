@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
@@ -97,7 +98,18 @@ fn doctor_says_what_works_and_what_to_do() -> Result<()> {
     };
     let (well, report) = lines(&[&rig.name("a:t")])?;
     ensure!(well, "{report}");
-    for name in ["kernel", "/dev/fuse", "privileges", "cache", "disk", "registry", "clock", "credentials"] {
+    let names = [
+        "kernel",
+        "/dev/fuse",
+        "privileges",
+        "lamina run",
+        "cache",
+        "disk",
+        "registry",
+        "clock",
+        "credentials",
+    ];
+    for name in names {
         let (verdict, _) = find(&report, name).with_context(|| format!("no line for {name}: {report}"))?;
         ensure!(verdict == "ok" || (verdict == "poor" && name == "kernel"), "{name}: {report}");
     }
@@ -112,5 +124,55 @@ fn doctor_says_what_works_and_what_to_do() -> Result<()> {
     ensure!(!well && find(&report, "cache").context("a line")?.0 == "bad", "{report}");
     let said = rig.lamina(&["doctor"])?;
     ensure!(String::from_utf8_lossy(&said.stdout).contains("→ "), "{said:?}");
+    Ok(())
+}
+
+/// A command for which the kernel does not know a system call.
+#[expect(unsafe_code, reason = "there is no safe call for filters of system calls")]
+fn without(command: &mut Command, call: libc::c_long) -> &mut Command {
+    let number = u32::try_from(call).expect("a small number");
+    let step =
+        |code: u32, jt, jf, k| libc::sock_filter { code: u16::try_from(code).expect("16 bits"), jt, jf, k };
+    let refused = libc::SECCOMP_RET_ERRNO | libc::ENOSYS.cast_unsigned();
+    let mut filter = [
+        // the number of the call comes first in what a filter sees
+        step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
+        step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, number),
+        step(libc::BPF_RET | libc::BPF_K, 0, 0, refused),
+        step(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let install = move || {
+        let program = libc::sock_fprog { len: 4, filter: filter.as_mut_ptr() };
+        // SAFETY: the filter and what points to it outlive the calls
+        let installed = unsafe {
+            libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+                && libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program) == 0
+        };
+        if installed { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+    };
+    // SAFETY: two system calls, and nothing is allocated
+    unsafe { command.pre_exec(install) }
+}
+
+#[test]
+fn doctor_finds_a_system_call_that_is_missing() -> Result<()> {
+    let rig = Rig::new()?;
+    for (call, name) in [
+        (libc::SYS_open_tree, "open_tree"),
+        (libc::SYS_move_mount, "move_mount"),
+        (libc::SYS_mount_setattr, "mount_setattr"),
+        (libc::SYS_pidfd_open, "pidfd_open"),
+        (libc::SYS_close_range, "close_range"),
+    ] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_lamina"));
+        command.args(["doctor", "--json", "--cache"]).arg(rig.path("cache"));
+        let report = without(&mut command, call).output()?.stdout;
+        let report: serde_json::Value = serde_json::from_slice(&report)?;
+        let checks = report["checks"].as_array().context("checks")?;
+        let line = checks.iter().find(|one| one["check"] == "lamina run").context("a line")?;
+        let said = line["found"].as_str().unwrap_or_default();
+        ensure!(line["verdict"] == "poor" && said == format!("cannot call {name}"), "{name}: {report}");
+        ensure!(line["advice"].as_str().is_some_and(|advice| advice.contains("5.12")), "{report}");
+    }
     Ok(())
 }

@@ -16,6 +16,18 @@ pub enum Class {
     Demand,
 }
 
+impl Class {
+    /// Its name, in counters and spans.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Fill => "fill",
+            Self::Background => "background",
+            Self::Boot => "boot",
+            Self::Demand => "demand",
+        }
+    }
+}
+
 /// How many requests of each class are on their way to a source at once. What waits for its turn in one class does
 /// not hold up another.
 #[derive(Clone, Copy, Debug)]

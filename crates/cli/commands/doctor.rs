@@ -1,5 +1,6 @@
 //! `lamina doctor`: what this machine has and lacks, each line ok or what to do.
 
+mod calls;
 mod machine;
 mod registry;
 
@@ -46,6 +47,7 @@ impl Check {
 /// Looks at everything, prints it, and fails where something does not work.
 pub(crate) async fn run(arguments: DoctorArguments, common: Common) -> Result<()> {
     let mut checks = machine::checks();
+    checks.push(calls::check());
     let cache = arguments.cache.directory.clone();
     let bytes_max = arguments.cache_mib << 20;
     checks.extend(tokio::task::spawn_blocking(move || machine::cache(&cache, bytes_max)).await?);

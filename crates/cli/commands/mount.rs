@@ -206,6 +206,9 @@ async fn start_daemon(cache: &CacheArguments, settings: &NodeSettings, common: &
     if let Some(address) = settings.metrics {
         command.args(["--metrics", &address.to_string()]);
     }
+    if let Some(url) = &settings.otlp.otlp {
+        command.args(["--otlp", &url.to_string()]);
+    }
     for (registry, mirror) in &settings.mirrors {
         command.args(["--mirror", &format!("{registry}={mirror}")]);
     }

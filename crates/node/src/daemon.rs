@@ -1,26 +1,24 @@
 //! The daemon's state: its cache, its trees, its mounts.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use futures_util::TryStreamExt;
 use lamina_cache::{Cache, CacheConfig, Source};
 use lamina_image::{CommandKey, Digest, Platform, Tree};
 use lamina_mount::{BootStream, Mount, MountConfig, MountError, Record, Terms};
 use lamina_wire::proto::{MountRecord, MountRequest, MountResponse, UnmountResponse};
-use lamina_wire::{Client, ClientConfig, Reference};
+use lamina_wire::{ClientConfig, Reference};
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
-use tokio_util::io::{StreamReader, SyncIoBridge};
-use tracing::warn;
+use tracing::field::Empty;
+use tracing::{Instrument, Span, debug_span, info_span, warn};
 
 use crate::boot_files::{BootFiles, KeptBoot, KeptSource};
 use crate::fill::{Fills, PAUSED, Policy};
@@ -32,22 +30,18 @@ use crate::pins::Pins;
 use crate::records::{Records, image_record};
 use crate::resolve::{Resolved, resolve};
 use crate::sources::{Hosts, Mirrors, Sources};
+use crate::spans::{Within, failed};
 use crate::start::{Chosen, Report, Starting};
 use crate::trees::Trees;
 use crate::{Found, KeptTraces, NodeError};
 
 /// One daemon takes no more mounts.
 const MOUNTS_MAX: usize = 4096;
-/// A tree's blob over 1 GiB is refused: some ten million files.
-const TREE_BLOB_BYTES_MAX: u64 = 1 << 30;
-
 /// What the cache directory's lock is called where it is kept.
 const LOCK: &str = "lock";
 /// How long an unmount waits for the kernel to let go of what is mounted nowhere any more. A mount namespace that was made
 /// meanwhile may have a copy, and keep it for ever.
 const COPIES: Duration = Duration::from_secs(3);
-/// A tree that takes longer to come is given up: the largest one over 100 Mbit/s.
-const TREE: Duration = Duration::from_secs(90);
 /// Boot packs get this part of what the cache may take, beside it.
 const BOOT_PART: u64 = 10;
 
@@ -88,7 +82,7 @@ pub struct Node {
     /// Whether another program is to take this one's place.
     pub(crate) replaced: AtomicBool,
     /// Trees that are mounted: two mounts of an image share one.
-    loaded: Mutex<BTreeMap<Digest, std::sync::Weak<Tree>>>,
+    pub(crate) loaded: Mutex<BTreeMap<Digest, std::sync::Weak<Tree>>>,
     /// Mounts, and requests that are being answered: what keeps the daemon from ending.
     count: watch::Sender<usize>,
 }
@@ -114,6 +108,8 @@ pub(crate) struct Mounted {
     pub(crate) restored: &'static str,
     /// The boot pack that was found for its start.
     pub(crate) chosen: Arc<OnceLock<Chosen>>,
+    /// What its start is part of.
+    pub(crate) within: Within,
 }
 
 /// What a request asks of whom.
@@ -215,6 +211,20 @@ impl Node {
 
     /// Mounts an image. When it returns, the mount answers, and outlives this process where it has a holder.
     pub async fn mount(self: &Arc<Self>, request: MountRequest) -> Result<MountResponse, NodeError> {
+        let span = info_span!(
+            "mount",
+            image = request.reference,
+            directory = request.directory,
+            manifest = Empty,
+            tree = Empty,
+            offline = Empty,
+            otel.status_description = Empty
+        );
+        let mounted = self.mount_new(request).instrument(span.clone()).await;
+        mounted.inspect_err(|error| failed(&span, error))
+    }
+
+    async fn mount_new(self: &Arc<Self>, request: MountRequest) -> Result<MountResponse, NodeError> {
         let begun = Instant::now();
         if self.mounts.lock().len() >= MOUNTS_MAX {
             return Err(NodeError::TooManyMounts(MOUNTS_MAX));
@@ -227,12 +237,15 @@ impl Node {
         };
         let _reserved = self.reserve(Path::new(&request.directory))?;
         let mut asked = self.ask(&request)?;
+        let span = Span::current();
+        asked.sources.within.begin(span.clone());
         let Asked { sources, reference, .. } = &asked;
         let (platform, deadline) = (&self.config.platform, self.config.cache.deadline);
         let resolved = resolve(sources, &self.known, reference, platform, request.require_bound, deadline);
         let Resolved { found, offline } = resolved.await?;
         asked.requests = found.requests;
         let (manifest, tree) = (found.manifest.to_string(), found.tree.to_string());
+        span.record("manifest", &manifest).record("tree", &tree).record("offline", offline.is_some());
         let record = MountRecord {
             image: Some(image_record(&asked.reference.to_string(), &found)),
             request: Some(request),
@@ -277,7 +290,8 @@ impl Node {
         // behind the tree, which the mount waits for
         let boot = boot.map(|found| Starting::stream_boot(found, Arc::clone(&source)));
         let (cache, handle) = (Arc::clone(&self.cache), Handle::current());
-        let mount = Arc::new(blocking(move || Mount::start(tree, cache, source, config, handle)).await?);
+        let start = blocking(move || Mount::start(tree, cache, source, config, handle));
+        let mount = Arc::new(start.instrument(debug_span!("attach")).await?);
         if let Some(connection) = mount.take_connection() {
             self.held.keep(&held_name(number), connection);
         }
@@ -285,7 +299,8 @@ impl Node {
         self.remember(number, &record);
         let report = request.record.then_some(None);
         let chosen = Arc::clone(&starting.chosen);
-        let mounted = Mounted { mount, number, record, report: None, restored, chosen };
+        let within = starting.within.clone();
+        let mounted = Mounted { mount, number, record, report: None, restored, chosen, within };
         self.keep(mounted, report, starting, boot);
         Ok(())
     }
@@ -315,6 +330,7 @@ impl Node {
             kept: Arc::clone(&kept),
             traces: KeptTraces::new(self.config.cache.directory.join("traces")),
             chosen: Arc::default(),
+            within: sources.within.clone(),
         };
         Ok((starting, kept))
     }
@@ -409,52 +425,6 @@ impl Node {
         }
     }
 
-    pub(crate) async fn tree(&self, asked: &mut Asked, found: &Found) -> Result<Arc<Tree>, NodeError> {
-        let Asked { sources, reference, requests } = asked;
-        let reference = &*reference;
-        let digest = found.tree;
-        if let Some(tree) = self.loaded.lock().get(&digest).and_then(std::sync::Weak::upgrade) {
-            return Ok(tree);
-        }
-        let trees = self.trees.clone();
-        let local = blocking(move || Ok::<_, NodeError>(trees.load(digest))).await?;
-        let tree = match local {
-            Some(tree) => tree,
-            None => {
-                *requests += 1;
-                let (repository, trees) = (&reference.repository, &self.trees);
-                sources
-                    .ask(TREE, |client| async move {
-                        if let Some(tree) = self.receive_tree(&client, repository, digest).await {
-                            return Ok(tree);
-                        }
-                        // once more, with retries, with an error that says why, and without a disk if there is no other way
-                        let blob = client.blob(repository, digest, TREE_BLOB_BYTES_MAX).await?;
-                        let (trees, name) = (trees.clone(), reference.to_string());
-                        blocking(move || trees.store(&name, digest, &blob)).await
-                    })
-                    .await?
-            }
-        };
-        let tree = Arc::new(tree);
-        let mut loaded = self.loaded.lock();
-        loaded.retain(|_, tree| tree.strong_count() > 0);
-        loaded.insert(digest, Arc::downgrade(&tree));
-        Ok(tree)
-    }
-
-    /// Unpacks a tree while it comes; `None` if anything goes wrong.
-    async fn receive_tree(&self, client: &Client, repository: &str, digest: Digest) -> Option<Tree> {
-        let blob = client.blob_stream(repository, digest).await.ok()?;
-        if blob.len.is_none_or(|len| len > TREE_BLOB_BYTES_MAX) {
-            return None;
-        }
-        let reader = SyncIoBridge::new(StreamReader::new(blob.bytes.map_err(io::Error::other)));
-        let trees = self.trees.clone();
-        let received = tokio::task::spawn_blocking(move || trees.receive(digest, reader)).await.ok()?;
-        received.inspect_err(|error| tracing::debug!(tree = %digest, %error, "a tree did not come")).ok()
-    }
-
     /// Unmounts a directory. If a start was recorded on it until now, this returns when the registry was told.
     pub async fn unmount(
         self: &Arc<Self>,
@@ -471,16 +441,15 @@ impl Node {
         lazy: bool,
         is_meant: impl FnOnce(&Arc<Mount>) -> bool,
     ) -> Result<UnmountResponse, NodeError> {
-        let mounted = self
-            .mounts
-            .lock()
-            .get(directory)
-            .filter(|it| is_meant(&it.mount))
-            .map(|it| (Arc::clone(&it.mount), it.report.clone(), it.number, it.record.clone()));
-        let (mount, report, number, record) =
+        let mounted = self.mounts.lock().get(directory).filter(|it| is_meant(&it.mount)).map(|it| {
+            (Arc::clone(&it.mount), it.report.clone(), it.number, it.record.clone(), it.within.clone())
+        });
+        let (mount, report, number, record, within) =
             mounted.ok_or_else(|| NodeError::NotMounted(directory.to_owned()))?;
         let waiting = Arc::clone(&mount);
         blocking(move || mount.unmount(lazy)).await?;
+        // this may be the end of the daemon: what was done is to be told before
+        within.end();
         let held = lazy || timeout(COPIES, waiting.wait()).await.is_err();
         if held && !self.ending.load(Ordering::Relaxed) {
             self.remember(number, &MountRecord { detached: true, ..record });

@@ -24,12 +24,15 @@ use lamina_wire::proto::{FillRequest, FillStats, MountRequest, PrefetchRequest, 
 use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
+use tracing::field::Empty;
+use tracing::{Span, info_span};
 
 use self::job::{Job, State};
 use self::stay::Stays;
 use crate::daemon::Asked;
 use crate::resolve::resolve;
 use crate::sources::Sources;
+use crate::spans::Within;
 use crate::{Found, Node, NodeError};
 
 /// Asked for at once, in bytes of frames: several requests of the largest range, so that a link stays full, and little enough
@@ -119,6 +122,7 @@ impl Fills {
             done: AtomicU64::new(0),
             state: Mutex::new(State::Running),
             cancelled,
+            within: Within::default(),
         });
         let mut jobs = self.jobs.lock();
         let ended: Vec<u64> =
@@ -255,7 +259,7 @@ impl Node {
         let job = self.fills.begin(&reference, None);
         let pace = Pace { idle: request.idle, bytes_per_s: request.bytes_per_s };
         let (node, number) = (Arc::clone(self), job.number);
-        let source: Arc<dyn Source> = Arc::new(sources);
+        let source: Arc<dyn Source> = Arc::new(sources.part_of(&job.within));
         tokio::spawn(async move {
             if node.bring(&job, &source, &wants, pace).await {
                 node.finish(&job, &wants);
@@ -302,7 +306,7 @@ impl Node {
             return;
         }
         let job = self.fills.begin(&asked.reference, Some(mount.mountpoint().to_owned()));
-        let source: Arc<dyn Source> = Arc::new(asked.sources);
+        let source: Arc<dyn Source> = Arc::new(asked.sources.part_of(&job.within));
         let (node, mount) = (Arc::clone(self), Arc::clone(mount));
         let (bytes_per_s, lazy) = (request.fill_bytes_per_s, request.require_lazy);
         tokio::spawn(async move {
@@ -348,6 +352,16 @@ impl Node {
         let (here, far): (Vec<Want>, Vec<Want>) = wants.iter().partition(|want| cache.is_on_disk(want.id));
         job.total.store(wants.iter().map(bytes).sum(), Ordering::Relaxed);
         job.done.store(here.iter().map(bytes).sum(), Ordering::Relaxed);
+        let span = match far.is_empty() {
+            true => Span::none(),
+            false => info_span!(
+                "fill",
+                image = job.reference,
+                bytes = far.iter().map(bytes).sum::<u64>(),
+                state = Empty
+            ),
+        };
+        let _during = job.within.during(span.clone());
         let begin = || self.fills.stays.begin(cache, &self.pins, job.number, &here);
         let _stay = (!far.is_empty()).then(begin);
         let mut cancelled = job.cancelled.subscribe();
@@ -364,6 +378,7 @@ impl Node {
         } else {
             cache.flushed().await;
         }
+        span.record("state", if filled { "done" } else { job.state() });
         filled
     }
 

@@ -22,9 +22,11 @@ mod resolve;
 mod restore;
 mod server;
 mod sources;
+mod spans;
 mod start;
 mod stats;
 mod traces;
+mod tree;
 mod trees;
 mod upgrade;
 

@@ -52,13 +52,7 @@ pub(crate) fn fetch_seconds() -> FetchSeconds {
 
 /// The labels of a fetch.
 pub(crate) fn fetch_labels(class: Class, source: &str) -> [(&'static str, String); 2] {
-    let class = match class {
-        Class::Demand => "demand",
-        Class::Boot => "boot",
-        Class::Background => "background",
-        Class::Fill => "fill",
-    };
-    [("class", class.to_owned()), ("source", source.to_owned())]
+    [("class", class.name().to_owned()), ("source", source.to_owned())]
 }
 
 /// Serves `GET /metrics` until the node ends; the address. A daemon that follows a dead one goes on with its socket, since that

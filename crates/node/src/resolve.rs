@@ -4,9 +4,12 @@ use std::time::Duration;
 
 use lamina_image::Platform;
 use lamina_wire::{Reference, Version};
+use tracing::field::Empty;
+use tracing::{Instrument, debug_span};
 
 use crate::known::Known;
 use crate::sources::Sources;
+use crate::spans::failed;
 use crate::{Found, NodeError, find_image};
 
 /// An image that is known is not waited for longer than this, however long readers wait: its mount is what a node restarts with.
@@ -34,9 +37,13 @@ pub(crate) async fn resolve(
         return Ok(Resolved { found: found.clone(), offline: None });
     }
     let within = if before.is_some() { deadline.min(KNOWN_WAIT) } else { deadline };
+    let span =
+        debug_span!("resolve", image = %reference, otel.kind = "client", otel.status_description = Empty);
     let asked = sources
         .ask(within, |client| async move { find_image(&client, reference, platform, require_bound).await })
+        .instrument(span.clone())
         .await;
+    let asked = asked.inspect_err(|error| failed(&span, error));
     match (asked, before) {
         (Ok(found), _) => {
             known.remember(reference, &found);

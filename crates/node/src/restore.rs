@@ -11,12 +11,14 @@ use lamina_mount::{Mount, MountError, Record, Terms};
 use lamina_wire::proto::MountRecord;
 use tokio::runtime::Handle;
 use tokio::time::sleep;
-use tracing::{error, info, warn};
+use tracing::field::Empty;
+use tracing::{Instrument, Span, error, info, info_span, warn};
 
 use crate::boot_files::KeptSource;
 use crate::daemon::{Mounted, blocking, held_name};
 use crate::line::MOUNT;
 use crate::records::found;
+use crate::spans::failed;
 use crate::start::Report;
 use crate::{Found, Node, NodeError};
 
@@ -141,6 +143,26 @@ impl Node {
         image: &Found,
         connection: Option<&OwnedFd>,
     ) -> Result<Outcome, NodeError> {
+        let (directory, reference) = (record.request.as_ref(), record.image.as_ref());
+        let directory = directory.map(|request| request.directory.as_str());
+        let span = info_span!(
+            "restore",
+            image = reference.map(|image| image.reference.as_str()),
+            directory,
+            resumed = connection.is_some(),
+            otel.status_description = Empty
+        );
+        let restored = self.restore_now(number, record, image, connection).instrument(span.clone()).await;
+        restored.inspect_err(|error| failed(&span, error))
+    }
+
+    async fn restore_now(
+        self: &Arc<Self>,
+        number: u64,
+        record: &MountRecord,
+        image: &Found,
+        connection: Option<&OwnedFd>,
+    ) -> Result<Outcome, NodeError> {
         let (reference, manifest) = (record.image.clone().unwrap_or_default().reference, image.manifest);
         let directory = record.request.clone().unwrap_or_default().directory;
         if let Some(connection) = connection {
@@ -157,6 +179,7 @@ impl Node {
             warn!(directory, "took away what was left of a mount that nobody kept alive");
         }
         let mut asked = self.ask(&record.request.clone().unwrap_or_default())?;
+        asked.sources.within.begin(Span::current());
         self.make(number, record.clone(), &mut asked, image, AGAIN).await?;
         info!(reference, %manifest, directory, requests = asked.requests, "mounted again what was mounted before");
         Ok(Outcome::Again)
@@ -194,7 +217,8 @@ impl Node {
         let refused = "the node died during the recording".to_owned();
         let report = request.record.then(|| Some(Report { refused: Some(refused), ..Report::default() }));
         let chosen = Arc::clone(&starting.chosen);
-        let mounted = Mounted { mount, number, record, report: None, restored: RESUMED, chosen };
+        let within = starting.within.clone();
+        let mounted = Mounted { mount, number, record, report: None, restored: RESUMED, chosen, within };
         self.keep(mounted, report, starting, None);
         Ok(())
     }

@@ -29,6 +29,7 @@ use self::moved::{MovedPacks, Told, spread};
 use self::race::Race;
 use crate::NodeError;
 use crate::metrics::{FetchSeconds, fetch_seconds};
+use crate::spans::Within;
 
 /// A reader asks again after this long, then twice as long each time,
 const PAUSE_MIN: Duration = Duration::from_millis(50);
@@ -72,7 +73,8 @@ impl Hosts {
         }
         hosts.push(self.host(&reference.host, plain_http)?);
         let (repository, demoted) = (reference.repository.as_str().into(), Arc::default());
-        Ok(Sources { hosts: hosts.into(), repository, demoted, moved: Arc::default() })
+        let (moved, within) = (Arc::default(), Within::default());
+        Ok(Sources { hosts: hosts.into(), repository, demoted, moved, within })
     }
 
     fn host(&self, name: &str, plain_http: bool) -> Result<Arc<Host>, NodeError> {
@@ -113,6 +115,8 @@ pub(crate) struct Sources {
     /// Hosts that are asked last, by position.
     demoted: Arc<Mutex<HashMap<usize, Demoted>>>,
     moved: Arc<MovedPacks>,
+    /// What fetches are part of.
+    pub(crate) within: Within,
 }
 
 /// When a host was last found wanting. Whoever lied comes after whoever was slow, and whoever did it last comes last.
@@ -140,6 +144,11 @@ pub(crate) struct Asked {
 }
 
 impl Sources {
+    /// The same, whose fetches are part of something else.
+    pub(crate) fn part_of(self, within: &Within) -> Self {
+        Self { within: within.clone(), ..self }
+    }
+
     /// The registry that the reference names.
     pub(crate) fn registry(&self) -> Client {
         self.hosts.last().expect("the registry is one").client()
@@ -376,7 +385,16 @@ impl Source for Sources {
         range: Range<u64>,
         class: Class,
     ) -> BoxFuture<'_, Result<Pieces, SourceError>> {
-        self.open_wherever(pack, range, class).boxed()
+        let fetch = self.within.fetch(pack, range.end - range.start, class);
+        if fetch.is_unwanted() {
+            return self.open_wherever(pack, range, class).boxed();
+        }
+        async move {
+            let opened = self.open_wherever(pack, range, class).await;
+            let pieces = opened.inspect_err(|error| fetch.failed(error))?;
+            Ok(fetch.answered(self.hosts[pieces.origin].name(), pieces))
+        }
+        .boxed()
     }
 
     fn distrust(&self, pack: PackId, origin: usize) {

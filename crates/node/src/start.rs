@@ -9,10 +9,12 @@ use lamina_mount::{BootFailure, BootStream, Mount};
 use lamina_wire::{Client, proto, write_trace};
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
-use tracing::{debug, info, warn};
+use tracing::field::Empty;
+use tracing::{Instrument, Span, debug, info, info_span, warn};
 
 use crate::KeptTraces;
 use crate::boot_files::KeptBoot;
+use crate::spans::{Within, failed};
 
 /// A start that has read nothing new for so long is over.
 const QUIET: Duration = Duration::from_secs(5);
@@ -51,6 +53,8 @@ pub(crate) struct Starting {
     pub(crate) traces: KeptTraces,
     /// What was found for it.
     pub(crate) chosen: Arc<OnceLock<Chosen>>,
+    /// What its fetches are part of, until it is over.
+    pub(crate) within: Within,
 }
 
 /// A boot pack for a start.
@@ -75,12 +79,20 @@ impl Starting {
     /// Asks for the image's boot pack, away from whoever mounts it.
     pub(crate) fn find_boot(&self) -> JoinHandle<Option<BootPack>> {
         let this = self.clone();
-        tokio::spawn(async move {
+        let span =
+            info_span!("boot", pack = Empty, bytes = Empty, own = Empty, otel.status_description = Empty);
+        self.within.begin_boot(span.clone());
+        let find = async move {
             let found = this.client.referrers(&this.repository, this.manifest, media_type::BOOT).await;
             let found = found.inspect_err(|error| debug!(%error, "no boot pack")).ok()?;
             let chosen = choose(&found, this.tree, this.command.as_ref())?;
+            let span = Span::current();
+            span.record("pack", chosen.pack.blob.to_string())
+                .record("bytes", chosen.pack.bytes)
+                .record("own", chosen.own);
             Some(this.chosen.get_or_init(|| chosen).pack)
-        })
+        };
+        tokio::spawn(find.instrument(span))
     }
 
     /// Begins to fetch what was found, away from whoever mounts the image.
@@ -101,16 +113,22 @@ impl Starting {
                 Some(boot) => boot.await.ok().flatten(),
                 None => None,
             };
-            let Some(stream) = stream else { return };
-            let pack = stream.pack();
-            let booted = mount.boot(stream).await;
+            let Some(stream) = stream else { return self.within.end_boot() };
+            let (pack, span) = (stream.pack(), self.within.boot());
+            let booted = mount.boot(stream).instrument(span.clone()).await;
             match &booted {
                 Ok(()) => info!(boot = %pack.blob, bytes = pack.bytes, "booted"),
-                Err(error) => warn!(boot = %pack.blob, %error, "starting without the boot pack"),
+                Err(error) => {
+                    failed(&span, error);
+                    warn!(boot = %pack.blob, %error, "starting without the boot pack");
+                }
             }
+            self.within.end_boot();
+            drop(span);
             self.keep(pack, booted).await;
         };
         tokio::join!(booted, self.over(&mount));
+        self.within.end();
         let Some(trace) = mount.end_start() else { return Report::default() };
         self.tell(trace).await
     }

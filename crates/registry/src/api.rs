@@ -123,8 +123,9 @@ impl Api {
     pub(crate) async fn answer(&self, request: Request<Incoming>, peer: SocketAddr) -> Response<Body> {
         let seen = Seen::new(&request, peer);
         let _running = Open::new(&self.metrics.running);
-        let span = tracing::info_span!("request", id = %seen.id, user = tracing::field::Empty);
+        let span = seen.span();
         let (route, answer) = self.route(request, peer.ip()).instrument(span.clone()).await;
+        seen.end(&span, route, &answer);
         let _entered = span.entered();
         let mut response = match &answer {
             Ok(_) => None,

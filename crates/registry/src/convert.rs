@@ -12,11 +12,14 @@ use lamina_store::{ImageRecord, ImageState, LayerCounts, Repo, Store, StoreError
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::time::timeout;
+use tracing::Instrument;
+use tracing::field::Empty;
 
 use crate::RegistryConfig;
 use crate::ingest::{Converted, converts, counts_of};
 use crate::learn::Learner;
 use crate::metrics::Metrics;
+use crate::observe::failed;
 
 /// How often jobs are looked for when nobody calls: another replica may have left one.
 const LOOK_EVERY: Duration = Duration::from_secs(60);
@@ -145,11 +148,19 @@ impl Converter {
                 // what was made for a repository that is too far away stays on record, and this one gets its own
                 let elsewhere = known.as_ref().is_some_and(|image| image.state == ImageState::Done);
                 let queued = known.unwrap_or_else(|| ImageRecord::queued(self.config.now()));
+                let span =
+                    tracing::info_span!("convert", %repo, image = %digest, otel.status_description = Empty);
                 let converted = match Document::parse(&media_type, &bytes) {
-                    Ok(Document::Manifest(manifest)) => self.convert(repo, digest, &manifest, &bytes).await,
+                    Ok(Document::Manifest(manifest)) => {
+                        self.convert(repo, digest, &manifest, &bytes).instrument(span.clone()).await
+                    }
                     Ok(Document::Index(_)) => Err(ConvertError::Image("it is an index".to_owned())),
                     Err(error) => Err(ConvertError::Image(error.to_string())),
                 };
+                if let Err(error) = &converted {
+                    failed(&span, error);
+                }
+                drop(span);
                 let Some(image) = self.conclude(digest, queued, converted) else { return Ok(()) };
                 // whoever hears that it is done finds the tree
                 self.attach(repo, digest, &image).await?;

@@ -16,7 +16,10 @@ use lamina_store::{Repo, Store, StoreError};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::time::Instant;
+use tracing::Instrument;
+use tracing::field::Empty;
 
+use crate::observe::failed;
 use crate::queue::{Job, Of, Pushed, Queue, Work};
 
 mod hung;
@@ -115,9 +118,13 @@ impl Learner {
                 continue;
             };
             let (repo, image) = (job.of.repo.clone(), job.of.image);
-            match self.work(job).await {
+            let span = tracing::info_span!("learn", %repo, %image, otel.status_description = Empty);
+            match self.work(job).instrument(span.clone()).await {
                 Ok(()) | Err(LearnError::Stopped) => {}
-                Err(error) => tracing::warn!(%repo, %image, %error, "nothing was learnt"),
+                Err(error) => {
+                    failed(&span, &error);
+                    tracing::warn!(%repo, %image, %error, "nothing was learnt");
+                }
             }
         }
     }

@@ -3,12 +3,15 @@
 //! Every request has an id, that of the client where it sends a sensible one. Writes that were done and requests that were
 //! refused are logged under the target `audit`, one line each; everything is, under `debug`.
 
+use std::fmt::Display;
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use hyper::body::Incoming;
 use tokio::time::{Instant, timeout};
+use tracing::Span;
+use tracing::field::{Empty, display};
 use uuid::Uuid;
 
 use crate::ApiError;
@@ -40,6 +43,23 @@ impl Seen {
         Self { id, method, begun: Instant::now(), path, peer }
     }
 
+    /// A request's span, which ends with the head of its answer. README.md has its fields.
+    pub(crate) fn span(&self) -> Span {
+        tracing::info_span!("request", id = %self.id, user = Empty, http.request.method = %self.method, http.route = Empty,
+            http.response.status_code = Empty, otel.kind = "server", otel.status_description = Empty)
+    }
+
+    /// Says in a request's span what became of it, and of the registry's own failures that they are.
+    pub(crate) fn end(&self, span: &Span, route: &'static str, answer: &Answer) {
+        let status = status_of(answer);
+        span.record("http.route", route).record("http.response.status_code", status.as_u16());
+        if let Err(error) = answer
+            && status.is_server_error()
+        {
+            failed(span, error);
+        }
+    }
+
     /// Logs an answer inside its request's span.
     pub(crate) fn log(&self, answer: &Answer) {
         let Self { method, path, peer, begun, .. } = self;
@@ -57,6 +77,11 @@ impl Seen {
             _ => tracing::debug!(%peer, %method, path, status, ?elapsed, "request"),
         }
     }
+}
+
+/// Says in a span that its work failed.
+pub(crate) fn failed(span: &Span, error: &dyn Display) {
+    span.record("otel.status_description", display(error));
 }
 
 /// Whether something was changed for good: an upload that begins or goes on does not.

@@ -16,12 +16,15 @@ use tokio::sync::Semaphore;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tokio_rustls::server::TlsStream;
 use tokio_util::either::Either;
+use tracing::Instrument;
+use tracing::field::Empty;
 
 use crate::RegistryConfig;
 use crate::api::Api;
 use crate::convert::Converter;
 use crate::learn::Learner;
 use crate::metrics::{Metrics, Open};
+use crate::observe::failed;
 use crate::sendfile::Direct;
 use crate::stall::Stalling;
 
@@ -172,10 +175,14 @@ async fn collect(store: Store, config: RegistryConfig) {
         // not at once: a registry that restarts often would do nothing else
         tokio::time::sleep(*every).await;
         let begun = Instant::now();
-        match store.keeper().gc(gc, config.now()).await {
+        let span = tracing::info_span!("collect", otel.status_description = Empty);
+        match store.keeper().gc(gc, config.now()).instrument(span.clone()).await {
             Ok(report) => tracing::info!(?report, elapsed = ?begun.elapsed(), "garbage was collected"),
             Err(StoreError::Collected) => tracing::info!("another process is collecting garbage"),
-            Err(error) => tracing::error!(%error, "garbage was not collected"),
+            Err(error) => {
+                failed(&span, &error);
+                tracing::error!(%error, "garbage was not collected");
+            }
         }
     }
 }

@@ -114,7 +114,7 @@ impl Http {
         mut request: Request<WireBody>,
         within: Option<Duration>,
     ) -> Result<Answer, WireError> {
-        let url = request.uri().to_string();
+        let url = named(request.uri());
         let waited = within.unwrap_or(self.answer);
         let proxy = self.proxies.intercept(request.uri());
         if let Some(auth) = proxy.as_ref().and_then(|proxy| proxy.basic_auth())
@@ -128,6 +128,12 @@ impl Http {
             Ok(Ok(response)) => Ok(Answer { url, credential: "no credential was sent".into(), response }),
         }
     }
+}
+
+/// A URL as messages and spans have it: without its query, which is a credential where a registry sends its readers on to an object
+/// store.
+pub(crate) fn named(url: &Uri) -> String {
+    url.to_string().split('?').next().unwrap_or_default().to_owned()
 }
 
 /// What it means that no answer came.
@@ -274,5 +280,21 @@ fn oci_message(body: &[u8]) -> String {
             let text: String = text.chars().filter(|letter| !letter.is_control()).take(200).collect();
             if text.is_empty() { "no reason given".into() } else { text }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_error_does_not_tell_the_query_of_its_url() {
+        let http = Http::new(&ClientConfig::default(), "127.0.0.1:1").expect("no certificate is named");
+        // nothing listens there
+        let request = Request::get("http://127.0.0.1:1/blob?X-Amz-Signature=secret");
+        let request = request.body(Payload::Empty.into_body()).expect("a request");
+        let Err(error) = http.send(request).await else { panic!("somebody answered") };
+        let said = error.to_string();
+        assert!(said.contains("http://127.0.0.1:1/blob:") && !said.contains("secret"), "{said}");
     }
 }

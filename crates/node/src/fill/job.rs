@@ -7,6 +7,8 @@ use lamina_wire::proto::FillStats;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
+use crate::spans::Within;
+
 /// How a job is doing.
 #[derive(Clone, Debug)]
 pub(super) enum State {
@@ -16,6 +18,19 @@ pub(super) enum State {
     Done,
     Cancelled,
     Failed(String),
+}
+
+impl State {
+    /// In a word.
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Running => "running",
+            Self::Waiting(_) => "waiting",
+            Self::Done => "done",
+            Self::Cancelled => "cancelled",
+            Self::Failed(_) => "failed",
+        }
+    }
 }
 
 /// One job.
@@ -28,6 +43,8 @@ pub(crate) struct Job {
     pub(super) done: AtomicU64,
     pub(super) state: Mutex<State>,
     pub(super) cancelled: watch::Sender<bool>,
+    /// What its fetches are part of.
+    pub(super) within: Within,
 }
 
 impl Job {
@@ -35,17 +52,20 @@ impl Job {
         *self.state.lock() = state;
     }
 
+    /// How it is doing, in a word.
+    pub(super) fn state(&self) -> &'static str {
+        self.state.lock().name()
+    }
+
     pub(super) fn has_ended(&self) -> bool {
         !matches!(*self.state.lock(), State::Running | State::Waiting(_))
     }
 
     pub(super) fn stats(&self) -> FillStats {
-        let (state, reason) = match self.state.lock().clone() {
-            State::Running => ("running", String::new()),
-            State::Waiting(reason) => ("waiting", reason),
-            State::Done => ("done", String::new()),
-            State::Cancelled => ("cancelled", String::new()),
-            State::Failed(reason) => ("failed", reason),
+        let state = self.state.lock().clone();
+        let reason = match &state {
+            State::Waiting(reason) | State::Failed(reason) => reason.clone(),
+            State::Running | State::Done | State::Cancelled => String::new(),
         };
         let directory = self.directory.as_ref().map(|path| path.display().to_string());
         FillStats {
@@ -54,7 +74,7 @@ impl Job {
             directory: directory.unwrap_or_default(),
             total_bytes: self.total.load(Ordering::Relaxed),
             done_bytes: self.done.load(Ordering::Relaxed),
-            state: state.to_owned(),
+            state: state.name().to_owned(),
             reason,
         }
     }

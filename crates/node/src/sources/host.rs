@@ -99,6 +99,11 @@ impl Host {
         Ok(Self { name, config, client, state, pace, fetch_seconds, counters })
     }
 
+    /// `host[:port]`.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
     /// How to speak to it now.
     pub(crate) fn client(&self) -> Client {
         self.client.read().clone()

@@ -14,11 +14,14 @@ use lamina_store::{ImageRecord, ImageState, Repo, StoreError};
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
+use tracing::Instrument;
+use tracing::field::Empty;
 
 use super::Upstream;
 use crate::ApiError;
 use crate::api::Api;
 use crate::ingest::converts;
+use crate::observe::failed;
 use crate::put::blobs_of;
 use crate::route::Target;
 
@@ -136,7 +139,12 @@ impl Api {
         let wanted = stream::poll_fn(move |context| wanted.poll_recv(context));
         let api = &self;
         let bring = |(repo, image)| async move {
-            let ended = api.bring_image(upstream, &repo, image).await;
+            let span = tracing::info_span!("bring", %repo, %image, otel.status_description = Empty);
+            let ended = api.bring_image(upstream, &repo, image).instrument(span.clone()).await;
+            if let Err(error) = &ended {
+                failed(&span, error);
+            }
+            drop(span);
             if ended.as_ref().is_err_and(is_false) {
                 api.refuse(upstream, &repo, image).await;
             }
