@@ -8,6 +8,7 @@ use lamina_testkit::image::Image;
 use lamina_testkit::mounts::mounted_on;
 use lamina_testkit::noise;
 use lamina_testkit::process::Process;
+use rustix::process::Signal;
 
 use crate::node::restored;
 use crate::rig::{DEADLINE, Rig, text};
@@ -49,5 +50,31 @@ fn a_node_that_was_stopped_mounts_everything_again_without_its_registry_and_says
     ensure!(mounted_on(&by_tag)?.is_none() && mounted_on(&by_digest)?.is_some());
     rig.ok(&["unmount", &text(&by_digest)])?;
     ensure!(third.stop(DEADLINE)?.success());
+    Ok(())
+}
+
+#[test]
+fn what_was_unmounted_does_not_come_again_though_its_node_is_stopped_before_it_has_told_of_the_start()
+-> Result<()> {
+    let mut rig = Rig::new()?;
+    let source = rig.layout("layout", &Image::new().layer(|layer| layer.file("small", "s")))?;
+    rig.ok(&["push", &source, &rig.name("a:t")])?;
+    let (goes, stays) = (rig.path("mount"), rig.path("scratch"));
+    let first = node(&rig)?;
+    rig.ok(&["mount", "--no-boot", "--no-trace", &rig.name("a:t"), &text(&stays)])?;
+    rig.ok(&["mount", &rig.name("a:t"), &text(&goes)])?;
+    ensure!(fs::read(goes.join("small"))? == b"s");
+    // nobody can be told, and the node waits for an answer
+    rig.registry.as_mut().context("running")?.signal(Signal::STOP)?;
+    let unmounted = rig.ok(&["unmount", &text(&goes)]);
+    let stopped = first.stop(DEADLINE);
+    rig.registry.as_mut().context("running")?.signal(Signal::CONT)?;
+    unmounted?;
+    ensure!(stopped?.success());
+    let second = node(&rig)?;
+    ensure!(restored(&rig)? == ["mounted again"], "what was unmounted came again");
+    ensure!(mounted_on(&goes)?.is_none() && fs::read(stays.join("small"))? == b"s");
+    rig.ok(&["unmount", &text(&stays)])?;
+    ensure!(second.stop(DEADLINE)?.success());
     Ok(())
 }

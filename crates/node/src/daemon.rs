@@ -451,8 +451,11 @@ impl Node {
         // this may be the end of the daemon: what was done is to be told before
         within.end();
         let held = lazy || timeout(COPIES, waiting.wait()).await.is_err();
-        if held && !self.ending.load(Ordering::Relaxed) {
-            self.remember(number, &MountRecord { detached: true, ..record });
+        // a daemon that ends now, and has yet to tell of the start, must not leave it to the next one
+        match held {
+            _ if self.ending.load(Ordering::Relaxed) => {}
+            true => self.remember(number, &MountRecord { detached: true, ..record }),
+            false => self.records.forget_mount(number),
         }
         self.forget(directory, &waiting);
         let Some(mut report) = report.filter(|_| !held) else {
