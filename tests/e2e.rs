@@ -6,6 +6,8 @@
 mod commit;
 #[path = "e2e/disk.rs"]
 mod disk;
+#[path = "foreign/docker_registry.rs"]
+mod docker_registry;
 #[path = "e2e/faulty.rs"]
 mod faulty;
 #[path = "e2e/filling.rs"]

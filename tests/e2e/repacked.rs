@@ -3,12 +3,15 @@
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use lamina_chunk::{Frame, Moved, MovedFrame, PackId};
+use lamina_image::{Document, media_type};
 use lamina_testkit::image::Image;
 use lamina_testkit::noise;
 use lamina_testkit::process::until;
+use lamina_wire::{Client, ClientConfig, Version};
 
+use crate::docker_registry::DockerRegistry;
 use crate::proxy::{Fault, Proxy};
 use crate::rig::{DEADLINE, Rig, skopeo, text};
 
@@ -107,6 +110,117 @@ fn mounts_before_and_after_a_repack_read_every_file_right() -> Result<()> {
     let fsck = rig.json(&["fsck", "--storage", &storage])?;
     ensure!(fsck["damaged"].as_array().is_some_and(Vec::is_empty), "{fsck}");
     Ok(())
+}
+
+/// The same by any client's push, and converted.
+fn push_ordinary(rig: &Rig, name: &str, own: usize) -> Result<()> {
+    let source = rig.layout(&format!("layout-{}", name.replace([':', '/'], "-")), &image(own))?;
+    skopeo(&["copy", "--dest-tls-verify=false", &source, &format!("docker://{}", rig.name(name))])?;
+    let status = rig.converted(name)?;
+    ensure!(status["conversion"]["state"] == "done", "{status}");
+    Ok(())
+}
+
+/// What any client gets of the image that stays: the index of a layout, which names all.
+fn pulled(rig: &Rig, layout: &str) -> Result<Vec<u8>> {
+    let (from, to) = (format!("docker://{}", rig.name("app:stays")), text(&rig.path(layout)));
+    skopeo(&["copy", "--src-tls-verify=false", &from, &format!("oci:{to}:t")])?;
+    Ok(fs::read(rig.path(layout).join("index.json"))?)
+}
+
+/// Collects until the pack that was repacked is gone, with the artifact that names it.
+fn old_pack_goes(rig: &Rig) -> Result<()> {
+    let storage = text(&rig.path("storage"));
+    let gc = ["gc", "--storage", &storage, "--gc-grace", "0", "--gc-quarantine", "0"];
+    until("the old pack to go", DEADLINE, || {
+        let freed = rig.json(&gc)?["freed"]["bytes"].as_u64().context("bytes")?;
+        Ok((freed > SHARED * OWN_BYTES as u64).then_some(()))
+    })
+}
+
+#[test]
+fn after_ordinary_pushes_too_mounts_before_and_after_a_repack_read_every_file_right() -> Result<()> {
+    let mut rig = Rig::new()?;
+    push_ordinary(&rig, "app:gone", OWN_BYTES)?;
+    push_ordinary(&rig, "app:stays", 1_000)?;
+    let pulled_before = pulled(&rig, "pulled-before")?;
+    let before = rig.mount_plain("app:stays")?;
+    skopeo(&["delete", "--tls-verify=false", &format!("docker://{}", rig.name("app:gone"))])?;
+    drop(rig.registry.take());
+    rig.start_registry_on(&rig.address.clone())?;
+    repack(&rig)?;
+    old_pack_goes(&rig)?;
+    is_right(&before)?;
+    forget_cache(&rig)?;
+    is_right(&rig.mount_plain("app:stays")?)?;
+    let wrong = rig.counter("verify_failures")?;
+    ensure!(wrong == 0, "{wrong} frames came wrong");
+    forget_cache(&rig)?;
+    ensure!(pulled(&rig, "pulled-after")? == pulled_before, "an ordinary pull gives something else");
+    // the same image elsewhere
+    push_ordinary(&rig, "other/again:t", 1_000)?;
+    is_right(&rig.mount_plain("other/again:t")?)?;
+    forget_cache(&rig)?;
+    let storage = text(&rig.path("storage"));
+    let fsck = rig.json(&["fsck", "--storage", &storage])?;
+    ensure!(fsck["damaged"].as_array().is_some_and(Vec::is_empty), "{fsck}");
+    Ok(())
+}
+
+/// Copies what hangs the tree on the image under `app:stays` from one registry to another, with all that it names.
+async fn copy_artifact(from: &str, to: &str) -> Result<()> {
+    let (from, to) = (Client::new(from, ClientConfig::default())?, Client::new(to, ClientConfig::default())?);
+    let image = from.manifest("app", &Version::Tag("stays".to_owned())).await?.digest;
+    let listed = from.referrers("app", image, media_type::TREE).await?;
+    ensure!(listed.len() == 1, "{listed:?}");
+    let artifact = from.manifest("app", &Version::Digest(listed[0].digest)).await?;
+    let Document::Manifest(manifest) = Document::parse(&artifact.media_type, &artifact.bytes)? else {
+        bail!("an artifact is a manifest")
+    };
+    for blob in manifest.layers.iter().chain([&manifest.config]) {
+        let bytes = from.blob("app", blob.digest, blob.size).await?;
+        to.push_blob("app", blob.digest, bytes).await?;
+    }
+    to.push_referrer("app", image, listed[0].clone(), artifact.bytes).await?;
+    Ok(())
+}
+
+#[test]
+fn an_image_that_was_copied_with_what_hangs_on_it_is_read_where_nobody_knows_of_moved_packs() -> Result<()> {
+    let mut rig = Rig::new()?;
+    push_ordinary(&rig, "app:gone", OWN_BYTES)?;
+    push_ordinary(&rig, "app:stays", 1_000)?;
+    skopeo(&["delete", "--tls-verify=false", &format!("docker://{}", rig.name("app:gone"))])?;
+    drop(rig.registry.take());
+    rig.start_registry_on(&rig.address.clone())?;
+    repack(&rig)?;
+    old_pack_goes(&rig)?;
+    let home = DockerRegistry::start(&rig.path("home"), "")?;
+    let (from, to) = (rig.name("app:stays"), home.name("app:stays"));
+    let quiet = ["copy", "-q", "--preserve-digests", "--src-tls-verify=false", "--dest-tls-verify=false"];
+    skopeo(&[&quiet[..], &[&format!("docker://{from}"), &format!("docker://{to}")]].concat())?;
+    tokio::runtime::Runtime::new()?.block_on(copy_artifact(&rig.address, &home.address))?;
+    drop(rig.registry.take());
+
+    let mounted = rig.path("mount");
+    rig.ok(&["mount", "--no-trace", &to, &text(&mounted)])?;
+    is_right(&mounted)?;
+    forget_cache(&rig)?;
+    // also where nobody reads it, under a mount and without one
+    rig.ok(&["mount", "--no-trace", "--fill", "all", &to, &text(&mounted)])?;
+    until("the mount to be filled", DEADLINE, || {
+        let fills = rig.json(&["stats"])?["fills"].clone();
+        let state = fills[0]["state"].as_str().unwrap_or_default().to_owned();
+        ensure!(state != "failed", "{fills}");
+        Ok((state == "done").then_some(()))
+    })?;
+    forget_cache(&rig)?;
+    rig.ok(&["prefetch", &to])?;
+    rig.node_ended()?;
+    drop(home);
+    rig.ok(&["mount", "--no-trace", &to, &text(&mounted)])?;
+    is_right(&mounted)?;
+    rig.unmount()
 }
 
 /// The record of the only pack that was moved.

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 
+use lamina_chunk::PackId;
 use serde::{Deserialize, Serialize};
 
 use crate::{Algorithm, Digest};
@@ -45,6 +46,8 @@ pub mod media_type {
     pub const BOOT: &str = "application/vnd.lamina.boot.v1";
     /// A pack.
     pub const PACK: &str = "application/vnd.lamina.pack.v1";
+    /// A moved record: where the frames of a pack are now.
+    pub const MOVED: &str = "application/vnd.lamina.moved.v1";
 }
 
 /// Annotation on a manifest, or on its descriptor in a referrers answer: the digest of the image's tree.
@@ -62,6 +65,8 @@ pub const BOOT_BYTES_ANNOTATION: &str = "dev.lamina.boot.bytes";
 pub const COMMAND_ANNOTATION: &str = "dev.lamina.command";
 /// Annotation on a layer's descriptor: the digest of its recipe.
 pub const RECIPE_ANNOTATION: &str = "dev.lamina.recipe";
+/// Annotation on the descriptor of a moved record: the pack of which it says where the frames are now.
+pub const MOVED_ANNOTATION: &str = "dev.lamina.moved";
 
 /// How a document refers to a blob.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -100,6 +105,18 @@ impl Descriptor {
             artifact_type: None,
             annotations: BTreeMap::new(),
         }
+    }
+
+    /// A descriptor of the bytes of a moved record, which says where the frames of `pack` are now.
+    pub fn of_moved(pack: PackId, record: &[u8]) -> Self {
+        let annotations = BTreeMap::from([(MOVED_ANNOTATION.to_owned(), pack.to_string())]);
+        Self { annotations, ..Self::of(media_type::MOVED, record) }
+    }
+
+    /// The pack of which it says where the frames are now, where it names a moved record.
+    pub fn moved_pack(&self) -> Option<PackId> {
+        let pack = self.annotations.get(MOVED_ANNOTATION).filter(|_| self.media_type == media_type::MOVED)?;
+        PackId::try_from(pack.parse::<Digest>().ok()?).ok()
     }
 
     /// Whether it is said to be a layer of a file system, compressed or not.
@@ -386,5 +403,20 @@ mod tests {
         ] {
             assert_eq!(depth(json.as_bytes()), expected, "{json}");
         }
+    }
+
+    #[test]
+    fn a_moved_record_is_told_from_other_layers_and_says_of_which_pack_it_is() {
+        let pack = PackId::from_bytes([7; 32]);
+        let layer = Descriptor::of_moved(pack, b"a record");
+        let read: Descriptor = serde_json::from_slice(&serde_json::to_vec(&layer).unwrap()).unwrap();
+        assert_eq!((read.moved_pack(), read.digest), (Some(pack), Digest::of(b"a record")));
+        let mut wrong = vec![Descriptor { media_type: media_type::PACK.to_owned(), ..layer.clone() }];
+        for text in ["", "sha256:07", "../../etc", &Digest::by(Algorithm::Sha512, b"").to_string()] {
+            let annotations = BTreeMap::from([(MOVED_ANNOTATION.to_owned(), text.to_owned())]);
+            wrong.push(Descriptor { annotations, ..layer.clone() });
+        }
+        wrong.push(Descriptor::of(media_type::MOVED, b"a record"));
+        assert!(wrong.iter().all(|layer| layer.moved_pack().is_none()), "{wrong:?}");
     }
 }

@@ -319,6 +319,7 @@ impl Node {
         request: &MountRequest,
     ) -> Result<(Starting, Arc<KeptBoot>), NodeError> {
         let Asked { sources, reference, .. } = asked;
+        sources.are_of(found.manifest);
         let kept = Arc::new(KeptBoot::new(sources.clone(), self.boot_files.clone()));
         let starting = Starting {
             client: sources.registry(),
@@ -389,7 +390,7 @@ impl Node {
         if !mounted.record.detached {
             self.mounts.lock().insert(path.clone(), mounted);
         }
-        self.fill_mount(&mount, &request);
+        self.fill_mount(&mount, &request, starting.manifest);
         let busy = self.busy();
         let node = Arc::clone(self);
         tokio::spawn(async move {

@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use lamina_cache::{Cache, Source, Want};
-use lamina_image::Tree;
+use lamina_image::{Digest, Tree};
 use lamina_mount::Mount;
 use lamina_wire::Reference;
 use lamina_wire::proto::{FillRequest, FillStats, MountRequest, PrefetchRequest, PrefetchResponse};
@@ -293,18 +293,20 @@ impl Node {
         let sources = self.hosts.sources(reference, plain_http)?;
         let (platform, deadline) = (&self.config.platform, self.config.cache.deadline);
         let found = resolve(&sources, &self.known, reference, platform, false, deadline).await?.found;
+        sources.are_of(found.manifest);
         let mut asked = Asked { reference: reference.clone(), sources: sources.clone(), requests: 0 };
         let tree = self.tree(&mut asked, &found).await?;
         Ok((found, tree, sources))
     }
 
-    /// Fills a mount as it was asked for when it was made.
-    pub(crate) fn fill_mount(self: &Arc<Self>, mount: &Arc<Mount>, request: &MountRequest) {
+    /// Fills a mount of `image` as it was asked for when it was made.
+    pub(crate) fn fill_mount(self: &Arc<Self>, mount: &Arc<Mount>, request: &MountRequest, image: Digest) {
         // both were looked at before there was a mount
         let (Ok(policy), Ok(asked)) = (Policy::of(&request.fill), self.ask(request)) else { return };
         if policy == Policy::None {
             return;
         }
+        asked.sources.are_of(image);
         let job = self.fills.begin(&asked.reference, Some(mount.mountpoint().to_owned()));
         let source: Arc<dyn Source> = Arc::new(asked.sources.part_of(&job.within));
         let (node, mount) = (Arc::clone(self), Arc::clone(mount));

@@ -20,6 +20,7 @@ use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, select_all};
 use lamina_cache::{Class, Pieces, Source, SourceError};
 use lamina_chunk::{MOVES_MAX, Moved, PackId};
+use lamina_image::Digest;
 use lamina_wire::{Client, ClientConfig, Reference, Scheme, WireError};
 use parking_lot::Mutex;
 use tokio::time::timeout;
@@ -152,6 +153,11 @@ impl Sources {
     /// The registry that the reference names.
     pub(crate) fn registry(&self) -> Client {
         self.hosts.last().expect("the registry is one").client()
+    }
+
+    /// Which image they are asked for, by the digest of its manifest: what hangs on it may say where packs went.
+    pub(crate) fn are_of(&self, image: Digest) {
+        self.moved.are_of(image);
     }
 
     /// Asks one host after the other, those that are away last, until one answers as hoped, each for its part of `within`.
@@ -346,7 +352,14 @@ impl Sources {
     /// What the first of the hosts says that says anything; once any of it was found wrong, the registry alone.
     async fn told(&self, pack: PackId) -> Result<Told, NodeError> {
         let ask = |client: Client| async move {
-            let bytes = client.with_tries(1).moved(&self.repository, pack).await?;
+            let client = client.with_tries(1);
+            let bytes = match client.moved(&self.repository, pack).await {
+                Err(error) if error.is_unserved() => {
+                    let carried = self.moved.carried(&client, &self.repository, pack).await?;
+                    carried.ok_or(error)?
+                }
+                said => said?,
+            };
             let url = client.base().to_owned();
             let wrong = |error: lamina_chunk::MovedError| {
                 let reason = format!("where the frames of {pack} have gone: {error}");

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
+use lamina_chunk::{Frame, PackId};
 use lamina_image::{
     Algorithm, Descriptor, Digest, Document, ImageConfig, LAYERS_MAX, LayerInput, Manifest, Progress, Recipe,
     TREE_ANNOTATION, TREE_BYTES_ANNOTATION, TREE_BYTES_MAX, Tree, derive_tree, ingest, media_type, pack_tree,
@@ -195,23 +196,34 @@ impl Converter {
         layers: &[&Layer],
     ) -> Result<Descriptor, StoreError> {
         let mut blobs = vec![tree.clone()];
-        let (mut recipes, mut packs) = (BTreeSet::new(), BTreeSet::new());
+        let (mut recipes, mut packs) = (BTreeSet::new(), BTreeMap::<PackId, Vec<Frame>>::new());
         for layer in layers {
             if recipes.insert(layer.recipe_digest) {
                 let size = layer.recipe.blob().len() as u64;
                 blobs.push(Descriptor::named(media_type::RECIPE, layer.recipe_digest, size));
             }
-            packs.extend(layer.recipe.frames().iter().map(|(_, place)| place.pack));
+            for (_, place) in layer.recipe.frames() {
+                packs.entry(place.pack).or_default().push(place.frame);
+            }
         }
-        let mut here = BTreeSet::new();
-        for pack in packs {
-            here.insert(Digest::from(self.store.pack_now(pack).await?));
+        // those where the frames are, and for who has the image from elsewhere, the records that lead there
+        let (mut here, mut moved) = (BTreeSet::new(), BTreeMap::new());
+        for (pack, frames) in packs {
+            let moves = self.store.moves(pack, &frames).await?;
+            here.insert(Digest::from(moves.last().map_or(pack, |(_, moved)| moved.pack())));
+            moved.extend(moves);
         }
-        // an image of more packs than a manifest may list names the first of them: the tree names them all
-        for pack in here.into_iter().take(LAYERS_MAX.saturating_sub(blobs.len())) {
+        for (pack, moved) in moved {
+            let record = Bytes::from(moved.to_bytes());
+            blobs.push(Descriptor::of_moved(pack, &record));
+            self.store.put_blob(record).await?;
+        }
+        for pack in here {
             let size = self.store.blob(pack).await?.map_or(0, |blob: Blob| blob.size());
             blobs.push(Descriptor::named(media_type::PACK, pack, size));
         }
+        // an image of more packs than a manifest may list names the first of them: the tree names them all
+        blobs.truncate(LAYERS_MAX);
         let annotations = BTreeMap::from([
             (TREE_ANNOTATION.to_owned(), tree.digest.to_string()),
             (TREE_BYTES_ANNOTATION.to_owned(), tree.size.to_string()),
@@ -238,7 +250,28 @@ impl Converter {
         let packs = packs.await.expect("opening does not panic").unwrap_or_default();
         self.store.link_packs(repo, packs).await?;
         self.store.link_blobs(repo, diff_ids).await?;
-        hang(&self.store, repo, image, artifact).await
+        let artifact = self.artifact_now(image, tree.digest, artifact).await?;
+        hang(&self.store, repo, image, &artifact).await
+    }
+
+    /// What hangs this tree on an image by now: a collection may have renewed it before all that it names was held. Each round but
+    /// the last is one of those.
+    async fn artifact_now(
+        &self,
+        image: Digest,
+        tree: Digest,
+        artifact: &Descriptor,
+    ) -> Result<Descriptor, StoreError> {
+        let mut now = artifact.clone();
+        loop {
+            self.store.take_blob(now.digest).await?;
+            let record = self.store.image(image).await?;
+            let record = record.filter(|record| record.tree.as_ref().is_some_and(|it| it.digest == tree));
+            match record.and_then(|record| record.artifact) {
+                Some(other) if other.digest != now.digest => now = other,
+                _ => return Ok(now),
+            }
+        }
     }
 
     /// The plain layers of an image, which can be read once it is converted.

@@ -8,11 +8,13 @@
 //!    is left leads to, whether or not a tag leads to the name.
 //!
 //! Of a pack that is mostly dead the rest goes too: what lives is taken over into a new one (`gc/repack.rs`). It waits in
-//! quarantine like garbage, in case more of it is used again.
+//! quarantine like garbage, in case more of it is used again. Where artifacts of the registry's own name it, others take their place
+//! (`gc/renew.rs`), and they are garbage like any other.
 //!
 //! So whoever finds a name finds what it leads to, at any moment and after a crash at any moment; a crash leaves
 //! garbage, and the next collection goes on. Cost: a listing of everything, and one read of each manifest, record and
-//! recipe; where packs are to be repacked, of each tree and of those packs too. Memory: some 200 bytes an object, 8 bytes a
+//! recipe; where packs are to be repacked, of each tree and of those packs too, and of
+//! those that seem mostly dead the footers. Memory: some 200 bytes an object, 8 bytes a
 //! frame of packs that live less than they should, and twice a pack.
 //!
 //! Where originals are dropped ([`crate::originals`]), a layer that need not be stored is garbage though it is reached.
@@ -21,6 +23,7 @@
 mod condemn;
 mod moved;
 mod quarantine;
+mod renew;
 mod repack;
 mod report;
 
@@ -153,7 +156,7 @@ async fn dry_run(objects: &Objects, config: &GcConfig, now: i64) -> Result<GcRep
     let marked = marker.mark(&inventory, config.roots(now)).await?;
     let mut report = GcReport { dry_run: true, ..GcReport::default() };
     let garbage = garbage(&marker, &inventory, &marked, config, now).await?;
-    let dying = repack::dying(&marker, &inventory, &marked, config, now);
+    let dying = repack::dying(&mut marker, &inventory, &marked, (config, now)).await?;
     let mut quarantine = Quarantine::read(objects).await?;
     quarantine.update(&garbage, &dying, now);
     report.count(&inventory, &garbage);
@@ -167,7 +170,8 @@ async fn dry_run(objects: &Objects, config: &GcConfig, now: i64) -> Result<GcRep
     // as it would be when the names that are due are gone
     inventory.0.retain(|named, _| is_bytes(named) || !quarantine.is_due(named, config.quarantine, now));
     let due = quarantine.due_packs(dying, config.quarantine, now);
-    for dying in repack::choose(objects, &mut marker, &inventory, due, (config, now)).await? {
+    let candidates = repack::candidates(&mut marker, &inventory, due, (config, now)).await?;
+    for dying in repack::choose(objects, &marker, candidates).await? {
         report.repacked.add(dying.repacked);
     }
     Ok(report)
@@ -238,7 +242,8 @@ impl Gc<'_> {
         let inventory = Inventory::read(self.objects).await?;
         let marked = self.marker.mark(&inventory, self.config.roots(self.now)).await?;
         let garbage = garbage(&self.marker, &inventory, &marked, self.config, self.now).await?;
-        let dying = repack::dying(&self.marker, &inventory, &marked, self.config, self.now);
+        let how = (self.config, self.now);
+        let dying = repack::dying(&mut self.marker, &inventory, &marked, how).await?;
         self.report.count(&inventory, &garbage);
         let mut quarantine = Quarantine::read(self.objects).await?;
         quarantine.update(&garbage, &dying, self.now);
@@ -265,21 +270,11 @@ impl Gc<'_> {
         for (named, listed) in &garbage {
             self.report.add(named, listed.bytes, deleted.contains(named), &marked);
         }
+        self.renew((&inventory, &marked), !new.is_empty()).await?;
         quarantine.forget(&deleted);
         // a new pack may be one that was garbage until now
         quarantine.forget(&new);
         quarantine.write(self.objects).await
-    }
-
-    /// Writes what lives of packs that are mostly dead into new ones.
-    async fn repack(&mut self, due: BTreeSet<PackId>) -> Result<Vec<Copied>, StoreError> {
-        if due.is_empty() {
-            return Ok(Vec::new());
-        }
-        let inventory = Inventory::read(self.objects).await?;
-        let how = (self.config, self.now);
-        let dying = repack::choose(self.objects, &mut self.marker, &inventory, due, how).await?;
-        self.copy(&inventory, dying).await
     }
 
     /// Deletes names that are due and that still nothing reaches.

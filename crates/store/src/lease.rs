@@ -60,6 +60,9 @@ pub(crate) struct CondemnedRecord {
     /// Packs that have what lives of some of them.
     #[serde(default)]
     pub(crate) instead: Vec<Digest>,
+    /// Objects by key that nobody deletes yet: a collector only asks who holds them, so nobody waits.
+    #[serde(default)]
+    pub(crate) asked: Vec<String>,
 }
 
 /// This process's holds.
@@ -101,8 +104,8 @@ struct State {
 
 #[derive(Debug, Default)]
 struct Polled {
-    /// The lists as they were read.
-    lists: BTreeMap<u64, Vec<String>>,
+    /// The lists as they were read, without packs that take the place of others.
+    lists: BTreeMap<u64, CondemnedRecord>,
     /// As it was last written.
     record: Option<LeaseRecord>,
     /// The collector's newest number, and since when.
@@ -187,22 +190,33 @@ impl Lease {
         polled.lists.retain(|number, _| found.lists.contains(number));
         for number in &found.lists {
             if !polled.lists.contains_key(number)
-                && let Some(list) = objects.json::<CondemnedRecord>(&keys::condemned(*number)).await?
+                && let Some(mut list) = objects.json::<CondemnedRecord>(&keys::condemned(*number)).await?
             {
-                self.note(list.instead);
-                polled.lists.insert(*number, list.keys);
+                self.note(std::mem::take(&mut list.instead));
+                polled.lists.insert(*number, list);
             }
         }
-        let keys: Vec<Path> = polled.lists.values().flatten().map(|key| Path::from(key.as_str())).collect();
-        let held = self.condemn(&keys, begun);
+        let paths = |of: fn(&CondemnedRecord) -> &[String]| -> Vec<Path> {
+            polled.lists.values().flat_map(of).map(|key| Path::from(key.as_str())).collect()
+        };
+        let (keys, asked) = (paths(|list| &list.keys), paths(|list| &list.asked));
+        let mut held = self.condemn(&keys, begun);
         let seen = polled.lists.keys().next_back().copied().unwrap_or(0);
         (self.forget.0)(lost_packs(&keys, &held));
+        held.extend(self.held_of(asked));
         let record = LeaseRecord { seen, held: held.iter().map(Path::to_string).collect() };
         if lost || polled.record.as_ref() != Some(&record) {
             objects.put_json(&keys::lease(self.id), &record).await?;
             polled.record = Some(record);
         }
         polled.relieve(objects, &found).await
+    }
+
+    /// Those of these that are held.
+    fn held_of(&self, mut keys: Vec<Path>) -> Vec<Path> {
+        let (state, now) = (self.state.lock(), Instant::now());
+        keys.retain(|key| state.holds(hash(key), now));
+        keys
     }
 
     fn note(&self, instead: Vec<Digest>) {

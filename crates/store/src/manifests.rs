@@ -4,6 +4,7 @@ use bytes::Bytes;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use lamina_image::{Descriptor, Digest, MANIFEST_BYTES_MAX};
 
+use crate::objects::Objects;
 use crate::record::ManifestLink;
 use crate::{Repo, Store, StoreError, keys};
 
@@ -57,14 +58,7 @@ impl Store {
 
     /// Puts a manifest into a repository. Everything that it names must be durable.
     pub async fn put_manifest(&self, repo: &Repo, manifest: ManifestPut) -> Result<(), StoreError> {
-        let ManifestPut { digest, media_type, bytes, referrer } = manifest;
-        let link = ManifestLink { media_type, size: bytes.len() as u64 };
-        self.objects.put(&keys::blob(digest), bytes.into()).await?;
-        self.objects.put_json(&keys::manifest(repo, digest), &link).await?;
-        if let Some(Referrer { subject, descriptor }) = referrer {
-            self.objects.put_json(&keys::referrer(repo, subject, digest), &descriptor).await?;
-        }
-        Ok(())
+        put(&self.objects, repo, manifest).await
     }
 
     /// Takes a manifest out of a repository: its tags first, then from what it hangs on, then itself. The bytes stay
@@ -154,6 +148,18 @@ impl Store {
         }
         Ok((found, false))
     }
+}
+
+/// Puts a manifest into a repository: its bytes, then itself, and then what hangs it on another one.
+pub(crate) async fn put(objects: &Objects, repo: &Repo, manifest: ManifestPut) -> Result<(), StoreError> {
+    let ManifestPut { digest, media_type, bytes, referrer } = manifest;
+    let link = ManifestLink { media_type, size: bytes.len() as u64 };
+    objects.put(&keys::blob(digest), bytes.into()).await?;
+    objects.put_json(&keys::manifest(repo, digest), &link).await?;
+    if let Some(Referrer { subject, descriptor }) = referrer {
+        objects.put_json(&keys::referrer(repo, subject, digest), &descriptor).await?;
+    }
+    Ok(())
 }
 
 /// About how long a descriptor is in JSON, in bytes.

@@ -1,11 +1,13 @@
 //! What is reachable: from tags through indexes, manifests and what hangs on them to configs, layers, recipes, trees and
 //! packs. Who names a pack that was moved names its record and the pack where its frames are now, and not the old one, as long as
-//! the record has all frames that are named.
+//! the record has all frames that are named. What hangs on an image leads on, but for artifacts of the registry's own whose place
+//! others have taken (`mark/artifacts.rs`).
 //!
 //! Nothing is guessed: where a manifest, a recipe or a record on the way does not parse, what it names is unknown, and marking
 //! fails. Cost: each manifest, image record, layer record and recipe on the way is read once, also over several marks. Which
 //! frames of packs are named only grows over those: what went meanwhile may still count.
 
+mod artifacts;
 mod live;
 mod packs;
 
@@ -25,6 +27,7 @@ use crate::objects::Objects;
 use crate::record::{ImageRecord, LayerRecord, RefValue};
 use crate::{Repo, StoreError, Tag, keys};
 
+pub(crate) use self::artifacts::Carried;
 pub(crate) use self::live::{Live, Span};
 use self::packs::moved_pack;
 
@@ -51,6 +54,8 @@ pub(crate) struct Marked {
     /// Manifests, images, layers, and what else names things.
     pub(crate) names: BTreeSet<Named>,
     pub(crate) blobs: BTreeSet<Digest>,
+    /// What tags name.
+    tagged: BTreeSet<Digest>,
     /// Those of the blobs that must be stored: whatever is not named as a layer of a file system alone, and the layers
     /// of images that still wait for their tree.
     stored: BTreeSet<Digest>,
@@ -76,6 +81,17 @@ pub(crate) struct Document {
     pub(crate) layers: Option<Vec<Descriptor>>,
     pub(crate) manifests: Option<Vec<Descriptor>>,
     pub(crate) annotations: Option<BTreeMap<String, String>>,
+    artifact_type: Option<String>,
+    subject: Option<Descriptor>,
+}
+
+/// How a manifest of a repository was reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reached {
+    /// Somebody names it.
+    Named,
+    /// It hangs on another one, or nobody has deleted it.
+    There,
 }
 
 impl Document {
@@ -133,6 +149,8 @@ pub(crate) struct Marker {
     trees: BTreeSet<Digest>,
     /// Where packs went.
     moved: HashMap<PackId, Moved>,
+    /// How many bytes of packs are in frames, of those that seemed mostly dead.
+    frame_bytes: HashMap<PackId, u64>,
     live: Live,
 }
 
@@ -145,7 +163,7 @@ impl Marker {
     pub(crate) fn counting(objects: Objects, enough_percent: u8) -> Self {
         let (documents, images, layers) = (HashMap::new(), HashMap::new(), HashMap::new());
         let (recipes, trees, moved) = (HashMap::new(), BTreeSet::new(), HashMap::new());
-        let ours = BTreeSet::new();
+        let (ours, frame_bytes) = (BTreeSet::new(), HashMap::new());
         Self {
             objects,
             documents,
@@ -155,6 +173,7 @@ impl Marker {
             ours,
             trees,
             moved,
+            frame_bytes,
             live: Live::new(enough_percent),
         }
     }
@@ -183,30 +202,34 @@ impl Marker {
         inventory: &Inventory,
         roots: Roots,
         marked: &mut Marked,
-    ) -> Result<Vec<(Repo, Digest)>, StoreError> {
+    ) -> Result<Vec<(Repo, Digest, Reached)>, StoreError> {
         let mut found = Vec::new();
         for (named, listed) in &inventory.0 {
             match (named, roots) {
-                (Named::Manifest(repo, digest), Roots::All | Roots::Untagged) => {
-                    found.push((repo.clone(), *digest))
+                (Named::Manifest(repo, digest), Roots::All) => {
+                    found.push((repo.clone(), *digest, Reached::Named))
+                }
+                (Named::Manifest(repo, digest), Roots::Untagged) => {
+                    found.push((repo.clone(), *digest, Reached::There))
                 }
                 (Named::Manifest(repo, digest), Roots::Tagged { young_after })
                     if listed.written >= young_after =>
                 {
-                    found.push((repo.clone(), *digest));
+                    found.push((repo.clone(), *digest, Reached::Named));
                 }
                 // of one that was moved more is to be known
                 (Named::Link(digest, _), Roots::All) if moved_pack(inventory, *digest).is_none() => {
                     marked.blobs.insert(*digest);
                 }
-                (Named::Job(digest, repo), _) => found.push((repo.clone(), *digest)),
+                (Named::Job(digest, repo), _) => found.push((repo.clone(), *digest, Reached::Named)),
                 _ => {}
             }
         }
         for (repo, _, number, manifest) in self.tags(inventory).await? {
             let (repo, tag) = repo;
             marked.names.insert(Named::TagValue(repo.clone(), tag, number));
-            found.extend(manifest.map(|manifest| (repo, manifest)));
+            marked.tagged.extend(manifest);
+            found.extend(manifest.map(|manifest| (repo, manifest, Reached::Named)));
         }
         Ok(found)
     }
@@ -233,7 +256,7 @@ impl Marker {
     async fn manifests(
         &mut self,
         inventory: &Inventory,
-        mut open: Vec<(Repo, Digest)>,
+        mut open: Vec<(Repo, Digest, Reached)>,
         marked: &mut Marked,
     ) -> Result<(), StoreError> {
         let mut hanging = BTreeMap::<(&Repo, Digest), Vec<Digest>>::new();
@@ -248,29 +271,35 @@ impl Marker {
             }
         }
         while !open.is_empty() {
-            let mut wave = Vec::new();
-            for (repo, digest) in std::mem::take(&mut open) {
-                let link = Named::Manifest(repo.clone(), digest);
-                if inventory.has(&link) && marked.names.insert(link) {
-                    marked.need([digest]);
-                    wave.push((repo, digest));
+            let mut wave = std::mem::take(&mut open);
+            wave.retain(|(repo, digest, _)| {
+                let link = Named::Manifest(repo.clone(), *digest);
+                inventory.has(&link) && !marked.names.contains(&link)
+            });
+            self.read_documents(wave.iter().map(|(_, digest, _)| *digest)).await?;
+            self.read_subjects(inventory, &wave).await?;
+            for (repo, digest, reached) in wave {
+                let is_relied_on = reached == Reached::Named || hanging.contains_key(&(&repo, digest));
+                if !is_relied_on && self.is_superseded(inventory, &repo, digest) {
+                    continue;
                 }
-            }
-            self.read_documents(wave.iter().map(|(_, digest)| *digest)).await?;
-            for (repo, digest) in wave {
+                if !marked.names.insert(Named::Manifest(repo.clone(), digest)) {
+                    continue;
+                }
                 marked.names.insert(Named::Image(digest));
+                marked.need([digest]);
                 let document = &self.documents[&digest];
+                let subject = document.subject.as_ref();
+                marked.names.extend(subject.map(|on| Named::Referrer(repo.clone(), on.digest, digest)));
                 marked.need(document.others());
                 match waiting.contains(&digest) {
                     true => marked.need(document.tars()),
                     false => marked.blobs.extend(document.tars()),
                 }
                 let children = document.manifests.iter().flatten().map(|child| child.digest);
-                open.extend(children.map(|child| (repo.clone(), child)));
-                for referrer in hanging.get(&(&repo, digest)).into_iter().flatten() {
-                    marked.names.insert(Named::Referrer(repo.clone(), digest, *referrer));
-                    open.push((repo.clone(), *referrer));
-                }
+                open.extend(children.map(|child| (repo.clone(), child, Reached::Named)));
+                let referrers = hanging.get(&(&repo, digest)).into_iter().flatten();
+                open.extend(referrers.map(|referrer| (repo.clone(), *referrer, Reached::There)));
             }
         }
         Ok(())
@@ -308,15 +337,12 @@ impl Marker {
             Named::Image(digest) if all || marked.names.contains(named) => Some(*digest),
             _ => None,
         });
-        for (digest, image) in
-            read_records(&self.objects, images.collect(), &self.images, keys::image).await?
-        {
-            self.images.insert(digest, image);
-            marked.names.insert(Named::Image(digest));
-        }
-        for named in marked.names.clone() {
-            let Named::Image(digest) = named else { continue };
+        let images: Vec<Digest> = images.collect();
+        let read = read_records(&self.objects, images.clone(), &self.images, keys::image).await?;
+        self.images.extend(read);
+        for digest in images {
             let Some(image) = self.images.get(&digest) else { continue };
+            marked.names.insert(Named::Image(digest));
             let parts = [&image.tree, &image.artifact];
             marked.need(parts.into_iter().flatten().map(|part| part.digest));
         }

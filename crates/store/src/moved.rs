@@ -73,17 +73,27 @@ pub(crate) async fn records(
     }
 }
 
-/// Where the frames of a pack are now, pack after pack; empty where it was not moved. All is held.
-async fn followed(objects: &Objects, pack: PackId) -> Result<Vec<PackId>, StoreError> {
+/// The packs on the way to where the frames of a pack are now, itself first, each with its record; empty where it was not moved.
+/// All is held.
+async fn followed(objects: &Objects, pack: PackId) -> Result<Vec<(PackId, Moved)>, StoreError> {
     let (mut found, mut at) = (Vec::new(), pack);
     while found.len() < MOVES_MAX {
         objects.hold(&keys::blob(at.into())).await?;
         objects.hold(&keys::moved(at)).await?;
         let Some(moved) = read(objects, at).await? else { break };
-        at = moved.pack();
-        found.push(at);
+        found.push((at, moved));
+        at = found[found.len() - 1].1.pack();
     }
     Ok(found)
+}
+
+/// These frames as they are in the new pack; `None` where one was not moved.
+fn moved_frames(frames: &[Frame], moved: &Moved) -> Option<Vec<Frame>> {
+    let frame = |frame: &Frame| {
+        let now = moved.at(frame.offset).filter(|now| now.sealed_len == frame.sealed_len)?;
+        Some(Frame { offset: now.new_offset, ..*frame })
+    };
+    frames.iter().map(frame).collect()
 }
 
 impl Store {
@@ -99,7 +109,8 @@ impl Store {
         let follow = |digest: Digest| async move {
             let mut found = vec![digest];
             if let Ok(pack) = PackId::try_from(digest) {
-                found.extend(followed(&self.objects, pack).await?.into_iter().map(Digest::from));
+                let moves = followed(&self.objects, pack).await?;
+                found.extend(moves.iter().map(|(_, moved)| Digest::from(moved.pack())));
             }
             Ok::<_, StoreError>(found)
         };
@@ -109,9 +120,21 @@ impl Store {
         self.link_blobs(repo, found.into_iter().flatten()).await
     }
 
-    /// The pack in which the frames of a pack are now: itself, where it was not moved.
-    pub async fn pack_now(&self, pack: PackId) -> Result<PackId, StoreError> {
-        Ok(followed(&self.objects, pack).await?.last().copied().unwrap_or(pack))
+    /// The records on the way to the pack in which these frames of a pack are now, each with the pack that it is of; none where they
+    /// are where they were. All that this leans on is held.
+    pub async fn moves(&self, pack: PackId, frames: &[Frame]) -> Result<Vec<(PackId, Moved)>, StoreError> {
+        let (mut moves, mut frames) = (followed(&self.objects, pack).await?, frames.to_vec());
+        let mut went = 0;
+        while let Some(now) = moves.get(went).and_then(|(_, moved)| moved_frames(&frames, moved)) {
+            (frames, went) = (now, went + 1);
+        }
+        moves.truncate(went);
+        Ok(moves)
+    }
+
+    /// The pack to which a pack went: itself, where it was not moved.
+    async fn pack_now(&self, pack: PackId) -> Result<PackId, StoreError> {
+        Ok(followed(&self.objects, pack).await?.last().map_or(pack, |(_, moved)| moved.pack()))
     }
 
     /// Remembers where the frames of a pack of a repository are that is not here: in one that is. An older record that says something

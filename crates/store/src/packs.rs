@@ -1,6 +1,7 @@
 //! Packs: blobs of which every frame has been opened, and whose chunks are therefore offered as known.
 
 use std::collections::HashSet;
+use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -70,7 +71,7 @@ impl Store {
     /// there.
     pub async fn admit_pack(&self, pack: PackId) -> Result<(), StoreError> {
         let admitted = self.is_pack(pack.into()).await?;
-        if admitted && self.index.has(pack) {
+        if admitted && (self.index.has(pack) || !self.is_offered(pack).await?) {
             return Ok(());
         }
         let records = Arc::new(self.pack_records(pack).await?);
@@ -86,6 +87,13 @@ impl Store {
         self.prove_pack(pack, records).await
     }
 
+    /// Whether chunks are offered of a pack, which is held from now on. Not of one that was moved, though it may still be here, or
+    /// come again: more of its frames would be named than its record has.
+    async fn is_offered(&self, pack: PackId) -> Result<bool, StoreError> {
+        self.objects.hold(&keys::blob(pack.into())).await?;
+        Ok(!self.objects.exists(&keys::moved(pack)).await?)
+    }
+
     /// Every frame was opened: says so for good, and makes the chunks known.
     pub(crate) async fn prove_pack(
         &self,
@@ -93,7 +101,9 @@ impl Store {
         records: Arc<Vec<PackRecord>>,
     ) -> Result<(), StoreError> {
         self.objects.put(&keys::pack(pack), "{}".into()).await?;
-        self.index_pack(pack, records).await;
+        if self.is_offered(pack).await? {
+            self.index_pack(pack, records).await;
+        }
         self.forget_arrival(pack).await
     }
 
@@ -235,16 +245,23 @@ impl Store {
 
 /// The index of a pack, read from its end.
 pub(crate) async fn pack_records(objects: &Objects, pack: PackId) -> Result<Vec<PackRecord>, StoreError> {
-    let key = keys::blob(pack.into());
-    let missing = || StoreError::Missing(pack.into());
+    let footer = pack_footer(objects, pack).await?;
+    let range = footer.index_range();
+    let index = if range.is_empty() { Bytes::new() } else { pack_range(objects, pack, range).await? };
+    footer.records(&index).map_err(|error| StoreError::Pack { pack, error })
+}
+
+/// The footer of a pack.
+pub(crate) async fn pack_footer(objects: &Objects, pack: PackId) -> Result<PackFooter, StoreError> {
     let wrong = |error| StoreError::Pack { pack, error };
-    let len = objects.head(&key).await?.ok_or_else(missing)?.size;
+    let meta = objects.head(&keys::blob(pack.into())).await?;
+    let len = meta.ok_or(StoreError::Missing(pack.into()))?.size;
     let footer_at = len.checked_sub(FOOTER_BYTES as u64).filter(|_| len <= PACK_BYTES_MAX as u64);
     let footer_at = footer_at.ok_or(wrong(PackError::Footer))?;
-    let read = |range| async { objects.ranges(&key, &[range]).await?.ok_or_else(missing) };
-    let footer = read(footer_at..len).await?;
-    let footer = PackFooter::read(&footer[0], len).map_err(wrong)?;
-    let range = footer.index_range();
-    let index = if range.is_empty() { vec![Bytes::new()] } else { read(range).await? };
-    footer.records(&index[0]).map_err(wrong)
+    PackFooter::read(&pack_range(objects, pack, footer_at..len).await?, len).map_err(wrong)
+}
+
+async fn pack_range(objects: &Objects, pack: PackId, range: Range<u64>) -> Result<Bytes, StoreError> {
+    let read = objects.ranges(&keys::blob(pack.into()), &[range]).await?;
+    read.and_then(|read| read.into_iter().next()).ok_or(StoreError::Missing(pack.into()))
 }

@@ -1,18 +1,21 @@
 //! Packs that their registry has repacked: trees name the old places for ever, and the frames are in other packs now.
 //!
-//! Who has not got a pack is asked once where it went. From then on that is where its frames are asked for, in one range, since
+//! Who has not got a pack is asked once where it went, and a registry to which the image was only copied for what the artifact
+//! carries that hangs on it. From then on that is where its frames are asked for, in one range, since
 //! they are neighbours there too; what lay between them is gone, and comes as zeros that nobody asked for: frames are verified by
 //! their names.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::stream::unfold;
 use lamina_cache::{Pieces, SourceError};
-use lamina_chunk::{MOVES_MAX, Moved, MovedPart, PackId};
+use lamina_chunk::{MOVED_BYTES_MAX, MOVES_MAX, Moved, MovedPart, PackId};
+use lamina_image::{Digest, Document, media_type};
+use lamina_wire::{Client, Version, WireError};
 use parking_lot::Mutex;
 use tokio::sync::OnceCell;
 
@@ -20,6 +23,8 @@ use tokio::sync::OnceCell;
 const MOVED_MAX: usize = 1024;
 /// Frames of them in all, of 12 bytes: 12 MiB. Usual packs are far from it; a record may be of half a million frames.
 const FRAMES_MAX: usize = 1 << 20;
+/// Artifacts of an image that are looked at for where a pack went: one, and another one while both hang.
+const ARTIFACTS_MAX: usize = 4;
 /// What is gone comes in pieces of this.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
@@ -34,11 +39,40 @@ pub(super) struct Told {
 /// Where packs of an image went.
 #[derive(Debug, Default)]
 pub(super) struct MovedPacks {
+    /// The image's manifest, once it is found.
+    image: OnceLock<Digest>,
     packs: Mutex<HashMap<PackId, Arc<OnceCell<Told>>>>,
     doubted: AtomicBool,
 }
 
 impl MovedPacks {
+    /// The image has this manifest.
+    pub(super) fn are_of(&self, image: Digest) {
+        // a mount has one image
+        let _ = self.image.set(image);
+    }
+
+    /// The record of a pack that an artifact of the image carries, for a host that knows nothing of it itself; `None` where there is
+    /// none. Three requests, where there is one artifact.
+    pub(super) async fn carried(
+        &self,
+        client: &Client,
+        repository: &str,
+        pack: PackId,
+    ) -> Result<Option<Bytes>, WireError> {
+        let Some(image) = self.image.get() else { return Ok(None) };
+        let listed = client.referrers(repository, *image, media_type::TREE).await?;
+        for artifact in listed.iter().take(ARTIFACTS_MAX) {
+            let artifact = client.manifest(repository, &Version::Digest(artifact.digest)).await?;
+            let document = Document::parse(&artifact.media_type, &artifact.bytes);
+            let Ok(Document::Manifest(manifest)) = document else { continue };
+            if let Some(record) = manifest.layers.iter().find(|layer| layer.moved_pack() == Some(pack)) {
+                return client.blob(repository, record.digest, MOVED_BYTES_MAX as u64).await.map(Some);
+            }
+        }
+        Ok(None)
+    }
+
     /// Where a pack went, if that was asked and answered.
     pub(super) fn known(&self, pack: PackId) -> Option<Told> {
         self.packs.lock().get(&pack)?.get().cloned()

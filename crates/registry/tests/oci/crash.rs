@@ -1,11 +1,13 @@
 //! A push and a collection, with the object store failing from every write on, one after the other: afterwards nothing is
 //! named that is not there, and the same again ends well.
 
+mod renewed;
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -40,6 +42,15 @@ struct Failing {
     inner: Arc<InMemory>,
     writes: Arc<AtomicUsize>,
     writes_max: usize,
+    deletes: Option<Deletes>,
+}
+
+/// What a user deletes after so many writes.
+#[derive(Debug)]
+struct Deletes {
+    image: Digest,
+    after: usize,
+    done: Arc<AtomicBool>,
 }
 
 impl Failing {
@@ -90,6 +101,12 @@ impl MultipartUpload for FailingUpload {
 #[async_trait]
 impl ObjectStore for Failing {
     async fn put_opts(&self, location: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
+        if let Some(Deletes { image, after, done }) = &self.deletes
+            && self.writes.load(Ordering::SeqCst) >= *after
+            && !done.swap(true, Ordering::SeqCst)
+        {
+            delete_as_user(&self.inner, *image).await;
+        }
         self.write()?;
         self.inner.put_opts(location, payload, options).await
     }
@@ -297,7 +314,7 @@ async fn a_crash_after_any_write_of_a_push_leaves_no_dangling_name() {
     let image = Image::new(&[&[("lib/big", &big)], &[("etc/motd", b"hi"), ("lib/.wh.none", b"")]]);
     let failing = |inner: &Arc<InMemory>, writes_max| {
         let (inner, writes) = (Arc::clone(inner), Arc::new(AtomicUsize::new(0)));
-        (Arc::new(Failing { inner, writes: Arc::clone(&writes), writes_max }), writes)
+        (Arc::new(Failing { inner, writes: Arc::clone(&writes), writes_max, deletes: None }), writes)
     };
     let inner = Arc::new(InMemory::new());
     let (objects, writes) = failing(&inner, usize::MAX);
@@ -328,12 +345,17 @@ fn collects() -> GcConfig {
 
 /// Collects once over `objects`. None where that crashed.
 async fn gc(objects: Arc<dyn ObjectStore>, config: &GcConfig) -> Option<GcReport> {
+    gc_after(objects, config, 0).await
+}
+
+/// The same so many seconds from now.
+async fn gc_after(objects: Arc<dyn ObjectStore>, config: &GcConfig, after: u64) -> Option<GcReport> {
     let index = tempfile::tempdir().unwrap();
     let opened =
         StoreConfig { poll_every: support::POLL_EVERY, ..StoreConfig::new(index.path().join("index")) };
     let store = Store::open(objects, opened).await.ok()?;
     let now = std::time::SystemTime::now().duration_since(std::time::SystemTime::UNIX_EPOCH).unwrap();
-    let report = store.keeper().gc(config, now.as_secs() + 2).await.ok()?;
+    let report = store.keeper().gc(config, now.as_secs() + 2 + after).await.ok()?;
     store.close().await.ok()?;
     Some(report)
 }
@@ -357,12 +379,7 @@ async fn a_crash_after_any_write_of_a_collection_loses_nothing_and_the_next_one_
     let full = Arc::new(InMemory::new());
     assert!(push_as(Arc::clone(&full) as _, &goes, "v0", || false).await);
     assert!(push_as(Arc::clone(&full) as _, &stays, "v1", || false).await);
-    let index = tempfile::tempdir().unwrap();
-    let store =
-        Store::open(Arc::clone(&full) as _, StoreConfig::new(index.path().join("index"))).await.unwrap();
-    store.set_tag(&"app".parse().unwrap(), &"v0".parse().unwrap(), None).await.unwrap();
-    store.close().await.unwrap();
-    drop(store);
+    untag(&full, "v0").await;
     let (report, writes, _) = collect_with_crashes(&full, &collects()).await;
     assert!(report.freed.bytes > 200_000, "{report:?}");
     assert!(writes > 20, "a collection of only {writes} writes");
@@ -383,23 +400,45 @@ async fn a_crash_after_any_write_of_a_collection_that_drops_originals_leaves_the
 /// Collects what is in `full` with a crash after each write, one after the other. Says what a
 /// collection without one did, in how many writes, and what it left.
 async fn collect_with_crashes(full: &InMemory, config: &GcConfig) -> (GcReport, usize, Arc<InMemory>) {
+    collect_often_with_crashes(full, config, 1).await
+}
+
+/// The same with so many collections one after the other, whose first report it gives.
+async fn collect_often_with_crashes(
+    full: &InMemory,
+    config: &GcConfig,
+    collections: usize,
+) -> (GcReport, usize, Arc<InMemory>) {
+    let collect = async |objects: Arc<dyn ObjectStore>| {
+        let first = gc(Arc::clone(&objects), config).await?;
+        for _ in 1..collections {
+            gc(Arc::clone(&objects), config).await?;
+        }
+        Some(first)
+    };
     let failing = |writes_max| {
         let (inner, writes) = (Arc::new(full.fork()), Arc::new(AtomicUsize::new(0)));
-        let failing = Failing { inner: Arc::clone(&inner), writes: Arc::clone(&writes), writes_max };
+        let counted = Arc::clone(&writes);
+        let failing = Failing { inner: Arc::clone(&inner), writes: counted, writes_max, deletes: None };
         (inner, Arc::new(failing), writes)
     };
     let (left_whole, objects, writes) = failing(usize::MAX);
-    let report = gc(objects, config).await.unwrap();
+    let report = collect(objects).await.unwrap();
     let (whole, expected) = (writes.load(Ordering::SeqCst), kept(&Contents::read(&left_whole).await));
     for writes_max in 0..whole {
         let (inner, objects, _) = failing(writes_max);
-        let _ = gc(objects, config).await;
+        let _ = collect(objects).await;
         Contents::read(&inner).await.check();
         fsck(&inner).await;
-        assert!(gc(Arc::clone(&inner) as _, config).await.is_some(), "after {writes_max} writes");
+        assert!(collect(Arc::clone(&inner) as _).await.is_some(), "after {writes_max} writes");
         assert_eq!(fsck(&inner).await.garbage_blobs, 0, "after {writes_max} writes");
         let left = kept(&Contents::read(&inner).await);
-        assert!(left == expected, "after {writes_max} writes: {:?}", left.keys().collect::<Vec<_>>());
+        let differ = |one: &BTreeMap<String, Bytes>, other: &BTreeMap<String, Bytes>| -> Vec<String> {
+            let differ = one.iter().filter(|(key, bytes)| other.get(*key) != Some(bytes));
+            differ.map(|(key, _)| key.clone()).collect()
+        };
+        let (more, less) = (differ(&left, &expected), differ(&expected, &left));
+        assert!(left == expected, "after {writes_max} writes: {more:?} and not {less:?}");
     }
     (report, whole, left_whole)
 }
@@ -424,6 +463,28 @@ async fn a_crash_after_any_write_of_a_repack_that_drops_originals_too_loses_noth
     assert_eq!((report.repacked.packs, report.originals.blobs), (1, 1), "{report:?}");
     assert!(writes > 25, "a collection of only {writes} writes");
     is_whole(left, &stays).await;
+}
+
+/// Deletes an image by its digest, as the registry does it for a user.
+async fn delete_as_user(objects: &Arc<InMemory>, image: Digest) {
+    let index = tempfile::tempdir().unwrap();
+    let config = StoreConfig::new(index.path().join("index"));
+    let store = Store::open(Arc::clone(objects) as _, config).await.unwrap();
+    serving(&store, async |address| {
+        let path = format!("/v2/app/manifests/{image}");
+        let deleted = support::send(address, http::Method::DELETE, &path, &[], "").await;
+        deleted.expect(http::StatusCode::ACCEPTED);
+    })
+    .await;
+    store.close().await.unwrap();
+}
+
+async fn untag(objects: &Arc<InMemory>, tag: &str) {
+    let index = tempfile::tempdir().unwrap();
+    let config = StoreConfig::new(index.path().join("index"));
+    let store = Store::open(Arc::clone(objects) as _, config).await.unwrap();
+    store.set_tag(&"app".parse().unwrap(), &tag.parse().unwrap(), None).await.unwrap();
+    store.close().await.unwrap();
 }
 
 /// Two images of one pack, and the tag of the one that brought it deleted.

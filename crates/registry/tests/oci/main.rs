@@ -17,6 +17,7 @@ mod learning;
 mod membership;
 mod originals;
 mod protocol;
+mod renewed;
 mod repack;
 mod support;
 mod upstream;

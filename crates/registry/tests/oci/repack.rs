@@ -19,32 +19,32 @@ use crate::support::{Image, Registry, config_of, manifest_of, send, tar_of};
 
 /// What two images share, and what each has for itself, in bytes.
 const SHARED: usize = 300_000;
-const OWN: usize = 3_000_000;
+pub(crate) const OWN: usize = 3_000_000;
 
 /// Collects everything that nothing leads to, at once.
-fn at_once() -> GcConfig {
+pub(crate) fn at_once() -> GcConfig {
     let none = Duration::ZERO;
     GcConfig { grace: none, quarantine: none, lost_after: Duration::from_secs(5), ..GcConfig::default() }
 }
 
 /// So long after everything that was written that nothing is young.
-fn later() -> u64 {
+pub(crate) fn later() -> u64 {
     let now = std::time::SystemTime::now().duration_since(std::time::SystemTime::UNIX_EPOCH);
     now.unwrap().as_secs() + 1
 }
 
-async fn gc(registry: &Registry) -> GcReport {
+pub(crate) async fn gc(registry: &Registry) -> GcReport {
     registry.store.keeper().gc(&at_once(), later()).await.unwrap()
 }
 
-async fn fsck(store: &Store) -> FsckReport {
+pub(crate) async fn fsck(store: &Store) -> FsckReport {
     let report = store.keeper().fsck(&|_| {}).await.unwrap();
     assert!(report.damaged.is_empty(), "{report:#?}");
     report
 }
 
 /// A registry that holds nothing of what it was sent: another process, as far as collections are concerned.
-async fn restarted(registry: Registry) -> Registry {
+pub(crate) async fn restarted(registry: Registry) -> Registry {
     registry.store.close().await.unwrap();
     registry.restart().await
 }
@@ -123,17 +123,17 @@ pub(crate) fn tar(own: (u64, usize)) -> Bytes {
     tar_of(&[("lib/shared", &noise(SHARED, 1)), ("own", &noise(own.1, own.0))])
 }
 
-fn moved_path(repo: &str, pack: PackId) -> String {
+pub(crate) fn moved_path(repo: &str, pack: PackId) -> String {
     format!("/lamina/v1/{repo}/moved/{pack}")
 }
 
 /// Bytes of all blobs.
-fn stored(registry: &Registry) -> u64 {
+pub(crate) fn stored(registry: &Registry) -> u64 {
     let blobs = std::fs::read_dir(registry.directory().join("objects/blobs/sha256")).unwrap();
     blobs.map(|blob| blob.unwrap().metadata().unwrap().len()).sum()
 }
 
-async fn delete_tag(registry: &Registry, tag: &str) {
+pub(crate) async fn delete_tag(registry: &Registry, tag: &str) {
     let path = format!("/v2/app/manifests/{tag}");
     registry.send(Method::DELETE, &path, &[], "").await.expect(StatusCode::ACCEPTED);
 }
@@ -149,7 +149,7 @@ async fn mostly_dead() -> (Registry, Pushed, PackId) {
     (restarted(registry).await, stays, old)
 }
 
-async fn get(registry: &Registry, path: &str) -> StatusCode {
+pub(crate) async fn get(registry: &Registry, path: &str) -> StatusCode {
     registry.get(path).await.status
 }
 
@@ -418,12 +418,16 @@ async fn a_pack_that_a_manifest_names_itself_stays_as_it_is() {
         registry.converted(digest).await;
     }
     delete_tag(&registry, "gone").await;
+    let digest = Digest::of(&image(&other).manifest);
+    let artifact = registry.store.image(digest).await.unwrap().unwrap().artifact.unwrap().digest;
+    let artifact = registry.get(&format!("/v2/app/manifests/{artifact}")).await.expect(StatusCode::OK);
+    // somebody has it under a name of his own
+    let put = registry.put_manifest("app", "kept", media_type::OCI_MANIFEST, &artifact.body).await;
+    put.expect(StatusCode::CREATED);
     let registry = restarted(registry).await;
     assert_eq!(gc(&registry).await.repacked, Default::default());
     // clients that copy what hangs on images get all that it names
-    let digest = Digest::of(&image(&other).manifest);
-    let artifact = registry.store.image(digest).await.unwrap().unwrap().artifact.unwrap().digest;
-    let artifact = registry.get(&format!("/v2/app/manifests/{artifact}")).await.expect(StatusCode::OK).json();
+    let artifact = artifact.json();
     for blob in artifact["layers"].as_array().unwrap() {
         let blob = blob["digest"].as_str().unwrap();
         assert_eq!(get(&registry, &format!("/v2/app/blobs/{blob}")).await, StatusCode::OK, "{blob}");

@@ -70,12 +70,32 @@ impl Gc<'_> {
         condemned: impl Iterator<Item = Path>,
         copied: &[Copied],
     ) -> Result<Condemned, StoreError> {
+        let instead = copied.iter().map(|copied| copied.moved.pack().into()).collect();
+        let keys = condemned.map(|key| key.to_string()).collect();
+        let list = self.answered(CondemnedRecord { keys, instead, asked: Vec::new() }).await?;
+        self.report.held += list.held.len() as u64;
+        Ok(list)
+    }
+
+    /// Which of these some process holds. Nobody waits for this, and who holds nothing of them now may do so later.
+    pub(super) async fn ask(&mut self, asked: Vec<Named>) -> Result<BTreeSet<Named>, StoreError> {
+        let mut held = BTreeSet::new();
+        for asked in lists(asked) {
+            let asked = asked.iter().map(|named| named.key().to_string()).collect();
+            let list = CondemnedRecord { keys: Vec::new(), instead: Vec::new(), asked };
+            let mut list = self.answered(list).await?;
+            held.append(&mut list.held);
+            self.forgive(list).await?;
+        }
+        Ok(held)
+    }
+
+    /// Writes a list, and waits until every process has answered, or is dead.
+    async fn answered(&mut self, record: CondemnedRecord) -> Result<Condemned, StoreError> {
         self.collector.check().await?;
         // each list has its own number, and later ones higher ones
         self.lists += 1;
         let number = self.collector.number().await * 1000 + self.lists;
-        let instead = copied.iter().map(|copied| copied.moved.pack().into()).collect();
-        let record = CondemnedRecord { keys: condemned.map(|key| key.to_string()).collect(), instead };
         self.objects.put_json(&keys::condemned(number), &record).await?;
         let begun = Instant::now();
         let mut silent = BTreeMap::<Path, ()>::new();
@@ -107,7 +127,6 @@ impl Gc<'_> {
                 tokio::time::sleep(LOOK_EVERY).await;
             }
         }
-        self.report.held += held.len() as u64;
         Ok(Condemned { number, held })
     }
 
@@ -162,7 +181,8 @@ mod tests {
         assert!(lists.len() > 1);
         for list in &lists {
             let keys = list.iter().map(|named| named.key().to_string()).collect();
-            let record = serde_json::to_vec(&CondemnedRecord { keys, instead: Vec::new() }).unwrap();
+            let record = CondemnedRecord { keys, instead: Vec::new(), asked: Vec::new() };
+            let record = serde_json::to_vec(&record).unwrap();
             assert!(record.len() < 5 << 20, "{} bytes", record.len());
         }
         assert_eq!(lists.concat().into_iter().collect::<BTreeSet<_>>(), names);

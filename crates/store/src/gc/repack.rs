@@ -1,18 +1,20 @@
 //! Packs that are mostly dead: what lives of each goes into a new pack, and the rest is gone with the old one.
 //!
 //! A pack is left alone where anything is unsure: where a manifest names it itself, since clients that know nothing of packs ask
-//! for what manifests name; where a frame that something names is not in its index, or does not open; where a tree cannot be
-//! read; where it was moved before, or what is in it often enough. Each pack becomes one of its own: whoever may read the old
-//! one learns nothing of others.
+//! for what manifests name, unless that is an artifact whose place another one will take (`gc/renew.rs`); where a frame that
+//! something names is not in its index, or does not open; where a tree cannot be read; where it was moved before, or what is in it
+//! often enough. Each pack becomes one of its own: whoever may read the old one learns nothing of others.
 //!
-//! 1. The new pack, its mark, and its links to all repositories of the old one. If anything ends here, that is garbage, or a pack
+//! 1. Every process is asked what it holds: such a pack would be copied in vain.
+//! 2. The new pack, its mark, and its links to all repositories of the old one. If anything ends here, that is garbage, or a pack
 //!    like any other.
-//! 2. The old pack is condemned like garbage. Nobody who holds it loses it, and the others forget it and learn the new one.
-//! 3. Marked again: where more frames are named than the new pack has, nothing happens. Otherwise links that came meanwhile, and
+//! 3. The old pack is condemned like garbage. Nobody who holds it loses it, and the others forget it and learn the new one.
+//! 4. Marked again: where more frames are named than the new pack has, nothing happens. Otherwise links that came meanwhile, and
 //!    then the record, from which moment all that names the old pack leads to the new one.
-//! 4. Only then the old pack is deleted. If this does not happen, it is garbage for the next collection.
+//! 5. Only then the old pack is deleted. If this does not happen, or a manifest names it, it is garbage for the collection that
+//!    finds that nothing does any more.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use lamina_chunk::{FOOTER_BYTES, MOVES_MAX, Moved, PACK_BYTES_MAX, PackBuilder, PackId, PackRecord, Sealed};
@@ -57,21 +59,23 @@ fn pack_len(records: &[PackRecord]) -> u64 {
     frames + index + FOOTER_BYTES as u64
 }
 
-/// Packs of which less lives than is worth the rest, as far as was marked.
-pub(super) fn dying(
-    marker: &Marker,
+/// Packs of which less lives than is worth the rest, as far as was marked. Cost: the footer of each that seems to be one, once.
+pub(super) async fn dying(
+    marker: &mut Marker,
     inventory: &Inventory,
     marked: &Marked,
-    config: &GcConfig,
-    now: i64,
-) -> Vec<PackId> {
+    (config, now): (&GcConfig, i64),
+) -> Result<Vec<PackId>, StoreError> {
     let young_after = config.young_after(now);
     let is_old = |named: &Named| inventory.0.get(named).is_some_and(|listed| listed.written < young_after);
-    let is_dying = |pack: &PackId| {
+    let is_little = |marker: &Marker, pack: PackId, bytes: u64| {
+        let live = marker.live().bytes(pack).filter(|live| *live > 0);
+        live.is_some_and(|live| live * 100 < bytes * u64::from(config.repack_below))
+    };
+    let seems_dying = |pack: &PackId| {
         let blob = Named::Blob((*pack).into());
         let bytes = inventory.0.get(&blob).map_or(0, |listed| listed.bytes);
-        let live = marker.live().bytes(*pack).filter(|live| *live > 0);
-        live.is_some_and(|live| live * 100 < bytes * u64::from(config.repack_below))
+        is_little(marker, *pack, bytes)
             && marked.blobs.contains(&(*pack).into())
             && !inventory.has(&Named::Moved(*pack))
             && is_old(&Named::Pack(*pack))
@@ -81,22 +85,27 @@ pub(super) fn dying(
         Named::Pack(pack) => Some(*pack),
         _ => None,
     });
-    let mut packs: Vec<PackId> = packs.filter(is_dying).collect();
+    let mut packs: Vec<PackId> = packs.filter(seems_dying).collect();
     if !packs.is_empty() {
-        let named = marker.in_manifests();
+        let named = marker.in_manifests(inventory, &marker.own_artifacts(inventory, marked));
         packs.retain(|pack| !named.contains(&(*pack).into()));
     }
-    packs
+    let mut dying = Vec::with_capacity(packs.len());
+    for pack in packs {
+        // where chunks are small, the index may be most of a pack of which all lives
+        let bytes = marker.frame_bytes(pack).await?;
+        dying.extend(Some(pack).filter(|pack| is_little(marker, *pack, bytes)));
+    }
+    Ok(dying)
 }
 
-/// Those of the packs that are repacked now, by everything that is left in `inventory`.
-pub(super) async fn choose(
-    objects: &Objects,
+/// Those of the packs that may be repacked, by everything that is left in `inventory`.
+pub(super) async fn candidates(
     marker: &mut Marker,
     inventory: &Inventory,
     due: BTreeSet<PackId>,
     (config, now): (&GcConfig, i64),
-) -> Result<Vec<Dying>, StoreError> {
+) -> Result<Vec<PackId>, StoreError> {
     if due.is_empty() {
         return Ok(Vec::new());
     }
@@ -104,15 +113,21 @@ pub(super) async fn choose(
     if !marker.read_trees(inventory, &marked, &due).await? {
         return Ok(Vec::new());
     }
-    let still = dying(marker, inventory, &marked, config, now).into_iter().filter(|pack| due.contains(pack));
+    let still = dying(marker, inventory, &marked, (config, now)).await?.into_iter();
+    Ok(still.filter(|pack| due.contains(pack) && marker.moves(*pack) < MOVES_MAX).collect())
+}
+
+/// Those of them that are repacked now.
+pub(super) async fn choose(
+    objects: &Objects,
+    marker: &Marker,
+    candidates: Vec<PackId>,
+) -> Result<Vec<Dying>, StoreError> {
     let mut chosen = Vec::new();
-    for pack in still {
+    for pack in candidates {
         if chosen.len() == PACKS_MAX {
             tracing::info!("there are more packs that are mostly dead; the next collection goes on");
             break;
-        }
-        if marker.moves(pack) >= MOVES_MAX {
-            continue;
         }
         let records = match pack_records(objects, pack).await {
             Ok(records) => records,
@@ -147,13 +162,29 @@ pub(super) fn living(records: &[PackRecord], frames: &[Span]) -> Option<Vec<Pack
     frames.iter().map(record).collect()
 }
 
+/// A pack's blob and its mark.
+fn objects_of(pack: PackId) -> [Named; 2] {
+    [Named::Pack(pack), Named::Blob(pack.into())]
+}
+
 impl Gc<'_> {
+    /// Writes what lives of packs that are mostly dead into new ones.
+    pub(super) async fn repack(&mut self, due: BTreeSet<PackId>) -> Result<Vec<Copied>, StoreError> {
+        if due.is_empty() {
+            return Ok(Vec::new());
+        }
+        let inventory = Inventory::read(self.objects).await?;
+        let how = (self.config, self.now);
+        let mut packs = candidates(&mut self.marker, &inventory, due, how).await?;
+        let held = self.ask(packs.iter().copied().flat_map(objects_of).collect()).await?;
+        self.report.held += held.len() as u64;
+        packs.retain(|pack| !objects_of(*pack).iter().any(|named| held.contains(named)));
+        let dying = choose(self.objects, &self.marker, packs).await?;
+        self.copy(&inventory, dying).await
+    }
+
     /// Writes the new packs. See the module.
-    pub(super) async fn copy(
-        &self,
-        inventory: &Inventory,
-        dying: Vec<Dying>,
-    ) -> Result<Vec<Copied>, StoreError> {
+    async fn copy(&self, inventory: &Inventory, dying: Vec<Dying>) -> Result<Vec<Copied>, StoreError> {
         let links = links(inventory, &dying.iter().map(|dying| dying.pack).collect());
         let mut all = Vec::with_capacity(dying.len());
         for dying in dying {
@@ -174,13 +205,16 @@ impl Gc<'_> {
             return Ok(None);
         };
         let new = moved.pack();
-        self.objects.put(&keys::blob(new.into()), bytes.into()).await?;
+        let key = keys::blob(new.into());
+        if self.objects.head(&key).await?.is_none_or(|meta| meta.size != bytes.len() as u64) {
+            self.objects.put(&key, bytes.into()).await?;
+        }
         self.objects.put(&keys::pack(new), "{}".into()).await?;
         self.link(new, repos).await?;
         Ok(Some(Copied { pack, moved, repacked }))
     }
 
-    /// Writes the records of those that may go. Gives what is garbage from that moment.
+    /// Writes the records of those that may go. Gives what is garbage from that moment: not what artifacts still name.
     pub(super) async fn go(
         &mut self,
         (inventory, marked): (&Inventory, &Marked),
@@ -194,13 +228,15 @@ impl Gc<'_> {
             return Ok(Vec::new());
         }
         let mut garbage = Vec::new();
-        let named = self.marker.in_manifests();
+        let own = self.marker.own_artifacts(inventory, marked);
+        let named = self.marker.in_manifests(inventory, &own);
+        let still_named = self.marker.in_manifests(inventory, &BTreeMap::new());
         // what lives of one may make up another one: that stays, since its new pack was made without knowing so
         let new: BTreeSet<PackId> = copied.iter().map(|copied| copied.moved.pack()).collect();
         let links = links(inventory, &packs.union(&new).copied().collect());
         let of = |pack: &PackId| links.get(pack).map_or(&[][..], Vec::as_slice);
         for Copied { pack, moved, repacked } in copied {
-            let old = [Named::Pack(*pack), Named::Blob((*pack).into())];
+            let old = objects_of(*pack);
             let is_old =
                 |named: &Named| inventory.0.get(named).is_some_and(|listed| listed.written < young_after);
             let goes = old.iter().all(|named| !list.holds(named) && is_old(named))
@@ -215,7 +251,9 @@ impl Gc<'_> {
             // whoever lost the right to collect may still be writing: the first record stays
             if self.objects.create(&keys::moved(*pack), moved.to_bytes().into()).await? {
                 self.report.repacked.add(*repacked);
-                garbage.extend(old);
+                if !still_named.contains(&(*pack).into()) {
+                    garbage.extend(old);
+                }
             }
         }
         Ok(garbage)

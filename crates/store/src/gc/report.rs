@@ -33,9 +33,9 @@ impl GcAmount {
 /// What became of packs that were mostly dead.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct GcRepacked {
-    /// Packs that were taken away.
+    /// Packs of which what lives is in others now.
     pub packs: u64,
-    /// Their bytes.
+    /// Their bytes. Those of packs that artifacts named until now are freed by a later collection.
     pub bytes: u64,
     /// Bytes of those that took their place.
     pub bytes_left: u64,

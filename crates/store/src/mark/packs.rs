@@ -12,15 +12,25 @@ use crate::inventory::Inventory;
 use crate::keys::Named;
 use crate::moved;
 use crate::objects::Objects;
+use crate::packs::pack_footer;
 use crate::{StoreError, keys};
 
 /// Recipes over 512 MiB are refused when they come.
 const RECIPE_BYTES_MAX: u64 = 512 << 20;
 
 impl Marker {
-    /// The blobs that manifests name themselves, as far as those were read: clients that know nothing of packs may ask for them.
-    pub(crate) fn in_manifests(&self) -> BTreeSet<Digest> {
-        self.documents.values().flat_map(Document::blobs).collect()
+    /// How many bytes of a pack are in frames. Of one that is damaged it is not known, and none are counted.
+    pub(crate) async fn frame_bytes(&mut self, pack: PackId) -> Result<u64, StoreError> {
+        if let Some(bytes) = self.frame_bytes.get(&pack) {
+            return Ok(*bytes);
+        }
+        let bytes = match pack_footer(&self.objects, pack).await {
+            Ok(footer) => footer.index_range().start,
+            Err(StoreError::Pack { .. } | StoreError::Missing(_)) => 0,
+            Err(error) => return Err(error),
+        };
+        self.frame_bytes.insert(pack, bytes);
+        Ok(bytes)
     }
 
     /// The packs to which the frames of a pack were moved, one after the other, as far as records were read.
