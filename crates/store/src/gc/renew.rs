@@ -58,7 +58,8 @@ struct Renewed {
 
 /// The images that need another artifact, or theirs in more repositories, as far as marks have come.
 fn renewals(marker: &Marker, inventory: &Inventory, marked: &Marked) -> Vec<Renewal> {
-    let own = marker.own_artifacts(inventory, marked);
+    // what was moved had room for that
+    let own = marker.own_artifacts(inventory, marked, 0);
     let mut all = BTreeMap::<Digest, BTreeMap<Repo, BTreeSet<Digest>>>::new();
     for (digest, artifact) in &own {
         let hanging = all.entry(artifact.image).or_default();

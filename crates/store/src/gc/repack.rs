@@ -87,7 +87,7 @@ pub(super) async fn dying(
     });
     let mut packs: Vec<PackId> = packs.filter(seems_dying).collect();
     if !packs.is_empty() {
-        let named = marker.in_manifests(inventory, &marker.own_artifacts(inventory, marked));
+        let named = marker.in_manifests(inventory, &marker.own_artifacts(inventory, marked, 1));
         packs.retain(|pack| !named.contains(&(*pack).into()));
     }
     let mut dying = Vec::with_capacity(packs.len());
@@ -228,7 +228,7 @@ impl Gc<'_> {
             return Ok(Vec::new());
         }
         let mut garbage = Vec::new();
-        let own = self.marker.own_artifacts(inventory, marked);
+        let own = self.marker.own_artifacts(inventory, marked, 1);
         let named = self.marker.in_manifests(inventory, &own);
         let still_named = self.marker.in_manifests(inventory, &BTreeMap::new());
         // what lives of one may make up another one: that stays, since its new pack was made without knowing so

@@ -100,16 +100,17 @@ impl Marker {
             .then_some((image, record))
     }
 
-    /// The artifacts that may be replaced, as far as marks have come.
+    /// The artifacts that may be replaced, as far as marks have come, also after so many more moves of each pack.
     pub(crate) fn own_artifacts(
         &self,
         inventory: &Inventory,
         marked: &Marked,
+        moves: usize,
     ) -> BTreeMap<Digest, OwnArtifact> {
         let mut own = BTreeMap::new();
         for (digest, document) in &self.documents {
             if let Some((image, _)) = self.converted(inventory, *digest)
-                && self.may_be_replaced(inventory, document)
+                && self.may_be_replaced(inventory, document, moves)
             {
                 own.insert(*digest, OwnArtifact { image, repos: BTreeSet::new() });
             }
@@ -136,12 +137,12 @@ impl Marker {
         own
     }
 
-    /// Whether it is known what it has to name, and whether that fits into a manifest, also after one more move of each pack: of
-    /// what does not fit a conversion leaves some out.
-    fn may_be_replaced(&self, inventory: &Inventory, document: &Document) -> bool {
+    /// Whether it is known what it has to name, and whether that fits into a manifest: of what does not fit a conversion leaves some
+    /// out.
+    fn may_be_replaced(&self, inventory: &Inventory, document: &Document, moves: usize) -> bool {
         let is_read = |recipe: Digest| self.ours.contains(&recipe) && inventory.has(&Named::Blob(recipe));
-        let led_to: usize =
-            self.recipe_packs(document).iter().map(|pack| 2 + self.moved_to(*pack).len()).sum();
+        let moved = self.recipe_packs(document).into_iter().map(|pack| self.moved_to(pack).len());
+        let led_to = led_to(moved, moves);
         let named = document.carried();
         let others = document.layers.iter().flatten().count() - named.moved.len() - named.packs.len();
         document.recipes().all(is_read) && others + led_to <= LAYERS_MAX
@@ -192,5 +193,26 @@ impl Marker {
             carried.moved.extend(way.take_while(|at| *at != now));
         }
         (carried != document.carried()).then_some(carried)
+    }
+}
+
+/// What leads to the frames of packs, each of which was `moved` so many times and may be `moves` times more: a record for each move,
+/// and the pack in the end.
+fn led_to(moved: impl Iterator<Item = usize>, moves: usize) -> usize {
+    moved.map(|moved| 1 + moved + moves).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_had_room_for_one_more_move_has_room_for_what_was_moved() {
+        let before = [0, 3, 0, 7];
+        for moved in 0..1 << before.len() {
+            let after = before.iter().enumerate().map(|(at, moves)| moves + (moved >> at & 1));
+            assert!(led_to(after, 0) <= led_to(before.into_iter(), 1), "{moved:b}");
+        }
+        assert_eq!((led_to(before.into_iter(), 0), led_to(before.into_iter(), 1)), (14, 18));
     }
 }
