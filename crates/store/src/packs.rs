@@ -146,7 +146,7 @@ impl Store {
         pack_records(&self.objects, pack).await
     }
 
-    /// Stores a pack that this process has made, and makes its chunks known.
+    /// Stores a pack that this process has made, and makes its chunks known, unless it was moved before.
     pub async fn put_pack(
         &self,
         pack: PackId,
@@ -155,7 +155,9 @@ impl Store {
     ) -> Result<(), StoreError> {
         self.objects.put(&keys::blob(pack.into()), bytes.into()).await?;
         self.objects.put(&keys::pack(pack), "{}".into()).await?;
-        self.index_pack(pack, Arc::new(records.to_vec())).await;
+        if self.is_offered(pack).await? {
+            self.index_pack(pack, Arc::new(records.to_vec())).await;
+        }
         Ok(())
     }
 
