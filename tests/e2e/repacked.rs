@@ -4,8 +4,9 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
+use bytes::Bytes;
 use lamina_chunk::{Frame, Moved, MovedFrame, PackId};
-use lamina_image::{Document, media_type};
+use lamina_image::{Descriptor, Digest, Document, media_type};
 use lamina_testkit::image::Image;
 use lamina_testkit::noise;
 use lamina_testkit::process::until;
@@ -167,8 +168,9 @@ fn after_ordinary_pushes_too_mounts_before_and_after_a_repack_read_every_file_ri
     Ok(())
 }
 
-/// Copies what hangs the tree on the image under `app:stays` from one registry to another, with all that it names.
-async fn copy_artifact(from: &str, to: &str) -> Result<()> {
+/// Copies what hangs the tree on the image under `app:stays` from one registry to another, with all that it names. Hangs another
+/// one there too that is listed before it, and gives that.
+async fn copy_artifact(from: &str, to: &str) -> Result<Digest> {
     let (from, to) = (Client::new(from, ClientConfig::default())?, Client::new(to, ClientConfig::default())?);
     let image = from.manifest("app", &Version::Tag("stays".to_owned())).await?.digest;
     let listed = from.referrers("app", image, media_type::TREE).await?;
@@ -181,8 +183,17 @@ async fn copy_artifact(from: &str, to: &str) -> Result<()> {
         let bytes = from.blob("app", blob.digest, blob.size).await?;
         to.push_blob("app", blob.digest, bytes).await?;
     }
-    to.push_referrer("app", image, listed[0].clone(), artifact.bytes).await?;
-    Ok(())
+    to.push_referrer("app", image, listed[0].clone(), artifact.bytes.clone()).await?;
+    let mut newer: serde_json::Value = serde_json::from_slice(&artifact.bytes)?;
+    newer["annotations"]["org.opencontainers.image.created"] = "2999-01-01T00:00:00Z".into();
+    let newer = Bytes::from(serde_json::to_vec(&newer)?);
+    let mut annotations = listed[0].annotations.clone();
+    annotations.insert("org.opencontainers.image.created".to_owned(), "2999-01-01T00:00:00Z".to_owned());
+    let descriptor = Descriptor { annotations, ..listed[0].clone() };
+    let descriptor = Descriptor { digest: Digest::of(&newer), size: newer.len() as u64, ..descriptor };
+    let digest = descriptor.digest;
+    to.push_referrer("app", image, descriptor, newer).await?;
+    Ok(digest)
 }
 
 #[test]
@@ -199,7 +210,10 @@ fn an_image_that_was_copied_with_what_hangs_on_it_is_read_where_nobody_knows_of_
     let (from, to) = (rig.name("app:stays"), home.name("app:stays"));
     let quiet = ["copy", "-q", "--preserve-digests", "--src-tls-verify=false", "--dest-tls-verify=false"];
     skopeo(&[&quiet[..], &[&format!("docker://{from}"), &format!("docker://{to}")]].concat())?;
-    tokio::runtime::Runtime::new()?.block_on(copy_artifact(&rig.address, &home.address))?;
+    let gone = tokio::runtime::Runtime::new()?.block_on(copy_artifact(&rig.address, &home.address))?;
+    // the list of what hangs there is kept by clients, and still has it
+    let gone = format!("docker://{}@{gone}", home.name("app"));
+    skopeo(&["delete", "--tls-verify=false", &gone])?;
     drop(rig.registry.take());
 
     let mounted = rig.path("mount");

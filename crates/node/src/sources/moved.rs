@@ -23,8 +23,9 @@ use tokio::sync::OnceCell;
 const MOVED_MAX: usize = 1024;
 /// Frames of them in all, of 12 bytes: 12 MiB. Usual packs are far from it; a record may be of half a million frames.
 const FRAMES_MAX: usize = 1 << 20;
-/// Artifacts of an image that are looked at for where a pack went: one, and another one while both hang.
-const ARTIFACTS_MAX: usize = 4;
+/// Artifacts of an image that are looked at for where a pack went: one, and another one while both hang, and on registries where
+/// clients keep the list themselves also some that are there no more.
+const ARTIFACTS_MAX: usize = 16;
 /// What is gone comes in pieces of this.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
@@ -63,11 +64,17 @@ impl MovedPacks {
         let Some(image) = self.image.get() else { return Ok(None) };
         let listed = client.referrers(repository, *image, media_type::TREE).await?;
         for artifact in listed.iter().take(ARTIFACTS_MAX) {
-            let artifact = client.manifest(repository, &Version::Digest(artifact.digest)).await?;
+            let artifact = match client.manifest(repository, &Version::Digest(artifact.digest)).await {
+                Err(error) if error.is_unserved() => continue,
+                artifact => artifact?,
+            };
             let document = Document::parse(&artifact.media_type, &artifact.bytes);
             let Ok(Document::Manifest(manifest)) = document else { continue };
-            if let Some(record) = manifest.layers.iter().find(|layer| layer.moved_pack() == Some(pack)) {
-                return client.blob(repository, record.digest, MOVED_BYTES_MAX as u64).await.map(Some);
+            let record = manifest.layers.iter().find(|layer| layer.moved_pack() == Some(pack));
+            let Some(record) = record else { continue };
+            match client.blob(repository, record.digest, MOVED_BYTES_MAX as u64).await {
+                Err(error) if error.is_unserved() => {}
+                record => return record.map(Some),
             }
         }
         Ok(None)
