@@ -42,6 +42,8 @@ const LOCK: &str = "lock";
 /// How long an unmount waits for the kernel to let go of what is mounted nowhere any more. A mount namespace that was made
 /// meanwhile may have a copy, and keep it for ever.
 const COPIES: Duration = Duration::from_secs(3);
+/// A mount is at rest so long after its start.
+const AT_REST: Duration = Duration::from_secs(10);
 /// Boot packs get this part of what the cache may take, beside it.
 const BOOT_PART: u64 = 10;
 
@@ -397,7 +399,10 @@ impl Node {
             let life = async {
                 let report = starting.see(Arc::clone(&mount), boot).await;
                 started.send_replace(Some(known.unwrap_or(report)));
-                mount.wait().await;
+                if timeout(AT_REST, mount.wait()).await.is_err() {
+                    node.trees.let_go();
+                    mount.wait().await;
+                }
             };
             let mut life = pin!(life);
             tokio::select! {

@@ -2,14 +2,19 @@
 //!
 //! A tree's file is its flat bytes and behind them their BLAKE3 hash. It appears whole, by rename, and is hashed again
 //! whenever it is opened (5 GB/s: 35 ms for a million files), so that a disk's error is found before it is believed.
+//!
+//! To check a tree and to sort its frames touches every page of it, and a mount that is at rest few of them. So what was touched is
+//! given back some time after a mount: it stays in the page cache, but is not counted as this process's memory any more.
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Weak};
 
 use bytes::Bytes;
 use lamina_image::{Digest, Tree, TreeError, unpack_tree, unpack_tree_into};
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
+use parking_lot::Mutex;
 
 use crate::NodeError;
 
@@ -20,7 +25,11 @@ const WRITE_BYTES: usize = 256 << 10;
 
 /// The directory of trees.
 #[derive(Clone, Debug)]
-pub(crate) struct Trees(PathBuf);
+pub(crate) struct Trees {
+    directory: PathBuf,
+    /// Those that somebody may still use.
+    mapped: Arc<Mutex<Vec<Weak<Mmap>>>>,
+}
 
 impl Trees {
     pub(crate) fn open(directory: PathBuf) -> Result<Self, NodeError> {
@@ -32,17 +41,17 @@ impl Trees {
                 let _ = fs::remove_file(entry.path());
             }
         }
-        Ok(Self(directory))
+        Ok(Self { directory, mapped: Arc::default() })
     }
 
     fn path(&self, digest: Digest) -> PathBuf {
-        self.0.join(format!("{}.tree", digest.hex()))
+        self.directory.join(format!("{}.tree", digest.hex()))
     }
 
     /// The tree, if it is here and sound. A damaged one is removed. Blocks.
     pub(crate) fn load(&self, digest: Digest) -> Option<Tree> {
         let path = self.path(digest);
-        match map(&path) {
+        match self.map(&path) {
             Ok(tree) => tree,
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => {
@@ -57,7 +66,7 @@ impl Trees {
     ///
     /// *Errors*: those of `blob`; and the disk's, after which [`Trees::store`] does without one.
     pub(crate) fn receive(&self, digest: Digest, mut blob: impl Read) -> io::Result<Tree> {
-        let file = tempfile::Builder::new().prefix(".tmp").tempfile_in(&self.0)?;
+        let file = tempfile::Builder::new().prefix(".tmp").tempfile_in(&self.directory)?;
         let mut hashed =
             Hashed { file: BufWriter::with_capacity(WRITE_BYTES, file), hasher: blake3::Hasher::new() };
         unpack_tree_into(&mut blob, &mut hashed)?;
@@ -69,7 +78,7 @@ impl Trees {
         file.write_all(hasher.finalize().as_bytes())?;
         let file = file.into_inner().map_err(io::IntoInnerError::into_error)?;
         // what was hashed while it was written is not hashed again
-        let tree = Mapped::of(file.as_file())?.tree().ok_or_else(damaged)?;
+        let tree = self.tree(Mapped::of(file.as_file())?).ok_or_else(damaged)?;
         file.persist(self.path(digest)).map_err(|error| error.error)?;
         Ok(tree)
     }
@@ -81,7 +90,7 @@ impl Trees {
         let flat = Bytes::from(unpack_tree(blob).map_err(wrong)?);
         let in_memory = Tree::open(flat.clone()).map_err(wrong)?;
         let path = self.path(digest);
-        let kept = self.keep(&path, &flat).and_then(|()| map(&path));
+        let kept = self.keep(&path, &flat).and_then(|()| self.map(&path));
         match kept {
             Ok(Some(tree)) => Ok(tree),
             // without a disk the mount still works, from memory
@@ -94,11 +103,44 @@ impl Trees {
     }
 
     fn keep(&self, path: &Path, flat: &[u8]) -> io::Result<()> {
-        let mut file = tempfile::Builder::new().prefix(".tmp").tempfile_in(&self.0)?;
+        let mut file = tempfile::Builder::new().prefix(".tmp").tempfile_in(&self.directory)?;
         file.write_all(flat)?;
         file.write_all(blake3::hash(flat).as_bytes())?;
         file.persist(path).map_err(|error| error.error)?;
         Ok(())
+    }
+
+    /// Maps a tree and checks it against the hash behind it. `None` where it is sound but no tree.
+    fn map(&self, path: &Path) -> io::Result<Option<Tree>> {
+        let mapped = Mapped::of(&File::open(path)?)?;
+        let (flat, hash) = mapped.0.split_last_chunk::<HASH_BYTES>().ok_or_else(damaged)?;
+        if blake3::hash(flat).as_bytes() != hash {
+            return Err(damaged());
+        }
+        Ok(self.tree(mapped))
+    }
+
+    /// The tree before the hash, if it is one.
+    fn tree(&self, mapped: Mapped) -> Option<Tree> {
+        let (len, map) = (mapped.0.len().checked_sub(HASH_BYTES)?, Arc::downgrade(&mapped.0));
+        let tree = Tree::open(Bytes::from_owner(mapped).slice(..len)).ok()?;
+        let mut mapped = self.mapped.lock();
+        mapped.retain(|map| map.strong_count() > 0);
+        mapped.push(map);
+        drop(mapped);
+        Some(tree)
+    }
+
+    /// Gives the pages of all trees back to the kernel. Those that are needed come again from its page cache.
+    pub(crate) fn let_go(&self) {
+        for map in self.mapped.lock().iter().filter_map(Weak::upgrade) {
+            #[expect(unsafe_code, reason = "of memory that is no file's this would lose what was written")]
+            // SAFETY: it maps a file that nobody changes, to be read only: the same bytes come again
+            let given_back = unsafe { map.unchecked_advise(UncheckedAdvice::DontNeed) };
+            if let Err(error) = given_back {
+                tracing::debug!(%error, "the pages of a tree stay");
+            }
+        }
     }
 }
 
@@ -124,18 +166,8 @@ fn damaged() -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, "its hash does not match")
 }
 
-/// Maps a tree and checks it against the hash behind it. `None` where it is sound but no tree.
-fn map(path: &Path) -> io::Result<Option<Tree>> {
-    let mapped = Mapped::of(&File::open(path)?)?;
-    let (flat, hash) = mapped.0.split_last_chunk::<HASH_BYTES>().ok_or_else(damaged)?;
-    if blake3::hash(flat).as_bytes() != hash {
-        return Err(damaged());
-    }
-    Ok(mapped.tree())
-}
-
 /// The file of a tree, mapped.
-struct Mapped(Mmap);
+struct Mapped(Arc<Mmap>);
 
 impl Mapped {
     fn of(file: &File) -> io::Result<Self> {
@@ -143,13 +175,13 @@ impl Mapped {
         // SAFETY: files in this directory are written under another name, renamed, and never written again; the
         // directory belongs to this daemon alone
         let map = unsafe { Mmap::map(file)? };
-        Ok(Self(map))
+        Ok(Self(Arc::new(map)))
     }
+}
 
-    /// The tree before the hash, if it is one.
-    fn tree(self) -> Option<Tree> {
-        let len = self.0.len().checked_sub(HASH_BYTES)?;
-        Tree::open(Bytes::from_owner(self.0).slice(..len)).ok()
+impl AsRef<[u8]> for Mapped {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
     }
 }
 
@@ -173,6 +205,26 @@ mod tests {
         let (_directory, trees, digest) = stored();
         assert_eq!(trees.load(digest).unwrap().inodes(), 1);
         assert!(trees.load(Digest::of(b"another")).is_none());
+    }
+
+    #[test]
+    fn what_was_let_go_takes_no_memory_and_is_read_as_before() {
+        let (_directory, trees, digest) = stored();
+        let tree = trees.load(digest).unwrap();
+        let resident = || {
+            let maps = fs::read_to_string("/proc/self/smaps").unwrap();
+            let name = trees.path(digest).display().to_string();
+            let of = maps.split(&name).nth(1).expect("it is mapped");
+            let line = of.lines().find(|line| line.starts_with("Rss:")).unwrap();
+            line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap()
+        };
+        assert!(resident() > 0);
+        trees.let_go();
+        assert_eq!(resident(), 0);
+        assert_eq!(tree.inodes(), 1);
+        drop(tree);
+        let _again = trees.load(digest);
+        assert_eq!(trees.mapped.lock().len(), 1);
     }
 
     #[test]
