@@ -10,7 +10,7 @@ use lamina_image::{Descriptor, Digest, Document, media_type};
 use lamina_testkit::image::Image;
 use lamina_testkit::noise;
 use lamina_testkit::process::until;
-use lamina_wire::{Client, ClientConfig, Version};
+use lamina_wire::{CREATED_ANNOTATION, Client, ClientConfig, Version};
 
 use crate::docker_registry::DockerRegistry;
 use crate::proxy::{Fault, Proxy};
@@ -59,6 +59,15 @@ fn repack(rig: &Rig) -> Result<serde_json::Value> {
     })
 }
 
+/// Deletes the image that goes.
+fn delete_gone(rig: &mut Rig) -> Result<()> {
+    let gone = format!("docker://{}", rig.name("app:gone"));
+    skopeo(&["delete", "--tls-verify=false", &gone])?;
+    // who was just told what is there holds it: another process does not
+    drop(rig.registry.take());
+    rig.start_registry_on(&rig.address.clone())
+}
+
 fn forget_cache(rig: &Rig) -> Result<()> {
     rig.unmount()?;
     rig.node_ended()?;
@@ -72,11 +81,7 @@ fn mounts_before_and_after_a_repack_read_every_file_right() -> Result<()> {
     push(&rig, "stays", 1_000)?;
     // mounted, and nothing of it read
     let before = rig.mount_plain("app:stays")?;
-    let gone = format!("docker://{}", rig.name("app:gone"));
-    skopeo(&["delete", "--tls-verify=false", &gone])?;
-    // who was just told what is there holds it: another process does not
-    drop(rig.registry.take());
-    rig.start_registry_on(&rig.address.clone())?;
+    delete_gone(&mut rig)?;
     let report = repack(&rig)?;
     let (bytes, left) = (&report["repacked"]["bytes"], &report["repacked"]["bytes_left"]);
     let (bytes, left) = (bytes.as_u64().context("bytes")?, left.as_u64().context("bytes")?);
@@ -146,9 +151,7 @@ fn after_ordinary_pushes_too_mounts_before_and_after_a_repack_read_every_file_ri
     push_ordinary(&rig, "app:stays", 1_000)?;
     let pulled_before = pulled(&rig, "pulled-before")?;
     let before = rig.mount_plain("app:stays")?;
-    skopeo(&["delete", "--tls-verify=false", &format!("docker://{}", rig.name("app:gone"))])?;
-    drop(rig.registry.take());
-    rig.start_registry_on(&rig.address.clone())?;
+    delete_gone(&mut rig)?;
     repack(&rig)?;
     old_pack_goes(&rig)?;
     is_right(&before)?;
@@ -183,17 +186,16 @@ async fn copy_artifact(from: &str, to: &str) -> Result<Digest> {
         let bytes = from.blob("app", blob.digest, blob.size).await?;
         to.push_blob("app", blob.digest, bytes).await?;
     }
-    to.push_referrer("app", image, listed[0].clone(), artifact.bytes.clone()).await?;
-    let mut newer: serde_json::Value = serde_json::from_slice(&artifact.bytes)?;
-    newer["annotations"]["org.opencontainers.image.created"] = "2999-01-01T00:00:00Z".into();
-    let newer = Bytes::from(serde_json::to_vec(&newer)?);
-    let mut annotations = listed[0].annotations.clone();
-    annotations.insert("org.opencontainers.image.created".to_owned(), "2999-01-01T00:00:00Z".to_owned());
-    let descriptor = Descriptor { annotations, ..listed[0].clone() };
-    let descriptor = Descriptor { digest: Digest::of(&newer), size: newer.len() as u64, ..descriptor };
-    let digest = descriptor.digest;
-    to.push_referrer("app", image, descriptor, newer).await?;
-    Ok(digest)
+    to.push_referrer("app", image, listed[0].clone(), artifact.bytes).await?;
+    let mut newer = manifest;
+    newer.annotations.insert(CREATED_ANNOTATION.to_owned(), u64::MAX.to_string());
+    let (bytes, annotations) = (Bytes::from(serde_json::to_vec(&newer)?), newer.annotations);
+    let named = Descriptor::of(media_type::OCI_MANIFEST, &bytes);
+    let named = Descriptor { artifact_type: newer.artifact_type, annotations, ..named };
+    to.push_referrer("app", image, named.clone(), bytes).await?;
+    let listed = to.referrers("app", image, media_type::TREE).await?;
+    ensure!(listed.len() == 2 && listed[0].digest == named.digest, "{listed:?}");
+    Ok(named.digest)
 }
 
 #[test]
@@ -201,9 +203,7 @@ fn an_image_that_was_copied_with_what_hangs_on_it_is_read_where_nobody_knows_of_
     let mut rig = Rig::new()?;
     push_ordinary(&rig, "app:gone", OWN_BYTES)?;
     push_ordinary(&rig, "app:stays", 1_000)?;
-    skopeo(&["delete", "--tls-verify=false", &format!("docker://{}", rig.name("app:gone"))])?;
-    drop(rig.registry.take());
-    rig.start_registry_on(&rig.address.clone())?;
+    delete_gone(&mut rig)?;
     repack(&rig)?;
     old_pack_goes(&rig)?;
     let home = DockerRegistry::start(&rig.path("home"), "")?;
@@ -255,9 +255,7 @@ fn a_mirror_that_lies_about_where_a_pack_went_costs_no_reader_his_bytes() -> Res
     let mut rig = Rig::new()?;
     push(&rig, "gone", OWN_BYTES)?;
     push(&rig, "stays", 1_000)?;
-    skopeo(&["delete", "--tls-verify=false", &format!("docker://{}", rig.name("app:gone"))])?;
-    drop(rig.registry.take());
-    rig.start_registry_on(&rig.address.clone())?;
+    delete_gone(&mut rig)?;
     repack(&rig)?;
     let truth = moved(&rig)?;
     let all = truth.frames();
@@ -294,9 +292,7 @@ fn a_dry_run_says_what_would_be_repacked_and_a_frame_that_is_gone_is_an_error_an
     push(&rig, "stays", 1_000)?;
     // mounted while it was there, and nothing of it read
     let mounted = rig.mount_plain("app:gone")?;
-    skopeo(&["delete", "--tls-verify=false", &format!("docker://{}", rig.name("app:gone"))])?;
-    drop(rig.registry.take());
-    rig.start_registry_on(&rig.address.clone())?;
+    delete_gone(&mut rig)?;
     let storage = text(&rig.path("storage"));
     let dry = ["gc", "--dry-run", "--storage", &storage, "--gc-grace", "0", "--gc-quarantine", "0"];
     let said = until("a pack to be mostly dead", DEADLINE, || {
