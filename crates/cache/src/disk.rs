@@ -31,7 +31,7 @@ use self::evict::{Ghosts, Marks};
 use self::index::{BATCH_MAX, Index, Location};
 use self::locations::Locations;
 use self::recent::Recent;
-use self::segment::{Kind, RECORD_HEADER_BYTES, SEGMENT_HEADER_BYTES, Segment};
+use self::segment::{Kind, RECORD_HEADER_BYTES, RecordHeader, SEGMENT_HEADER_BYTES, Segment};
 use crate::metrics::{Counters, add};
 
 /// Frames go to a segment in writes of up to so many bytes: a file system takes one long one several times as fast as many
@@ -228,14 +228,9 @@ impl Disk {
         (id, sealed): (FrameId, &Sealed),
         heat: u8,
     ) {
-        let offset = segment.len.fetch_add(record_len(sealed), Ordering::Relaxed);
-        let small = |len: usize| u32::try_from(len).expect("frames are at most 256 KiB");
-        let location = Location {
-            segment: number,
-            offset: u32::try_from(offset).expect("segments stay below 4 GiB"),
-            sealed_len: small(sealed.bytes().len()),
-            plain_len: small(sealed.plain_len()),
-        };
+        let record = RecordHeader::of(id, sealed);
+        let offset = segment.len.fetch_add(record.record_len(), Ordering::Relaxed);
+        let location = Location::of(number, offset, record);
         self.locations.insert(id, location, heat);
         growing.unindexed.push((id, location));
         if growing.unindexed.len() == BATCH_MAX - 1 {

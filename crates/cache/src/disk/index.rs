@@ -39,6 +39,13 @@ pub(crate) struct Location {
 }
 
 impl Location {
+    /// Where a record lies that begins at `offset`, which panics beyond 4 GiB: no segment is that long.
+    pub(crate) fn of(segment: u32, offset: u64, record: RecordHeader) -> Self {
+        let RecordHeader { sealed_len, plain_len, .. } = record;
+        let offset = u32::try_from(offset).expect("segments stay below 4 GiB");
+        Self { segment, offset, sealed_len, plain_len }
+    }
+
     /// What the record's header must say.
     pub(crate) fn header(&self, id: FrameId) -> RecordHeader {
         RecordHeader { id, sealed_len: self.sealed_len, plain_len: self.plain_len }

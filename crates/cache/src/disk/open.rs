@@ -16,7 +16,7 @@ use tracing::{info, warn};
 use super::evict::Marks;
 use super::index::{BATCH_MAX, Index, Location};
 use super::locations::Locations;
-use super::segment::{self, Kind, RecordHeader, SEGMENT_HEADER_BYTES, Segment};
+use super::segment::{self, Kind, SEGMENT_HEADER_BYTES, Segment};
 use super::{Disk, LOCK, Writing, directory, segment_path};
 use crate::CacheError;
 use crate::metrics::{Counters, add};
@@ -108,8 +108,10 @@ impl Disk {
             info!(path = %path.display(), bytes = len - end, "cutting the torn end of a segment");
             file.set_len(end)?;
         }
-        let records: Vec<_> =
-            records.iter().map(|&(offset, record)| located(number, offset, record)).collect();
+        let records: Vec<_> = records
+            .iter()
+            .map(|&(offset, record)| (record.id, Location::of(number, offset, record)))
+            .collect();
         for (batch, indexed) in batches(&records, end) {
             self.count(self.index.add(batch, number, indexed));
         }
@@ -155,12 +157,6 @@ impl Disk {
 fn batches(records: &[(FrameId, Location)], end: u64) -> impl Iterator<Item = (&[(FrameId, Location)], u64)> {
     let next = records.chunks(BATCH_MAX - 1).skip(1).map(|batch| u64::from(batch[0].1.offset));
     records.chunks(BATCH_MAX - 1).zip(next.chain([end]))
-}
-
-fn located(segment: u32, offset: u64, record: RecordHeader) -> (FrameId, Location) {
-    let offset = u32::try_from(offset).expect("adopted segments stay below 4 GiB");
-    let RecordHeader { id, sealed_len, plain_len } = record;
-    (id, Location { segment, offset, sealed_len, plain_len })
 }
 
 /// Makes this process the owner of the directory: by the `inherited` lock of one that died, where there is one.
