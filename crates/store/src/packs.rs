@@ -100,11 +100,16 @@ impl Store {
         pack: PackId,
         records: Arc<Vec<PackRecord>>,
     ) -> Result<(), StoreError> {
+        self.offer_pack(pack, records).await?;
+        self.forget_arrival(pack).await
+    }
+
+    async fn offer_pack(&self, pack: PackId, records: Arc<Vec<PackRecord>>) -> Result<(), StoreError> {
         self.objects.put(&keys::pack(pack), "{}".into()).await?;
         if self.is_offered(pack).await? {
             self.index_pack(pack, records).await;
         }
-        self.forget_arrival(pack).await
+        Ok(())
     }
 
     async fn forget_arrival(&self, pack: PackId) -> Result<(), StoreError> {
@@ -154,11 +159,7 @@ impl Store {
         records: &[PackRecord],
     ) -> Result<(), StoreError> {
         self.objects.put(&keys::blob(pack.into()), bytes.into()).await?;
-        self.objects.put(&keys::pack(pack), "{}".into()).await?;
-        if self.is_offered(pack).await? {
-            self.index_pack(pack, Arc::new(records.to_vec())).await;
-        }
-        Ok(())
+        self.offer_pack(pack, Arc::new(records.to_vec())).await
     }
 
     /// Opens all frames on the blocking pool; as many packs at a time as there are cores, each of them in memory.
