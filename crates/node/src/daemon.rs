@@ -458,10 +458,11 @@ impl Node {
         within.end();
         let held = lazy || timeout(COPIES, waiting.wait()).await.is_err();
         // a daemon that ends now, and has yet to tell of the start, must not leave it to the next one
-        match held {
-            _ if self.ending.load(Ordering::Relaxed) => {}
-            true => self.remember(number, &MountRecord { detached: true, ..record }),
-            false => self.records.forget_mount(number),
+        if !self.ending.load(Ordering::Relaxed) {
+            match held {
+                true => self.remember(number, &MountRecord { detached: true, ..record }),
+                false => self.records.forget_mount(number),
+            }
         }
         self.forget(directory, &waiting);
         let Some(mut report) = report.filter(|_| !held) else {
