@@ -3,8 +3,9 @@
 //! A linker maps a program's libraries one after the other, and then makes their relocations one after the other; each step waits
 //! for a page that the step before has named. So once the head of an ELF file was read, everything is fetched that the linker is
 //! bound to touch ([`crate::elf`]): the sections with the relocations, the pages that these write to and the symbols that they
-//! name, and the same of the libraries that it needs, all at once. Nothing is fetched on a guess but which file a
-//! needed name means: one of that name beside the library that needs it, or the only one in the image.
+//! name, and the same of the libraries that it needs, all at once. When a library's relocations were followed, its constructors are
+//! ([`constructors`]). Nothing is fetched on a guess but which file a needed name means, one of that name beside the library that
+//! needs it, or the only one in the image; and that a constructor touches what it names.
 
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
@@ -19,8 +20,12 @@ use crate::bits::Bits;
 use crate::elf::{self, Elf, Linked, RELOCATION_BYTES};
 use crate::order::want;
 
+mod constructors;
+
 /// Libraries that are looked into at the same time: each waits for the network most of the time.
 const AT_ONCE: usize = 8;
+/// Libraries whose constructors are followed at the same time. They run one after the other.
+const CONSTRUCTED_AT_ONCE: usize = 2;
 /// How much of a file is read to find its program headers.
 const HEAD_BYTES: u64 = 4096;
 /// Relocations are read in pieces of so many bytes.
@@ -41,6 +46,8 @@ pub(crate) struct Loading {
     /// Files that were looked into.
     seen: Bits,
     turns: Semaphore,
+    /// Turns of those whose constructors are followed.
+    calls: Semaphore,
     /// Known some milliseconds after the first program was read.
     libraries: OnceLock<HashMap<Box<[u8]>, Vec<Library>>>,
 }
@@ -48,7 +55,13 @@ pub(crate) struct Loading {
 impl Loading {
     pub(crate) fn new(ahead: Arc<Ahead>) -> Self {
         let seen = Bits::new(ahead.tree.inodes());
-        Self { ahead, seen, turns: Semaphore::new(AT_ONCE), libraries: OnceLock::new() }
+        Self {
+            ahead,
+            seen,
+            turns: Semaphore::new(AT_ONCE),
+            calls: Semaphore::new(CONSTRUCTED_AT_ONCE),
+            libraries: OnceLock::new(),
+        }
     }
 
     /// Takes note that the first bytes of a file were read, and follows it if it is a program or a library. Returns at once.
@@ -64,12 +77,17 @@ impl Loading {
         let loading = Arc::clone(self);
         self.ahead.spawn(async move {
             // it is never closed; whoever cannot be read is read again by the linker, and told why
-            let Ok(_turn) = loading.turns.acquire().await else { return };
-            let _ = loading.look_into(ino, dir).await;
+            let Ok(turn) = loading.turns.acquire().await else { return };
+            let Some(relocated) = loading.look_into(ino, dir).await else { return };
+            // so that the constructors of one do not hold up the relocations of another, which come first
+            drop(turn);
+            let Ok(_turn) = loading.calls.acquire().await else { return };
+            let _ = loading.construct(ino, relocated).await;
         });
     }
 
-    async fn look_into(self: &Arc<Self>, ino: Ino, dir: Option<Ino>) -> Option<()> {
+    /// Fetches what making a library's relocations touches.
+    async fn look_into(self: &Arc<Self>, ino: Ino, dir: Option<Ino>) -> Option<Relocated> {
         let size = self.ahead.tree.inode(ino).ok()?.size;
         let elf = Elf::parse(&self.read(ino, 0..HEAD_BYTES).await?)?;
         let linked = elf.linked(&self.read(ino, elf.dynamic.clone()).await?);
@@ -98,7 +116,7 @@ impl Loading {
                 at = end;
             }
         }
-        Some(())
+        Some(relocated)
     }
 
     /// Follows a library that is needed by one in `dir`.
