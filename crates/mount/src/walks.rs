@@ -14,8 +14,9 @@ use std::ops::Range;
 const STRIDE_MAX: u64 = 512 << 10;
 /// A walk with fewer steps gets no readahead: anything may step the same way three times.
 const STEPS_MIN: u32 = 4;
-/// No walk gets more, in bytes of the file: some 2 MiB of frames, what a 1 Gbit/s link carries in 17 ms.
-const AHEAD_MAX: u64 = 4 << 20;
+/// No walk gets more, in bytes of the file: some 0.5 MiB of frames, what a 1 Gbit/s link carries in 4 ms. With four times as much,
+/// 4 % more were received for `import torch`, and no fewer reads waited.
+const AHEAD_MAX: u64 = 1 << 20;
 /// Walks followed in one file and direction; the one that moved least recently is given up for a new one.
 const WALKS_MAX: usize = 8;
 /// Positions forward are walked backward from here: beyond every file.
@@ -109,6 +110,9 @@ mod tests {
 
     use super::*;
 
+    /// Half a window each, for 200 steps of 200,000 bytes, and some while it grows.
+    const REQUESTS_MAX: usize = 200 * 200_000 / (AHEAD_MAX as usize / 2) + 20;
+
     fn fetches(reads: &[u64]) -> Vec<Range<u64>> {
         let mut walks = Walks::default();
         reads.iter().flat_map(|start| walks.note(*start)).collect()
@@ -121,7 +125,7 @@ mod tests {
         let fetched = fetches(&reads);
         assert!(fetched.windows(2).all(|pair| pair[1].end == pair[0].start), "{fetched:?}");
         assert!(fetched[0].start < (100 << 20) - 1_000_000, "{fetched:?}");
-        assert!((2..40).contains(&fetched.len()), "{fetched:?}");
+        assert!((2..REQUESTS_MAX).contains(&fetched.len()), "{fetched:?}");
     }
 
     #[test]
@@ -131,7 +135,7 @@ mod tests {
         let fetched = fetches(&reads);
         assert!(fetched.windows(2).all(|pair| pair[0].end == pair[1].start), "{fetched:?}");
         assert!(fetched[0].end > (100 << 20) + 1_000_000, "{fetched:?}");
-        assert!((2..40).contains(&fetched.len()), "{fetched:?}");
+        assert!((2..REQUESTS_MAX).contains(&fetched.len()), "{fetched:?}");
     }
 
     #[test]
