@@ -142,6 +142,14 @@ impl Boot {
         *self.listing.lock() = Listing::Over;
     }
 
+    /// Whether it brings this byte of a file, or brought it.
+    pub(crate) fn has(&self, ino: Ino, offset: u64) -> bool {
+        let Some(coming) = self.coming.get() else { return false };
+        let comes = *coming.progress.borrow() != usize::MAX;
+        let brings = |part: &Place| comes || (part.frame as usize) < coming.stored.load(Ordering::Relaxed);
+        coming.parts(ino, offset, offset.saturating_add(1)).is_some_and(|parts| parts.iter().all(brings))
+    }
+
     /// What it has of `ino` from `offset` to before `end`, which must not lie behind the end of the file. Never waits.
     pub(crate) fn read(&self, ino: Ino, offset: u64, end: u64) -> Booted {
         let Some(coming) = self.coming.get() else { return Booted::Not };

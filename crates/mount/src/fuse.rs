@@ -302,6 +302,9 @@ impl Filesystem for Fuse {
                 let touched = touched.unwrap_or_default();
                 let in_stream = self.files.note(ino, offset, size, &touched);
                 let files = self.files.clone();
+                if offset > 0 && !in_stream {
+                    self.files.loading.missed(ino);
+                }
                 self.handle.spawn(async move {
                     let answer = files.complete(unread).await;
                     let head = answer.as_ref().ok().filter(|_| offset == 0 && !in_stream).cloned();

@@ -17,6 +17,7 @@ use tokio::sync::Semaphore;
 
 use crate::ahead::Ahead;
 use crate::bits::Bits;
+use crate::boot::Boot;
 use crate::elf::{self, Elf, Linked, RELOCATION_BYTES};
 use crate::order::want;
 
@@ -34,6 +35,8 @@ const PIECE_BYTES: u64 = 43_690 * RELOCATION_BYTES as u64;
 /// CUDA have relocations in some 20,000.
 const FRAMES_MAX: usize = 4096;
 const PAGES_MAX: usize = 1 << 18;
+/// Smaller files are not looked into for something else than their first bytes: readahead has the whole of them soon.
+const LIBRARY_BYTES_MIN: u64 = 1 << 20;
 /// Links that are followed from a library's name to its file.
 const LINKS_MAX: usize = 4;
 
@@ -43,8 +46,11 @@ type Library = (Ino, Ino);
 /// Follows what is loaded from one mount.
 pub(crate) struct Loading {
     ahead: Arc<Ahead>,
+    boot: Arc<Boot>,
     /// Files that were looked into.
     seen: Bits,
+    /// Large files of which something was not here.
+    missed: Bits,
     turns: Semaphore,
     /// Turns of those whose constructors are followed.
     calls: Semaphore,
@@ -53,11 +59,13 @@ pub(crate) struct Loading {
 }
 
 impl Loading {
-    pub(crate) fn new(ahead: Arc<Ahead>) -> Self {
-        let seen = Bits::new(ahead.tree.inodes());
+    pub(crate) fn new(ahead: Arc<Ahead>, boot: Arc<Boot>) -> Self {
+        let (seen, missed) = (Bits::new(ahead.tree.inodes()), Bits::new(ahead.tree.inodes()));
         Self {
             ahead,
+            boot,
             seen,
+            missed,
             turns: Semaphore::new(AT_ONCE),
             calls: Semaphore::new(CONSTRUCTED_AT_ONCE),
             libraries: OnceLock::new(),
@@ -66,8 +74,16 @@ impl Loading {
 
     /// Takes note that the first bytes of a file were read, and follows it if it is a program or a library. Returns at once.
     pub(crate) fn note(self: &Arc<Self>, ino: Ino, head: &[u8]) {
-        let is_new = || ino.index().is_some_and(|index| self.seen.set(index));
-        if elf::is_elf(head) && !self.ahead.is_lean() && is_new() {
+        if elf::is_elf(head) && !self.ahead.is_lean() && first(&self.seen, ino) {
+            self.follow(ino, None);
+        }
+    }
+
+    /// Takes note that something of a file is not here, whose first bytes may never have been asked for: a boot pack brought them.
+    /// One that was learnt from another version of a library lacks most of what this one touches.
+    pub(crate) fn missed(self: &Arc<Self>, ino: Ino) {
+        let is_large = || self.ahead.tree.inode(ino).is_ok_and(|inode| inode.size >= LIBRARY_BYTES_MIN);
+        if !self.ahead.is_lean() && is_large() && !first(&self.missed, ino) && first(&self.seen, ino) {
             self.follow(ino, None);
         }
     }
@@ -130,7 +146,8 @@ impl Loading {
         let beside = found.iter().find(|(of, _)| Some(*of) == dir);
         let only = || found.first().filter(|first| found.iter().all(|(_, ino)| *ino == first.1));
         let Some((dir, ino)) = beside.or_else(only) else { return };
-        if ino.index().is_some_and(|index| self.seen.set(index)) {
+        // of one that a boot pack brings nothing is missing, until it is
+        if !self.boot.has(*ino, 0) && first(&self.seen, *ino) {
             self.follow(*ino, Some(*dir));
         }
     }
@@ -155,10 +172,18 @@ impl Loading {
         Some(bytes)
     }
 
-    /// The frame that a page of a file begins in.
+    /// The frame that a page of a file begins in, unless a boot pack brings the page.
     fn frame(&self, ino: Ino, page: u64) -> Option<u32> {
+        if self.boot.has(ino, page) {
+            return None;
+        }
         self.ahead.tree.extents(ino, page, page + 1).ok()?.next()?.ok()?.frame
     }
+}
+
+/// Whether a file is one of these for the first time.
+fn first(files: &Bits, ino: Ino) -> bool {
+    ino.index().is_some_and(|index| files.set(index))
 }
 
 /// What making a library's relocations touches, as far as they were read.

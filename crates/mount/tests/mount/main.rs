@@ -287,6 +287,61 @@ fn what_the_linker_will_touch_is_fetched_when_a_program_begins_to_be_read() {
     assert!(!rig.cache.is_near(frame("a/libm.so.6", relocated(&libm))));
 }
 
+/// A library of 8 MiB with one constructor, at 2 MiB, that calls what is at 4 MiB and points to what is at 6 MiB.
+fn library() -> Vec<u8> {
+    const LIST: u64 = 7 << 20;
+    let words = |words: &[u64]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
+    let mut library = noise(11, 8 << 20);
+    let mut put = |at: u64, bytes: &[u8]| {
+        let at = usize::try_from(at).unwrap();
+        library[at..at + bytes.len()].copy_from_slice(bytes);
+    };
+    put(0, b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x03\0\x3e\0");
+    put(32, &words(&[64, 0]));
+    put(54, &[56, 0, 2, 0, 64, 0, 0, 0, 0, 0]);
+    // all of it is code, at 0
+    put(64, &words(&[5 << 32 | 1, 0, 0, 0, 8 << 20, 8 << 20, 4096]));
+    put(120, &words(&[6 << 32 | 2, 256, 256, 256, 64, 64, 8]));
+    put(256, &words(&[25, LIST, 27, 8, 0, 0]));
+    put(LIST, &words(&[2 << 20]));
+    // call .+2 MiB; lea rdi, [.+4 MiB]; ret
+    let distance = |to: u64, end: u64| u32::try_from(to - end).unwrap().to_le_bytes();
+    put(2 << 20, &[&b"\xe8"[..], &distance(4 << 20, (2 << 20) + 5)].concat());
+    put((2 << 20) + 5, &[&b"\x48\x8d\x3d"[..], &distance(6 << 20, (2 << 20) + 12), &[0xc3; 300]].concat());
+    library
+}
+
+/// What its constructor touches comes when these bytes of a library are read, one after the other, and what lies elsewhere does not.
+fn constructors_are_followed(reads: &[u64]) {
+    let library = library();
+    let rig = Rig::new(Layer::new().file("library", &library));
+    let file = File::open(rig.path("library")).unwrap();
+    let ino = Ino(file.metadata().unwrap().ino());
+    let is_near = |at: u64| {
+        let extent = rig.tree.extents(ino, at, at + 1).unwrap().next().unwrap().unwrap();
+        rig.cache.is_near(rig.tree.frame(extent.frame.expect("stored")).unwrap().0)
+    };
+    let wanted = [2 << 20, 4 << 20, 6 << 20];
+    let (first, last) = reads.split_at(reads.len() - 1);
+    for at in first {
+        file.read_exact_at(&mut [0; 16], *at).unwrap();
+    }
+    assert!(!wanted.into_iter().any(is_near), "nothing has named them");
+    file.read_exact_at(&mut [0; 16], last[0]).unwrap();
+    until("what the constructor names comes by itself", || wanted.into_iter().all(is_near));
+    assert!(![3 << 20, 5 << 20].into_iter().any(is_near));
+}
+
+#[test]
+fn what_the_constructors_of_a_library_name_is_fetched_when_its_head_is_read() {
+    constructors_are_followed(&[0]);
+}
+
+#[test]
+fn a_library_whose_head_was_never_asked_for_is_followed_when_it_lacks_something_twice() {
+    constructors_are_followed(&[1 << 20, 3_500_000]);
+}
+
 #[test]
 fn a_program_whose_tables_lie_beyond_every_end_costs_nothing() {
     // one segment at the end of all offsets, mapped at 0, and a dynamic section that puts relocations and names there
