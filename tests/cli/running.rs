@@ -362,6 +362,16 @@ fn what_ran_here_before_runs_again_while_its_registry_is_away() -> Result<()> {
 }
 
 #[test]
+fn an_image_runs_from_a_mirror_though_nobody_ever_reached_its_registry() -> Result<()> {
+    let rig = pushed()?;
+    // nothing listens on the first port
+    let mirror = format!("127.0.0.1:1=http://{}", rig.address);
+    let output = rig.ok(&["run", "--mirror", &mirror, "127.0.0.1:1/a:t"])?;
+    ensure!(output.starts_with("hello /srv/app"), "{output}");
+    nothing_is_left(&rig)
+}
+
+#[test]
 fn what_is_mounted_is_what_runs_though_the_tag_was_moved_since_it_last_ran() -> Result<()> {
     let mut rig = pushed()?;
     let name = rig.name("a:t");

@@ -4,35 +4,27 @@
 //! process dies (`MountRequest::owner`); the program runs on it as `inside.rs` has it, and dies with this process. So of a run that
 //! was killed nothing stays but its scratch directory, which the next run removes, and with it whatever its daemon may have left.
 
-mod configs;
 mod process;
 mod scratch;
 
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use lamina_image::{CommandKey, Process};
 use lamina_node::Controller;
-use lamina_wire::proto::{MountRequest, UnmountRequest};
-use lamina_wire::{Reference, Version, WireError};
+use lamina_wire::proto::{MountRequest, ProcessRequest, ProcessResponse, UnmountRequest};
+use lamina_wire::{Reference, Version};
 use rustix::process::{Signal, getpgrp};
 use rustix::termios::tcgetpgrp;
-use tokio::time::timeout;
 
-use self::configs::{Configs, Known};
 use self::scratch::Scratch;
 use super::inside::{Changes, Plan, Running, Volume};
-use super::mount::{make_cache, mount, report_offline};
-use super::profile::Image;
+use super::mount::{asked, make_cache, mount, report_offline};
 use super::signals::Signals;
 use super::{Ended, Interrupted};
 use crate::args::{Common, RunArguments};
-
-/// An image whose config is known is not waited for longer than this, as the node does not either.
-const KNOWN_WAIT: Duration = Duration::from_secs(5);
 
 /// Runs the program. *Errors*: [`Ended`], with its exit code.
 pub(crate) async fn run(arguments: RunArguments, common: Common) -> Result<()> {
@@ -95,26 +87,21 @@ async fn mounted(
     self::plan(arguments, known.process, plan.directory)
 }
 
-/// What the image wants its programs to be. As it was when last asked, where nobody answers: the node says the same of the rest.
-async fn find(reference: &Reference, arguments: &RunArguments, common: &Common) -> Result<Known> {
-    let configs = Configs::of(&arguments.cache.directory);
-    let known = configs.find(reference);
-    let asked = Image::find(reference, common);
-    let image = match (known, &reference.version) {
-        (Some(known), Version::Digest(_)) => return Ok(known),
-        (None, _) => asked.await?,
-        (Some(known), Version::Tag(_)) => match timeout(KNOWN_WAIT, asked).await {
-            Ok(Ok(image)) if known.manifest == image.manifest.to_string() => return Ok(known),
-            Ok(Ok(image)) => image,
-            Ok(Err(error)) if !is_passing(&error) => return Err(error),
-            Ok(Err(_)) | Err(_) => return Ok(known),
-        },
-    };
-    Ok(configs.remember(reference, image.manifest, image.process().await?))
+/// An image, and what it wants its programs to be.
+struct Known {
+    /// The digest of its manifest.
+    manifest: String,
+    process: Process,
 }
 
-fn is_passing(error: &anyhow::Error) -> bool {
-    error.downcast_ref().is_some_and(WireError::is_passing)
+/// What an image wants its programs to be, as the node says, which asks mirrors as well: what it was when last asked, where nobody
+/// answers.
+async fn find(reference: &Reference, arguments: &RunArguments, common: &Common) -> Result<Known> {
+    let request = ProcessRequest { reference: reference.to_string(), plain_http: common.plain_http };
+    let ask = async |controller: &Controller| controller.process(&request).await;
+    let answer = asked(&arguments.cache, &arguments.settings, common, ask).await?;
+    let ProcessResponse { manifest, env, entrypoint, cmd, working_dir, user } = answer;
+    Ok(Known { manifest, process: Process { env, entrypoint, cmd, working_dir, user } })
 }
 
 /// What runs.

@@ -13,8 +13,8 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use lamina_wire::proto::node_client::NodeClient;
 use lamina_wire::proto::{
     FillRequest, FillResponse, MountRequest, MountResponse, PinRequest, PinResponse, PrefetchRequest,
-    PrefetchResponse, StatsRequest, StatsResponse, UnmountRequest, UnmountResponse, UpgradeRequest,
-    UpgradeResponse,
+    PrefetchResponse, ProcessRequest, ProcessResponse, StatsRequest, StatsResponse, UnmountRequest,
+    UnmountResponse, UpgradeRequest, UpgradeResponse,
 };
 use tokio::net::UnixStream;
 use tokio::time::timeout;
@@ -68,6 +68,12 @@ impl Controller {
     pub async fn mount(&self, request: &MountRequest) -> Result<MountResponse, ControlError> {
         let request = request.clone();
         self.call(async move |mut node| node.mount(request).await).await
+    }
+
+    /// How an image wants its programs run.
+    pub async fn process(&self, request: &ProcessRequest) -> Result<ProcessResponse, ControlError> {
+        let request = request.clone();
+        self.call(async move |mut node| node.process(request).await).await
     }
 
     /// Unmounts a directory.

@@ -26,6 +26,24 @@ pub async fn find_image(
     platform: &Platform,
     require_bound: bool,
 ) -> Result<Found, NodeError> {
+    let (digest, manifest, requests) = find_manifest(client, reference, platform).await?;
+    let wrong = |error| NodeError::Document { reference: reference.to_string(), error };
+    if let Some(tree) = manifest.bound_tree().map_err(wrong)? {
+        return Ok(Found { manifest: digest, tree, bound: true, requests });
+    }
+    if require_bound {
+        return Err(NodeError::NotBound(reference.to_string()));
+    }
+    let tree = referred_tree(client, reference, digest, &manifest).await?;
+    Ok(Found { manifest: digest, tree, bound: false, requests: requests + 1 })
+}
+
+/// The manifest of an image, its digest, and how many requests it took: two where the reference is an index of several platforms.
+pub(crate) async fn find_manifest(
+    client: &Client,
+    reference: &Reference,
+    platform: &Platform,
+) -> Result<(Digest, Manifest, u32), NodeError> {
     let repository = &reference.repository;
     let wrong = |error| NodeError::Document { reference: reference.to_string(), error };
     let mut fetched = client.manifest(repository, &reference.version).await?;
@@ -46,14 +64,7 @@ pub async fn find_image(
             why: ": it is an index in an index".into(),
         });
     };
-    if let Some(tree) = manifest.bound_tree().map_err(wrong)? {
-        return Ok(Found { manifest: fetched.digest, tree, bound: true, requests });
-    }
-    if require_bound {
-        return Err(NodeError::NotBound(reference.to_string()));
-    }
-    let tree = referred_tree(client, reference, fetched.digest, &manifest).await?;
-    Ok(Found { manifest: fetched.digest, tree, bound: false, requests: requests + 1 })
+    Ok((fetched.digest, manifest, requests))
 }
 
 async fn referred_tree(

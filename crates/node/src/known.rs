@@ -10,7 +10,8 @@ use std::path::PathBuf;
 use lamina_wire::{Reference, Version};
 use serde::{Deserialize, Serialize};
 
-use crate::{Found, Remembered};
+use crate::Found;
+use crate::remembered::Remembered;
 
 /// References that are remembered, half a kilobyte each; the oldest are forgotten.
 const KNOWN_MAX: usize = 4096;

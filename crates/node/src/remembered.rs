@@ -13,7 +13,7 @@ use serde::de::DeserializeOwned;
 
 /// Such a directory.
 #[derive(Clone, Debug)]
-pub struct Remembered {
+pub(crate) struct Remembered {
     directory: PathBuf,
     files_max: usize,
     file_bytes_max: u64,
@@ -21,17 +21,17 @@ pub struct Remembered {
 
 impl Remembered {
     /// The directory, which may be missing, with so many files at most, each of so many bytes at most.
-    pub fn new(directory: PathBuf, files_max: usize, file_bytes_max: u64) -> Self {
+    pub(crate) fn new(directory: PathBuf, files_max: usize, file_bytes_max: u64) -> Self {
         Self { directory, files_max, file_bytes_max }
     }
 
     /// Where the file of a reference is.
-    pub fn path(&self, reference: &str) -> PathBuf {
+    pub(crate) fn path(&self, reference: &str) -> PathBuf {
         self.directory.join(format!("{}.json", Digest::of(reference.as_bytes()).hex()))
     }
 
     /// What the file of a reference says; `None` also where it is damaged or too long. Blocks for one small read.
-    pub fn find<T: DeserializeOwned>(&self, reference: &str) -> Option<T> {
+    pub(crate) fn find<T: DeserializeOwned>(&self, reference: &str) -> Option<T> {
         let mut bytes = Vec::new();
         let file = File::open(self.path(reference)).ok()?;
         file.take(self.file_bytes_max).read_to_end(&mut bytes).ok()?;
@@ -39,7 +39,7 @@ impl Remembered {
     }
 
     /// Writes the file of a reference. The oldest are forgotten for it.
-    pub fn write<T: Serialize>(&self, reference: &str, entry: &T) -> io::Result<()> {
+    pub(crate) fn write<T: Serialize>(&self, reference: &str, entry: &T) -> io::Result<()> {
         fs::create_dir_all(&self.directory)?;
         let path = self.path(reference);
         let bytes = serde_json::to_vec(entry)?;

@@ -23,6 +23,11 @@ pub(crate) struct Resolved {
     pub(crate) offline: Option<String>,
 }
 
+/// How long it is asked for what an image is.
+pub(crate) fn within(deadline: Duration, is_known: bool) -> Duration {
+    if is_known { deadline.min(KNOWN_WAIT) } else { deadline }
+}
+
 /// Finds an image within `deadline`. *Errors*: the registry's, unless the image is known and nobody answers.
 pub(crate) async fn resolve(
     sources: &Sources,
@@ -36,7 +41,7 @@ pub(crate) async fn resolve(
     if let (Version::Digest(_), Some(found)) = (&reference.version, &before) {
         return Ok(Resolved { found: found.clone(), offline: None });
     }
-    let within = if before.is_some() { deadline.min(KNOWN_WAIT) } else { deadline };
+    let within = within(deadline, before.is_some());
     let span =
         debug_span!("resolve", image = %reference, otel.kind = "client", otel.status_description = Empty);
     let asked = sources

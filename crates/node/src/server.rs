@@ -152,6 +152,14 @@ impl proto::node_server::Node for Control {
         self.0.mount(request.into_inner()).await.map(Response::new).map_err(refused)
     }
 
+    async fn process(
+        &self,
+        request: Request<proto::ProcessRequest>,
+    ) -> Result<Response<proto::ProcessResponse>, Status> {
+        let _busy = self.0.busy();
+        self.0.process(request.into_inner()).await.map(Response::new).map_err(refused)
+    }
+
     async fn unmount(
         &self,
         request: Request<proto::UnmountRequest>,
