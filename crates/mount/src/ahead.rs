@@ -47,6 +47,8 @@ pub(crate) struct Ahead {
     small_sought: AtomicBool,
     /// Whether what will be needed comes by itself, so that guessing only delays it.
     lean: AtomicBool,
+    /// Whether nobody reads any more.
+    over: AtomicBool,
 }
 
 impl Ahead {
@@ -77,6 +79,7 @@ impl Ahead {
             small: Arc::default(),
             small_sought: AtomicBool::new(false),
             lean: AtomicBool::new(false),
+            over: AtomicBool::new(false),
         }
     }
 
@@ -104,9 +107,14 @@ impl Ahead {
         self.lean.store(lean, Ordering::Relaxed);
     }
 
+    /// Reads nothing ahead any more: the mount has ended.
+    pub(crate) fn end(&self) {
+        self.over.store(true, Ordering::Relaxed);
+    }
+
     /// Whether nothing is to be read ahead.
     pub(crate) fn is_lean(&self) -> bool {
-        self.lean.load(Ordering::Relaxed)
+        self.lean.load(Ordering::Relaxed) || self.over.load(Ordering::Relaxed)
     }
 
     /// The kernel's readahead while reading is sparse, from now on.

@@ -58,9 +58,10 @@ pub(crate) struct Elf {
     loads: Vec<Load>,
     /// Where its dynamic section is, in bytes of the file.
     pub(crate) dynamic: Range<u64>,
-    is_x86_64: bool,
+    /// Whether its code is looked at.
+    pub(crate) is_x86_64: bool,
     /// Where the headers of its sections are, in bytes of the file, and the number of the one with their names.
-    pub(crate) sections: Range<u64>,
+    pub(crate) sections: Option<Range<u64>>,
     section_names: usize,
 }
 
@@ -127,7 +128,7 @@ impl Elf {
             loads,
             dynamic: dynamic?,
             is_x86_64: u16_at(head, 18)? == EM_X86_64,
-            sections: sections..sections.checked_add(sections_len)?,
+            sections: sections.checked_add(sections_len).map(|end| sections..end),
             section_names: u16_at(head, 62)?.into(),
         })
     }
@@ -215,7 +216,7 @@ pub(crate) fn name(bytes: &[u8]) -> Option<&[u8]> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
@@ -235,6 +236,15 @@ mod tests {
         head[54..56].copy_from_slice(&56u16.to_le_bytes());
         head[56..58].copy_from_slice(&u16::try_from(headers.len()).unwrap().to_le_bytes());
         head.extend(headers.concat());
+        head
+    }
+
+    /// The head of an x86-64 library that is `len` bytes of code.
+    pub(crate) fn code_of(len: u64) -> Vec<u8> {
+        let mut code = header(1, 0, 0, len);
+        code[4] = 5;
+        let mut head = head(&[code, header(2, 0, 0, 0)]);
+        head[18] = 62;
         head
     }
 

@@ -27,12 +27,14 @@ mod constructors;
 const AT_ONCE: usize = 8;
 /// Libraries whose constructors are followed at the same time. They run one after the other.
 const CONSTRUCTED_AT_ONCE: usize = 2;
+/// Libraries whose constructors wait for their turn, some 100 KiB each. Those of more are not followed.
+const QUEUED_MAX: usize = 64;
 /// How much of a file is read to find its program headers.
 const HEAD_BYTES: u64 = 4096;
 /// Relocations are read in pieces of so many bytes.
 const PIECE_BYTES: u64 = 43_690 * RELOCATION_BYTES as u64;
-/// Of one library no more frames are fetched, and a piece's worth more of its pages looked at than these: the largest ones of
-/// CUDA have relocations in some 20,000.
+/// For the relocations of one library, and again for its constructors, no more frames are fetched, and a piece's worth more of its
+/// pages looked at than these: the largest ones of CUDA have relocations in some 20,000.
 const FRAMES_MAX: usize = 4096;
 const PAGES_MAX: usize = 1 << 18;
 /// Smaller files are not looked into for something else than their first bytes: readahead has the whole of them soon.
@@ -52,7 +54,8 @@ pub(crate) struct Loading {
     /// Large files of which something was not here.
     missed: Bits,
     turns: Semaphore,
-    /// Turns of those whose constructors are followed.
+    /// Places of those whose constructors are followed, or wait for that; the turns of the former.
+    queue: Semaphore,
     calls: Semaphore,
     /// Known some milliseconds after the first program was read.
     libraries: OnceLock<HashMap<Box<[u8]>, Vec<Library>>>,
@@ -67,6 +70,7 @@ impl Loading {
             seen,
             missed,
             turns: Semaphore::new(AT_ONCE),
+            queue: Semaphore::new(CONSTRUCTED_AT_ONCE + QUEUED_MAX),
             calls: Semaphore::new(CONSTRUCTED_AT_ONCE),
             libraries: OnceLock::new(),
         }
@@ -95,6 +99,7 @@ impl Loading {
             // it is never closed; whoever cannot be read is read again by the linker, and told why
             let Ok(turn) = loading.turns.acquire().await else { return };
             let Some(relocated) = loading.look_into(ino, dir).await else { return };
+            let Ok(_place) = loading.queue.try_acquire() else { return };
             // so that the constructors of one do not hold up the relocations of another, which come first
             drop(turn);
             let Ok(_turn) = loading.calls.acquire().await else { return };
@@ -132,7 +137,8 @@ impl Loading {
                 at = end;
             }
         }
-        Some(relocated)
+        // its pages were only to be met once each
+        Some(Relocated { pages: HashSet::new(), ..relocated })
     }
 
     /// Follows a library that is needed by one in `dir`.

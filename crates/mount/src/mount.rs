@@ -284,12 +284,14 @@ impl Parts {
             .spawn(move || pages::store(&runs, &notifier, &counters))
             .map_err(failed)?;
         let (ending, ended) = watch::channel(false);
+        let read_ahead = self.ahead.clone();
         let threads = std::thread::Builder::new()
             .name("lamina-mount".to_owned())
             .spawn(move || {
                 if let Err(error) = session.run() {
                     error!(%error, "serving a mount ended with an error");
                 }
+                read_ahead.end();
                 ending.send_replace(true);
             })
             .map_err(failed)?;
