@@ -42,6 +42,11 @@ pub enum ControlError {
         /// What happened.
         reason: String,
     },
+    /// The daemon is of a version that knows no such call.
+    #[error(
+        "the node at {0:?} is of an earlier version and does not know what is asked; `lamina node upgrade` puts this one in its place"
+    )]
+    Earlier(PathBuf),
     /// The daemon could not do it.
     #[error("{0}")]
     Failed(String),
@@ -145,6 +150,9 @@ impl Controller {
                 Err(status) if status.code() == Code::FailedPrecondition => {
                     Err(ControlError::Failed(status.message().to_owned()))
                 }
+                Err(status) if status.code() == Code::Unimplemented => {
+                    Err(ControlError::Earlier(self.socket.clone()))
+                }
                 Err(status) => Err(broken(status.message().to_owned())),
             }
         };
@@ -166,5 +174,37 @@ impl tower_service::Service<Request<Body>> for Sender {
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
         Box::pin(self.0.send_request(request))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use hyper::server::conn::http2 as server;
+    use hyper::service::service_fn;
+    use tokio::net::UnixListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_node_that_does_not_know_a_call_is_said_to_be_of_an_earlier_version() {
+        let cache = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(Controller::socket(cache.path())).unwrap();
+        tokio::spawn(async move {
+            let (stream, _) = listener.accept().await.unwrap();
+            // as every gRPC server answers what it does not know
+            let unknown = async |_| {
+                let answer = Response::builder()
+                    .header("content-type", "application/grpc")
+                    .header("grpc-status", "12");
+                answer.body(Body::empty())
+            };
+            let _ = server::Builder::new(TokioExecutor::new())
+                .serve_connection(TokioIo::new(stream), service_fn(unknown))
+                .await;
+        });
+        let answer = Controller::new(cache.path()).process(&ProcessRequest::default()).await;
+        let error = answer.expect_err("it does not know");
+        assert!(matches!(error, ControlError::Earlier(_)), "{error}");
+        assert!(error.to_string().contains("lamina node upgrade"), "{error}");
     }
 }

@@ -92,7 +92,8 @@ async fn idle(node: &Node) {
         if count.wait_for(|count| *count == 0).await.is_err() {
             return;
         }
-        if timeout(LINGER, count.wait_for(|count| *count > 0)).await.is_err() {
+        // also something that came and is over: who asked for it may be about to ask for more
+        if timeout(LINGER, count.changed()).await.is_err() {
             return;
         }
     }
