@@ -1,7 +1,7 @@
 //! Lists: repositories, tags of a repository, and what hangs on a manifest.
 
 use http::{HeaderValue, Response, StatusCode, header};
-use lamina_image::{Digest, Index, media_type};
+use lamina_image::{Descriptor, Digest, Index, TREE_ANNOTATION, media_type};
 use lamina_store::Repo;
 use serde_json::json;
 
@@ -52,6 +52,7 @@ impl Api {
         let last = head.query.value("last").map(parse_digest).transpose()?;
         let (mut manifests, more) = self.store.referrers_after(repo, subject, last).await?;
         let last = manifests.last().filter(|_| more).map(|manifest| manifest.digest);
+        self.leave_out_superseded(subject, &mut manifests).await?;
         let filter = head.query.value("artifactType");
         if let Some(filter) = filter {
             manifests.retain(|manifest| manifest.artifact_type.as_deref() == Some(filter));
@@ -76,6 +77,33 @@ impl Api {
             next(&mut response, &format!("/v2/{repo}/referrers/{subject}?last={last}{filter}"));
         }
         Ok(response)
+    }
+
+    /// Leaves out artifacts that a collection has superseded, where the one that took their place is among `manifests`, a page of what
+    /// hangs on an image: a client that copies all that it is shown would be refused them, and with them the copy. Whoever knows one
+    /// by its digest gets it until it is collected.
+    ///
+    /// distribution-spec 1.1, "Listing Referrers", asks that all that is listed hangs there, and not that all is listed that does. To
+    /// clients it is as if these were collected already; and nodes find in the other one the same tree, and where each pack went.
+    async fn leave_out_superseded(
+        &self,
+        image: Digest,
+        manifests: &mut Vec<Descriptor>,
+    ) -> Result<(), ApiError> {
+        let is_tree = |manifest: &Descriptor| manifest.artifact_type.as_deref() == Some(media_type::TREE);
+        // each mount asks for this list: the usual one costs no more
+        if manifests.iter().filter(|manifest| is_tree(manifest)).count() < 2 {
+            return Ok(());
+        }
+        let Some(record) = self.store.image(image).await? else { return Ok(()) };
+        let (Some(tree), Some(now)) = (record.tree, record.artifact) else { return Ok(()) };
+        // one that came since the list was read is not in it
+        if manifests.iter().any(|manifest| manifest.digest == now.digest) {
+            let tree = tree.digest.to_string();
+            let is_same = |it: &Descriptor| it.annotations.get(TREE_ANNOTATION) == Some(&tree);
+            manifests.retain(|it| it.digest == now.digest || !is_tree(it) || !is_same(it));
+        }
+        Ok(())
     }
 }
 

@@ -1,5 +1,7 @@
 //! Packs that artifacts of the registry's own name: others that name the new packs take the place of these, and nobody else's go.
 
+mod copied;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, SystemTime};
 
@@ -52,12 +54,11 @@ async fn mostly_dead() -> (Registry, Image, PackId) {
 
 /// The artifacts with a tree that hang on an image, the one on its record first.
 async fn hanging(registry: &Registry, repo: &str, image: Digest) -> Vec<(Digest, Manifest)> {
-    let listed = registry.get(&format!("/v2/{repo}/referrers/{image}")).await.expect(StatusCode::OK);
-    let index: Index = serde_json::from_slice(&listed.body).unwrap();
+    let hung = registry.store.referrers(&repo.parse().unwrap(), image).await.unwrap();
     let record = registry.store.image(image).await.unwrap().unwrap();
     let tree = record.tree.unwrap().digest.to_string();
     let mut found = Vec::new();
-    for listed in index.manifests {
+    for listed in hung {
         assert_eq!(listed.annotations[TREE_ANNOTATION], tree);
         let manifest = registry.get(&format!("/v2/{repo}/manifests/{}", listed.digest)).await;
         let bytes = manifest.expect(StatusCode::OK).body;
@@ -73,12 +74,20 @@ async fn hanging(registry: &Registry, repo: &str, image: Digest) -> Vec<(Digest,
     found
 }
 
-/// The only one, which is on record.
+/// What a client is shown of that.
+async fn listed(registry: &Registry, repo: &str, image: Digest) -> Vec<Digest> {
+    let listed = registry.get(&format!("/v2/{repo}/referrers/{image}")).await.expect(StatusCode::OK);
+    let index: Index = serde_json::from_slice(&listed.body).unwrap();
+    index.manifests.into_iter().map(|listed| listed.digest).collect()
+}
+
+/// The only one, which is on record, and which clients are shown.
 async fn artifact(registry: &Registry, repo: &str, image: Digest) -> (Digest, Manifest) {
     let mut all = hanging(registry, repo, image).await;
     assert_eq!(all.len(), 1, "{all:?}");
     let record = registry.store.image(image).await.unwrap().unwrap();
     assert_eq!(record.artifact.unwrap().digest, all[0].0);
+    assert_eq!(listed(registry, repo, image).await, [all[0].0]);
     all.remove(0)
 }
 
