@@ -368,6 +368,32 @@ async fn a_pack_that_comes_again_stays_where_its_moves_lead_nowhere() {
 }
 
 #[tokio::test]
+async fn a_new_pack_that_is_here_already_and_damaged_is_written_again() {
+    let (mut registry, stays, old) = mostly_dead().await;
+    let files = read_packs(&registry, [old]);
+    assert_eq!(gc(&registry).await.repacked.packs, 1);
+    let new = follow(&registry, old).await.unwrap();
+    let [blob, _] = pack_files(&registry, new);
+    let good = std::fs::read(&blob).unwrap();
+    let mut flipped = good.clone();
+    flipped[good.len() / 2] ^= 1;
+    let longer = [&good[..], b"x"].concat();
+    for bad in [&flipped, &longer, &good] {
+        // as a collection leaves it that has died before it wrote the record
+        bring_again(&files);
+        std::fs::remove_file(registry.directory().join("objects/moved").join(Digest::from(old).hex()))
+            .unwrap();
+        std::fs::write(&blob, bad).unwrap();
+        registry = restarted(registry).await;
+        assert_eq!(gc(&registry).await.repacked.packs, 1);
+        assert_eq!(follow(&registry, old).await, Some(new));
+        assert!(std::fs::read(&blob).unwrap() == good);
+        stays.is_whole(&registry.store, registry.address).await;
+        fsck(&registry.store).await;
+    }
+}
+
+#[tokio::test]
 async fn what_a_push_under_way_was_told_of_is_not_moved() {
     let (registry, stays, old) = mostly_dead().await;
     let dead: ChunkId = {

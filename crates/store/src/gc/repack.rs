@@ -206,7 +206,13 @@ impl Gc<'_> {
         };
         let new = moved.pack();
         let key = keys::blob(new.into());
-        if self.objects.head(&key).await?.is_none_or(|meta| meta.size != bytes.len() as u64) {
+        // the old one goes, so what is here under this name, and may have lain here for long, has to be read once
+        let is_here = match self.objects.read(&key, bytes.len() as u64).await {
+            Ok(here) => here.is_some_and(|here| here == bytes),
+            Err(StoreError::TooLarge { .. }) => false,
+            Err(error) => return Err(error),
+        };
+        if !is_here {
             self.objects.put(&key, bytes.into()).await?;
         }
         self.objects.put(&keys::pack(new), "{}".into()).await?;
