@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use lamina_chunk::{MOVES_MAX, Moved, PACK_BYTES_MAX, PackId};
-use lamina_image::{Digest, Hasher};
+use lamina_image::{Descriptor, Digest, Hasher, TREE_ANNOTATION, media_type};
 use serde::de::DeserializeOwned;
 
 use crate::inventory::Inventory;
@@ -21,7 +21,7 @@ use crate::keys::{self, Named};
 use crate::moved;
 use crate::objects::Objects;
 use crate::record::{ImageRecord, LayerRecord, ManifestLink, RefValue};
-use crate::{Keeper, StoreError};
+use crate::{Keeper, Repo, StoreError};
 
 use self::follow::Follow;
 pub use self::report::{Damage, FsckReport, Wrong};
@@ -37,6 +37,8 @@ struct Found {
     wrong: BTreeMap<Named, (Wrong, String)>,
     images: BTreeMap<Digest, ImageRecord>,
     layers: BTreeMap<Digest, LayerRecord>,
+    /// What hangs a tree on an image, with the image and the tree, as referrers answers have it.
+    hung: BTreeMap<(Repo, Digest), (Digest, Digest)>,
     /// Where packs went, as far as it is known.
     moved: BTreeMap<PackId, Moved>,
     bytes: u64,
@@ -104,7 +106,13 @@ impl Found {
                     Err(error) => return Err(error),
                 },
                 Named::Manifest(..) => record::<ManifestLink>(objects, named).await?.map(drop),
-                Named::Referrer(..) => record::<lamina_image::Descriptor>(objects, named).await?.map(drop),
+                Named::Referrer(repo, subject, digest) => {
+                    let read = record::<Descriptor>(objects, named).await?;
+                    read.map(|record| {
+                        let tree = record.as_ref().and_then(hung_tree);
+                        self.hung.extend(tree.map(|tree| ((repo.clone(), *digest), (*subject, tree))));
+                    })
+                }
                 Named::TagValue(..) => record::<RefValue>(objects, named).await?.map(drop),
                 Named::Blob(_) | Named::Pack(_) | Named::Arrival(_) | Named::Job(..) | Named::Link(..) => {
                     Ok(())
@@ -140,6 +148,12 @@ impl Found {
         let next = |pack: &Digest| Some(Digest::from(self.moved.get(&PackId::try_from(*pack).ok()?)?.pack()));
         std::iter::successors(next(&pack), next).take(MOVES_MAX).collect()
     }
+}
+
+/// The tree that a referrer hangs on an image.
+fn hung_tree(referrer: &Descriptor) -> Option<Digest> {
+    let is_tree = referrer.artifact_type.as_deref() == Some(media_type::TREE);
+    referrer.annotations.get(TREE_ANNOTATION).filter(|_| is_tree)?.parse().ok()
 }
 
 /// Reads a record; the inner error says why it does not parse. `None` where it has gone since the listing.

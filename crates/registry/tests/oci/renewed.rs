@@ -1,6 +1,7 @@
 //! Packs that artifacts of the registry's own name: others that name the new packs take the place of these, and nobody else's go.
 
 mod copied;
+mod repaired;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, SystemTime};
@@ -21,13 +22,18 @@ use crate::support::{Image, Registry, manifest_of, tar_of};
 async fn push(registry: &Registry, repo: &str, tag: &str, image: &Image) -> Digest {
     let digest = registry.push(repo, tag, image).await;
     assert_eq!(registry.converted(digest).await.state, ImageState::Done);
+    is_idle(registry).await;
+    digest
+}
+
+/// Waits until no image waits for its tree.
+async fn is_idle(registry: &Registry) {
     let idle = async {
         while !registry.store.jobs().await.unwrap().is_empty() {
             tokio::task::yield_now().await;
         }
     };
     tokio::time::timeout(Duration::from_secs(60), idle).await.unwrap();
-    digest
 }
 
 async fn delete(registry: &Registry, repo: &str, manifest: Digest) {

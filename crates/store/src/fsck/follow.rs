@@ -31,7 +31,7 @@ pub(super) struct Follow {
     /// The packs of each recipe that could be read, and those to which their frames were moved.
     pub(super) recipes: BTreeMap<Digest, BTreeSet<Digest>>,
     /// Which tags lead to a manifest.
-    tags: BTreeMap<Link, BTreeSet<Tag>>,
+    pub(super) tags: BTreeMap<Link, BTreeSet<Tag>>,
     /// Blobs that each manifest needs.
     pub(super) needs: BTreeMap<Link, BTreeSet<Digest>>,
 }

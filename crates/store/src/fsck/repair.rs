@@ -11,7 +11,7 @@ use lamina_image::{Digest, Recipe, derive_tree, pack_tree};
 use super::follow::{Follow, Link};
 use super::{Found, FsckReport, Wrong};
 use crate::keys::{self, Named};
-use crate::{Keeper, Proof, Repo, Store, StoreError};
+use crate::{Keeper, Proof, Store, StoreError};
 
 /// What can be done about something damaged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,23 +111,41 @@ impl Follow {
 
     /// Whether an image that needs something damaged can be converted again without it: its own documents and original
     /// layers are good, or rebuilt from what is good, and its manifest binds no tree.
-    fn is_convertible(&self, damaged: &Named, (_, digest): &Link) -> bool {
-        let Some(document) = self.documents.get(digest) else { return false };
+    fn is_convertible(&self, damaged: &Named, link: &Link) -> bool {
+        // an artifact needs what it lists, and goes with the image that it hangs on
+        if self.image_of(link).is_some() {
+            return true;
+        }
+        let Some(document) = self.documents.get(&link.1) else { return false };
         let mut originals = document.blobs();
         let bound =
             document.annotations.iter().flatten().any(|(name, _)| name == lamina_image::TREE_ANNOTATION);
         let is_original =
             |named: &Named| matches!(named, Named::Blob(blob) if document.blobs().any(|it| it == *blob));
-        // an artifact needs what it lists, and goes with the image that it hangs on
-        let artifact = self
-            .found
-            .images
-            .values()
-            .any(|image| image.artifact.as_ref().is_some_and(|it| it.digest == *digest));
-        artifact
-            || (!bound
-                && !is_original(damaged)
-                && originals.all(|blob| self.found.is_good(blob) || self.is_rebuilt(blob)))
+        !bound
+            && !is_original(damaged)
+            && originals.all(|blob| self.found.is_good(blob) || self.is_rebuilt(blob))
+    }
+
+    /// The image on which a manifest hangs the tree that is on the image's record: an artifact of the registry's own, be it
+    /// superseded.
+    fn image_of(&self, link: &Link) -> Option<Digest> {
+        let artifact = |image: &Digest| self.found.images.get(image)?.artifact.as_ref();
+        let tree = |image: &Digest| self.found.images.get(image)?.tree.as_ref();
+        if let Some((image, hung)) = self.found.hung.get(link)
+            && artifact(image).and(tree(image)).is_some_and(|tree| tree.digest == *hung)
+        {
+            return Some(*image);
+        }
+        // what says where it hangs may be what is damaged
+        let mut images = self.found.images.keys();
+        images.find(|image| artifact(image).is_some_and(|artifact| artifact.digest == link.1)).copied()
+    }
+
+    /// The artifacts of the registry's own that hang on an image in a repository.
+    fn artifacts_of(&self, (repo, image): &Link) -> Vec<Link> {
+        let hung = self.found.hung.iter().filter(|(link, on)| link.0 == *repo && on.0 == *image);
+        hung.map(|(link, _)| link.clone()).filter(|link| self.image_of(link) == Some(*image)).collect()
     }
 }
 
@@ -160,14 +178,14 @@ impl Keeper {
             };
             self.withdraw(&follow, named, remedy).await?;
         }
-        for (repo, digest) in again {
-            if self.forget(&follow, &repo, digest).await? {
-                self.objects.put(&keys::job(digest, &repo), "{}".into()).await?;
+        for link in again {
+            if self.forget(&follow, &link).await? {
+                self.objects.put(&keys::job(link.1, &link.0), "{}".into()).await?;
             }
         }
         // whoever pushes them again gets a tree for them again
-        for (repo, digest) in lost {
-            self.forget(&follow, &repo, digest).await?;
+        for link in lost {
+            self.forget(&follow, &link).await?;
         }
         Ok(report)
     }
@@ -201,6 +219,11 @@ impl Keeper {
                 follow.found.inventory.keys().filter(|it| matches!(it, Named::Link(of, _) if of == digest));
             for link in links {
                 self.objects.delete(&link.key()).await?;
+            }
+            // a record that leads there leads nowhere
+            let moved = follow.found.moved.iter();
+            for (old, _) in moved.filter(|(_, moved)| Digest::from(moved.pack()) == *digest) {
+                self.objects.delete(&keys::moved(*old)).await?;
             }
         }
         for (layer, record) in &follow.found.layers {
@@ -249,25 +272,33 @@ impl Keeper {
         }
     }
 
-    /// Forgets what is known of an image's tree, so that it can be made anew. False where there is nothing to make: it is the
-    /// artifact that hangs the tree on an image, and goes with it, or no image at all.
-    async fn forget(&self, follow: &Follow, repo: &Repo, digest: Digest) -> Result<bool, StoreError> {
+    /// Forgets what is known of an image's tree, so that it can be made anew, and takes down all that hangs it there: what is made
+    /// may have its frames elsewhere, and nobody would know these for the registry's own. False where there is nothing to make: it
+    /// is such an artifact, or no image at all.
+    async fn forget(&self, follow: &Follow, link: &Link) -> Result<bool, StoreError> {
+        if let Some(image) = follow.image_of(link) {
+            self.take_down(follow, link, image).await?;
+            return Ok(false);
+        }
+        let digest = link.1;
         let Some(document) = follow.documents.get(&digest) else { return Ok(false) };
         if !follow.found.images.contains_key(&digest) && document.config.is_none() {
             return Ok(false);
         }
-        // an artifact that hangs a tree on an image is made anew with it
-        let artifact_of = follow
-            .found
-            .images
-            .iter()
-            .find(|(_, image)| image.artifact.as_ref().is_some_and(|artifact| artifact.digest == digest));
-        if let Some((image, _)) = artifact_of {
-            self.objects.delete(&keys::referrer(repo, *image, digest)).await?;
-            self.objects.delete(&keys::manifest(repo, digest)).await?;
-            return Ok(false);
+        for artifact in follow.artifacts_of(link) {
+            self.take_down(follow, &artifact, digest).await?;
         }
         self.objects.delete(&keys::image(digest)).await?;
         Ok(true)
+    }
+
+    /// Takes an artifact off an image and out of its repository, but not from under a tag.
+    async fn take_down(&self, follow: &Follow, link: &Link, image: Digest) -> Result<(), StoreError> {
+        if follow.tags.contains_key(link) {
+            return Ok(());
+        }
+        let (repo, artifact) = link;
+        self.objects.delete(&keys::referrer(repo, image, *artifact)).await?;
+        self.objects.delete(&keys::manifest(repo, *artifact)).await
     }
 }
