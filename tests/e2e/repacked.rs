@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
 use lamina_chunk::{Frame, Moved, MovedFrame, PackId};
-use lamina_image::{Descriptor, Digest, Document, media_type};
+use lamina_image::{Descriptor, Digest, Document, Manifest, media_type};
 use lamina_testkit::image::Image;
 use lamina_testkit::noise;
 use lamina_testkit::process::until;
@@ -171,9 +171,56 @@ fn after_ordinary_pushes_too_mounts_before_and_after_a_repack_read_every_file_ri
     Ok(())
 }
 
-/// Copies what hangs the tree on the image under `app:stays` from one registry to another, with all that it names. Hangs another
-/// one there too that is listed before it, and gives that.
-async fn copy_artifact(from: &str, to: &str) -> Result<Digest> {
+/// An image of which a pack was repacked, copied to a registry that knows nothing of that, with what hangs the tree on it.
+struct Copied {
+    rig: Rig,
+    home: DockerRegistry,
+    image: Digest,
+    artifact: Manifest,
+}
+
+impl Copied {
+    fn new() -> Result<Self> {
+        let mut rig = Rig::new()?;
+        push_ordinary(&rig, "app:gone", OWN_BYTES)?;
+        push_ordinary(&rig, "app:stays", 1_000)?;
+        delete_gone(&mut rig)?;
+        repack(&rig)?;
+        old_pack_goes(&rig)?;
+        let home = DockerRegistry::start(&rig.path("home"), "")?;
+        let (from, to) = (rig.name("app:stays"), home.name("app:stays"));
+        let quiet = ["copy", "-q", "--preserve-digests", "--src-tls-verify=false", "--dest-tls-verify=false"];
+        skopeo(&[&quiet[..], &[&format!("docker://{from}"), &format!("docker://{to}")]].concat())?;
+        let copying = copy_artifact(&rig.address, &home.address);
+        let (image, artifact) = tokio::runtime::Runtime::new()?.block_on(copying)?;
+        Ok(Self { rig, home, image, artifact })
+    }
+
+    /// Hangs another artifact on the image that is listed before those from earlier. Gives it.
+    fn hang_first(&self, mut artifact: Manifest, created: u64) -> Result<Digest> {
+        artifact.annotations.insert(CREATED_ANNOTATION.to_owned(), created.to_string());
+        let (bytes, annotations) = (Bytes::from(serde_json::to_vec(&artifact)?), artifact.annotations);
+        let named = Descriptor::of(media_type::OCI_MANIFEST, &bytes);
+        let named = Descriptor { artifact_type: artifact.artifact_type, annotations, ..named };
+        let (to, digest) = (Client::new(&self.home.address, ClientConfig::default())?, named.digest);
+        tokio::runtime::Runtime::new()?.block_on(async {
+            to.push_referrer("app", self.image, named, bytes).await?;
+            let listed = to.referrers("app", self.image, media_type::TREE).await?;
+            ensure!(listed.len() > 1 && listed[0].digest == digest, "{listed:?}");
+            Ok(digest)
+        })
+    }
+
+    fn push_blob(&self, bytes: Vec<u8>) -> Result<()> {
+        let (to, digest) = (Client::new(&self.home.address, ClientConfig::default())?, Digest::of(&bytes));
+        let pushing = to.push_blob("app", digest, bytes.into());
+        Ok(tokio::runtime::Runtime::new()?.block_on(pushing).map(drop)?)
+    }
+}
+
+/// Copies what hangs the tree on the image under `app:stays` from one registry to another, with all that it names. Gives the image and
+/// that.
+async fn copy_artifact(from: &str, to: &str) -> Result<(Digest, Manifest)> {
     let (from, to) = (Client::new(from, ClientConfig::default())?, Client::new(to, ClientConfig::default())?);
     let image = from.manifest("app", &Version::Tag("stays".to_owned())).await?.digest;
     let listed = from.referrers("app", image, media_type::TREE).await?;
@@ -187,30 +234,15 @@ async fn copy_artifact(from: &str, to: &str) -> Result<Digest> {
         to.push_blob("app", blob.digest, bytes).await?;
     }
     to.push_referrer("app", image, listed[0].clone(), artifact.bytes).await?;
-    let mut newer = manifest;
-    newer.annotations.insert(CREATED_ANNOTATION.to_owned(), u64::MAX.to_string());
-    let (bytes, annotations) = (Bytes::from(serde_json::to_vec(&newer)?), newer.annotations);
-    let named = Descriptor::of(media_type::OCI_MANIFEST, &bytes);
-    let named = Descriptor { artifact_type: newer.artifact_type, annotations, ..named };
-    to.push_referrer("app", image, named.clone(), bytes).await?;
-    let listed = to.referrers("app", image, media_type::TREE).await?;
-    ensure!(listed.len() == 2 && listed[0].digest == named.digest, "{listed:?}");
-    Ok(named.digest)
+    Ok((image, manifest))
 }
 
 #[test]
 fn an_image_that_was_copied_with_what_hangs_on_it_is_read_where_nobody_knows_of_moved_packs() -> Result<()> {
-    let mut rig = Rig::new()?;
-    push_ordinary(&rig, "app:gone", OWN_BYTES)?;
-    push_ordinary(&rig, "app:stays", 1_000)?;
-    delete_gone(&mut rig)?;
-    repack(&rig)?;
-    old_pack_goes(&rig)?;
-    let home = DockerRegistry::start(&rig.path("home"), "")?;
-    let (from, to) = (rig.name("app:stays"), home.name("app:stays"));
-    let quiet = ["copy", "-q", "--preserve-digests", "--src-tls-verify=false", "--dest-tls-verify=false"];
-    skopeo(&[&quiet[..], &[&format!("docker://{from}"), &format!("docker://{to}")]].concat())?;
-    let gone = tokio::runtime::Runtime::new()?.block_on(copy_artifact(&rig.address, &home.address))?;
+    let copied = Copied::new()?;
+    let gone = copied.hang_first(copied.artifact.clone(), u64::MAX)?;
+    let Copied { mut rig, home, .. } = copied;
+    let to = home.name("app:stays");
     // the list of what hangs there is kept by clients, and still has it
     let gone = format!("docker://{}@{gone}", home.name("app"));
     skopeo(&["delete", "--tls-verify=false", &gone])?;
@@ -250,6 +282,38 @@ fn frames(of: &[MovedFrame]) -> impl Iterator<Item = Frame> {
     of.iter().map(|at| Frame { offset: at.offset, sealed_len: at.sealed_len, plain_len: at.sealed_len })
 }
 
+/// What is false of where a pack went, in so many ways.
+fn lies(truth: &Moved) -> Result<[(&'static str, Moved); 3]> {
+    let all = truth.frames();
+    ensure!(all.len() > 2, "{all:?}");
+    Ok([
+        ("other frames", Moved::new(truth.pack(), frames(&all[1..]))),
+        ("the last frame alone", Moved::new(truth.pack(), frames(&all[all.len() - 1..]))),
+        ("a pack that nobody has", Moved::new(PackId::from_bytes([9; 32]), frames(all))),
+    ])
+}
+
+#[test]
+fn an_artifact_that_lies_about_where_a_pack_went_does_not_hide_the_one_that_is_right() -> Result<()> {
+    let copied = Copied::new()?;
+    let layers = &copied.artifact.layers;
+    let at = layers.iter().position(|layer| layer.moved_pack().is_some()).context("a record")?;
+    let old = layers[at].moved_pack().context("a record")?;
+    let lies = lies(&moved(&copied.rig)?)?.map(|(what, lie)| (what, lie.to_bytes()));
+    let (name, point) = (copied.home.name("app:stays"), text(&copied.rig.path("mount")));
+    for (number, (what, lie)) in (1..).zip(lies.into_iter().chain([("no record", b"{}".to_vec())])) {
+        let mut artifact = copied.artifact.clone();
+        artifact.layers[at] = Descriptor::of_moved(old, &lie);
+        copied.push_blob(lie)?;
+        // those of before hang there too
+        copied.hang_first(artifact, number)?;
+        copied.rig.ok(&["mount", "--no-boot", "--no-trace", &name, &point])?;
+        is_right(&copied.rig.path("mount")).with_context(|| what)?;
+        forget_cache(&copied.rig)?;
+    }
+    Ok(())
+}
+
 #[test]
 fn a_mirror_that_lies_about_where_a_pack_went_costs_no_reader_his_bytes() -> Result<()> {
     let mut rig = Rig::new()?;
@@ -257,15 +321,7 @@ fn a_mirror_that_lies_about_where_a_pack_went_costs_no_reader_his_bytes() -> Res
     push(&rig, "stays", 1_000)?;
     delete_gone(&mut rig)?;
     repack(&rig)?;
-    let truth = moved(&rig)?;
-    let all = truth.frames();
-    ensure!(all.len() > 2, "{all:?}");
-    let lies = [
-        ("other frames", Moved::new(truth.pack(), frames(&all[1..]))),
-        ("the last frame alone", Moved::new(truth.pack(), frames(&all[all.len() - 1..]))),
-        ("a pack that nobody has", Moved::new(PackId::from_bytes([9; 32]), frames(all))),
-    ];
-    for (what, lie) in lies {
+    for (what, lie) in lies(&moved(&rig)?)? {
         // with the packs, and without
         for packs in [Fault::None, Fault::Status(404)] {
             let lie: &[u8] = Box::leak(lie.to_bytes().into_boxed_slice());

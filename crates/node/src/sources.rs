@@ -257,12 +257,19 @@ impl Sources {
         class: Class,
     ) -> Result<Pieces, SourceError> {
         let mut tellers = Vec::new();
-        let opened = self.follow(pack, range.clone(), class, &mut tellers).await;
-        if !matches!(opened, Err(SourceError::Missing(_))) {
-            return opened;
-        }
-        // what was said of it may be false, or old: whoever tries again asks again
-        self.moved.forget(pack);
+        let opened = loop {
+            let disbelieved = self.moved.disbelieved();
+            let opened = self.follow(pack, range.clone(), class, &mut tellers).await;
+            if !matches!(opened, Err(SourceError::Missing(_))) {
+                return opened;
+            }
+            // what was said of it may be false, or old: whoever tries again asks again
+            self.moved.forget(pack);
+            // where it was an artifact that said so, another one may be right; so many are remembered and no more
+            if self.moved.disbelieved() == disbelieved {
+                break opened;
+            }
+        };
         let mirrors = self.mirrors_among(tellers);
         if mirrors.is_empty() {
             return opened;
@@ -353,31 +360,33 @@ impl Sources {
     async fn told(&self, pack: PackId) -> Result<Told, NodeError> {
         let ask = |client: Client| async move {
             let client = client.with_tries(1);
+            let url = client.base().to_owned();
             let bytes = match client.moved(&self.repository, pack).await {
                 Err(error) if error.is_unserved() => {
                     let carried = self.moved.carried(&client, &self.repository, pack).await?;
-                    carried.ok_or(error)?
+                    let (moved, artifact) = carried.ok_or(error)?;
+                    return Ok((Arc::new(moved), Some(artifact), url));
                 }
                 said => said?,
             };
-            let url = client.base().to_owned();
             let wrong = |error: lamina_chunk::MovedError| {
                 let reason = format!("where the frames of {pack} have gone: {error}");
                 WireError::Answer { url: url.clone(), reason }
             };
-            Ok((Arc::new(Moved::parse(&bytes).map_err(wrong)?), url))
+            Ok((Arc::new(Moved::parse(&bytes).map_err(wrong)?), None, url))
         };
         let registry = self.hosts.len() - 1;
         if !self.moved.is_doubted() {
-            let (moved, url) = self.ask(MOVED_WITHIN, ask).await?;
+            let (moved, artifact, url) = self.ask(MOVED_WITHIN, ask).await?;
             let by = self.hosts.iter().position(|host| host.client().base() == url);
-            return Ok(Told { moved, by: by.unwrap_or(registry) });
+            return Ok(Told { moved, by: by.unwrap_or(registry), artifact });
         }
         let (client, waited) = (self.registry(), MOVED_WITHIN);
         let url = client.base().to_owned();
         let asked = timeout(waited, ask(client)).await;
-        let (moved, _) = asked.unwrap_or_else(|_| Err(WireError::Timeout { url, waited }.into()))?;
-        Ok(Told { moved, by: registry })
+        let (moved, artifact, _) =
+            asked.unwrap_or_else(|_| Err(WireError::Timeout { url, waited }.into()))?;
+        Ok(Told { moved, by: registry, artifact })
     }
 
     /// Why nobody is asked.
@@ -483,7 +492,7 @@ mod tests {
         {
             let sources = two();
             if let Some(by) = by {
-                let told = Told { moved: Arc::clone(&moved), by };
+                let told = Told { moved: Arc::clone(&moved), by, artifact: None };
                 sources.moved.learn(pack, async { Ok::<_, ()>(told) }).await.unwrap();
             }
             sources.distrust(pack, origin);

@@ -35,6 +35,8 @@ pub(super) struct Told {
     pub(super) moved: Arc<Moved>,
     /// The host, by position.
     pub(super) by: usize,
+    /// The artifact that carries the record, where the host knows nothing of it itself.
+    pub(super) artifact: Option<Digest>,
 }
 
 /// Where packs of an image went.
@@ -44,6 +46,8 @@ pub(super) struct MovedPacks {
     image: OnceLock<Digest>,
     packs: Mutex<HashMap<PackId, Arc<OnceCell<Told>>>>,
     doubted: AtomicBool,
+    /// Artifacts of which a record led nowhere, or to wrong bytes, at most [`ARTIFACTS_MAX`]; the last one last.
+    disbelieved: Mutex<Vec<Digest>>,
 }
 
 impl MovedPacks {
@@ -53,28 +57,31 @@ impl MovedPacks {
         let _ = self.image.set(image);
     }
 
-    /// The record of a pack that an artifact of the image carries, for a host that knows nothing of it itself; `None` where there is
-    /// none. Three requests, where there is one artifact.
+    /// Where a pack went by an artifact of the image, and by which, for a host that knows nothing of it itself; `None` where none says
+    /// so. What is no record is as good as none, and those that were found false before are asked last: what they say may be right
+    /// by now. Three requests, where there is one artifact.
     pub(super) async fn carried(
         &self,
         client: &Client,
         repository: &str,
         pack: PackId,
-    ) -> Result<Option<Bytes>, WireError> {
+    ) -> Result<Option<(Moved, Digest)>, WireError> {
         let Some(image) = self.image.get() else { return Ok(None) };
         let listed = client.referrers(repository, *image, media_type::TREE).await?;
-        for artifact in listed.iter().take(ARTIFACTS_MAX) {
-            let artifact = match client.manifest(repository, &Version::Digest(artifact.digest)).await {
-                Err(error) if error.is_unserved() => continue,
-                artifact => artifact?,
-            };
-            let document = Document::parse(&artifact.media_type, &artifact.bytes);
-            let Ok(Document::Manifest(manifest)) = document else { continue };
-            let record = manifest.layers.iter().find(|layer| layer.moved_pack() == Some(pack));
-            let Some(record) = record else { continue };
-            match client.blob(repository, record.digest, MOVED_BYTES_MAX as u64).await {
-                Err(error) if error.is_unserved() => {}
-                record => return record.map(Some),
+        let mut artifacts: Vec<Digest> =
+            listed.iter().take(ARTIFACTS_MAX).map(|listed| listed.digest).collect();
+        {
+            let disbelieved = self.disbelieved.lock();
+            artifacts.sort_by_key(|artifact| disbelieved.iter().position(|it| it == artifact));
+        }
+        for artifact in artifacts {
+            match carried_by(client, repository, (artifact, pack)).await {
+                Ok(Some(moved)) => return Ok(Some((moved, artifact))),
+                Ok(None) => {}
+                Err(error) if error.is_unserved() => {
+                    tracing::debug!(%artifact, %pack, %error, "asking the next")
+                }
+                Err(error) => return Err(error),
             }
         }
         Ok(None)
@@ -104,15 +111,31 @@ impl MovedPacks {
         cell.get_or_try_init(|| ask).await.cloned()
     }
 
-    /// Forgets where it went, and all packs on the way: some answer leads nowhere, or to other bytes. Gives who had said so.
+    /// Forgets where it went, and all packs on the way: some answer leads nowhere, or to other bytes. Gives who had said so; if those
+    /// were artifacts, others are asked first from now on.
     pub(super) fn forget(&self, pack: PackId) -> Vec<usize> {
         let (mut packs, mut at, mut tellers) = (self.packs.lock(), Some(pack), Vec::new());
         for _ in 0..=MOVES_MAX {
             let Some(cell) = at.and_then(|pack| packs.remove(&pack)) else { break };
-            at = cell.get().map(|told| told.moved.pack());
-            tellers.extend(cell.get().map(|told| told.by));
+            let Some(told) = cell.get() else { break };
+            at = Some(told.moved.pack());
+            tellers.push(told.by);
+            told.artifact.into_iter().for_each(|artifact| self.disbelieve(artifact));
         }
         tellers
+    }
+
+    fn disbelieve(&self, artifact: Digest) {
+        let mut disbelieved = self.disbelieved.lock();
+        disbelieved.retain(|it| *it != artifact);
+        disbelieved.push(artifact);
+        let surplus = disbelieved.len().saturating_sub(ARTIFACTS_MAX);
+        disbelieved.drain(..surplus);
+    }
+
+    /// How many artifacts were found false.
+    pub(super) fn disbelieved(&self) -> usize {
+        self.disbelieved.lock().len()
     }
 
     /// From now on only the registry is asked.
@@ -124,6 +147,21 @@ impl MovedPacks {
     pub(super) fn is_doubted(&self) -> bool {
         self.doubted.load(Ordering::Relaxed)
     }
+}
+
+/// Where a pack went by an artifact; `None` where it does not say.
+async fn carried_by(
+    client: &Client,
+    repository: &str,
+    (artifact, pack): (Digest, PackId),
+) -> Result<Option<Moved>, WireError> {
+    let artifact = client.manifest(repository, &Version::Digest(artifact)).await?;
+    let document = Document::parse(&artifact.media_type, &artifact.bytes);
+    let Ok(Document::Manifest(manifest)) = document else { return Ok(None) };
+    let record = manifest.layers.iter().find(|layer| layer.moved_pack() == Some(pack));
+    let Some(record) = record else { return Ok(None) };
+    let bytes = client.blob(repository, record.digest, MOVED_BYTES_MAX as u64).await?;
+    Ok(Moved::parse(&bytes).inspect_err(|error| tracing::debug!(%pack, %error, "a record is none")).ok())
 }
 
 /// A part of an old pack, from what comes of the new one.
@@ -173,7 +211,7 @@ mod tests {
     }
 
     fn told() -> Told {
-        Told { moved: Arc::new(moved()), by: 0 }
+        Told { moved: Arc::new(moved()), by: 0, artifact: None }
     }
 
     #[tokio::test]
@@ -223,10 +261,26 @@ mod tests {
         let frame = Frame { offset: 0, sealed_len: 2, plain_len: 2 };
         let next = Moved::new(PackId::from_bytes([3; 32]), [frame]);
         packs.learn(OLD, async { Ok::<_, ()>(told()) }).await.unwrap();
-        packs.learn(NEW, async { Ok::<_, ()>(Told { moved: Arc::new(next), by: 1 }) }).await.unwrap();
+        packs
+            .learn(NEW, async { Ok::<_, ()>(Told { moved: Arc::new(next), by: 1, artifact: None }) })
+            .await
+            .unwrap();
         assert_eq!(packs.forget(OLD), [0, 1]);
         assert_eq!((packs.known(OLD), packs.known(NEW)), (None, None));
         // of one that nobody moved nobody has said anything
         assert!(packs.forget(OLD).is_empty());
+    }
+
+    #[tokio::test]
+    async fn artifacts_that_were_found_false_are_remembered_once_each_and_only_the_last_ones() {
+        let packs = MovedPacks::default();
+        let artifact = |number: usize| Digest::of(&number.to_le_bytes());
+        for number in (0..2 * ARTIFACTS_MAX).chain([ARTIFACTS_MAX]) {
+            let told = Told { artifact: Some(artifact(number)), ..told() };
+            packs.learn(OLD, async { Ok::<_, ()>(told) }).await.unwrap();
+            packs.forget(OLD);
+        }
+        let last = (ARTIFACTS_MAX + 1..2 * ARTIFACTS_MAX).chain([ARTIFACTS_MAX]).map(artifact);
+        assert_eq!(*packs.disbelieved.lock(), last.collect::<Vec<_>>());
     }
 }
