@@ -239,6 +239,7 @@ async fn garbage(
 
 impl Gc<'_> {
     async fn run(&mut self) -> Result<(), StoreError> {
+        self.look_again().await?;
         let inventory = Inventory::read(self.objects).await?;
         let marked = self.marker.mark(&inventory, self.config.roots(self.now)).await?;
         let garbage = garbage(&self.marker, &inventory, &marked, self.config, self.now).await?;

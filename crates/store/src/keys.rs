@@ -17,6 +17,7 @@
 //! collecting/leases/<uuid>                 a process that takes things in, and its answer to collectors
 //! collecting/collectors/<20 digits>        who collects; the highest number counts
 //! collecting/condemned/<20 digits>         what a collector is about to delete
+//! collecting/hanging                       an artifact that a collector hangs on an image, and where
 //! quarantine/<4 digits>                    what nothing names, and since when
 //! damaged/<key>                            what was found damaged, out of the way
 //! ```
@@ -154,6 +155,10 @@ pub(crate) fn condemned_lists() -> Path {
 
 pub(crate) fn condemned(number: u64) -> Path {
     key(["collecting", "condemned", &format!("{number:020}")])
+}
+
+pub(crate) fn hanging() -> Path {
+    key(["collecting", "hanging"])
 }
 
 pub(crate) fn quarantines() -> Path {

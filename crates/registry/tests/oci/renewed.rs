@@ -1,6 +1,7 @@
 //! Packs that artifacts of the registry's own name: others that name the new packs take the place of these, and nobody else's go.
 
 mod copied;
+mod late;
 mod repaired;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -269,36 +270,6 @@ async fn an_artifact_is_replaced_in_every_repository_that_has_it() {
         is_there(&registry, repo, &artifact).await;
         assert_eq!(get(&registry, &format!("/v2/{repo}/blobs/{old}")).await, StatusCode::NOT_FOUND);
         is_whole(&registry, repo, &stays).await;
-    }
-    fsck(&registry.store).await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_old_artifact_that_was_hung_late_gets_the_new_one_beside_it() {
-    let (registry, stays, old) = mostly_dead().await;
-    push(&registry, "late", "t", &stays).await;
-    let image = Digest::of(&stays.manifest);
-    let (before, _) = artifact(&registry, "late", image).await;
-    let kept = |kind: &str| registry.directory().join(format!("objects/repos/late/{kind}"));
-    let (manifest, hung) =
-        (kept("manifests").join(before.hex()), kept("referrers").join(image.hex()).join(before.hex()));
-    let late = [manifest, hung].map(|path| (std::fs::read(&path).unwrap(), path));
-    late.iter().for_each(|(_, path)| std::fs::remove_file(path).unwrap());
-    let registry = restarted(registry).await;
-    assert_eq!(gc(&registry).await.repacked.packs, 1);
-    // whoever has read the record before that
-    for (bytes, path) in &late {
-        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-        std::fs::write(path, bytes).unwrap();
-    }
-    for _ in 0..2 {
-        gc(&registry).await;
-    }
-    for repo in ["app", "late"] {
-        let (now, new) = artifact(&registry, repo, image).await;
-        assert_ne!(now, before);
-        is_there(&registry, repo, &new).await;
-        assert_eq!(get(&registry, &format!("/v2/{repo}/blobs/{old}")).await, StatusCode::NOT_FOUND);
     }
     fsck(&registry.store).await;
 }

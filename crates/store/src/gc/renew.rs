@@ -14,16 +14,17 @@
 //! Where a new one hangs that is not on record, it is superseded by the old one, or put there once more.
 //!
 //! Nothing comes back that somebody deletes meanwhile: image and artifact are looked for right before, and once more when all is
-//! hung; where they went in between, the new one is condemned and taken down, unless they are there again. (A crash between the two
-//! looks, when somebody deleted an image between them, leaves an artifact without its image. It is garbage, but not where what
-//! is untagged is kept.) A process that hangs the old one on the image in another repository at this time has read the record
-//! before: the next collection finds that the new one is missing there.
+//! hung; where they went in between, the new one is condemned and taken down, unless they are there again. What is hung is written
+//! down before: where a collector dies between the two looks, the next one begins with the second look, since nobody could tell what
+//! is left then from what somebody keeps without its image. A process that hangs the old one on the image in another repository at
+//! this time has read the record before: the next collection finds that the new one is missing there.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use lamina_chunk::{MOVED_BYTES_MAX, PackId};
 use lamina_image::{Descriptor, Digest, MANIFEST_BYTES_MAX, Manifest, media_type};
+use serde::{Deserialize, Serialize};
 
 use super::Gc;
 use crate::inventory::Inventory;
@@ -46,6 +47,15 @@ struct Renewal {
     carried: Option<Carried>,
     /// The repositories where it is to hang, with those of the registry's own that do so.
     repos: BTreeMap<Repo, BTreeSet<Digest>>,
+}
+
+/// An artifact that is being hung on an image.
+#[derive(Debug, Serialize, Deserialize)]
+struct Hanging {
+    image: Digest,
+    artifact: Digest,
+    /// By repository, what has to hang there too.
+    beside: BTreeMap<String, BTreeSet<Digest>>,
 }
 
 /// An artifact, as bytes and as a referrers answer has it.
@@ -78,7 +88,11 @@ fn renewals(marker: &Marker, inventory: &Inventory, marked: &Marked) -> Vec<Rene
         match &carried {
             Some(carried) if !carried.packs.iter().all(is_there) => continue,
             Some(_) => {}
-            None => repos.retain(|_, hanging| !hanging.contains(&on_record)),
+            None => repos.retain(|repo, there| {
+                // a crash may have left it there hanging on nothing
+                let hangs = || inventory.has(&Named::Referrer(repo.clone(), image, on_record));
+                !(there.contains(&on_record) && hangs())
+            }),
         }
         if !repos.is_empty() {
             found.push(Renewal { image, on_record, carried, repos });
@@ -104,32 +118,26 @@ impl Gc<'_> {
         for renewal in all.into_iter().take(IMAGES_MAX) {
             self.renew_one(&inventory, renewal).await?;
         }
-        Ok(())
+        self.objects.delete(&keys::hanging()).await
     }
 
     async fn renew_one(&mut self, inventory: &Inventory, renewal: Renewal) -> Result<(), StoreError> {
         self.collector.check().await?;
         let Some(new) = self.renewed(inventory, &renewal).await? else { return Ok(()) };
         let Renewal { image, on_record, repos, .. } = renewal;
-        let mut hung = Vec::new();
+        let beside = repos.iter().map(|(repo, old)| (repo.to_string(), old.clone())).collect();
+        let hanging = Hanging { image, artifact: new.descriptor.digest, beside };
+        self.objects.put_json(&keys::hanging(), &hanging).await?;
+        let mut is_hung = false;
         for (repo, old) in repos {
             self.collector.check().await?;
             if self.still_hangs(&repo, image, &old).await? {
                 self.hang(inventory, &repo, image, &new).await?;
-                hung.push((repo, old));
+                is_hung = true;
             }
         }
-        let mut lost = Vec::new();
-        for (repo, old) in &hung {
-            if !self.still_hangs(repo, image, old).await? {
-                lost.push((repo.clone(), old));
-            }
-        }
-        let is_lost = !lost.is_empty();
-        if is_lost {
-            self.take_down(image, new.descriptor.digest, lost).await?;
-        }
-        if hung.is_empty() || is_lost || new.descriptor.digest == on_record {
+        let is_lost = self.take_down_lost(&hanging).await?;
+        if !is_hung || is_lost || new.descriptor.digest == on_record {
             return Ok(());
         }
         let key = keys::image(image);
@@ -214,15 +222,45 @@ impl Gc<'_> {
         manifests::put(self.objects, repo, put).await
     }
 
-    /// Takes a new artifact out of repositories again from which the image or all that it replaces went meanwhile.
-    async fn take_down(
-        &mut self,
-        image: Digest,
-        new: Digest,
-        lost: Vec<(Repo, &BTreeSet<Digest>)>,
-    ) -> Result<(), StoreError> {
+    /// Looks once more for a collector that died after it had hung an artifact.
+    pub(super) async fn look_again(&mut self) -> Result<(), StoreError> {
+        let mut hanging = match self.objects.json::<Hanging>(&keys::hanging()).await {
+            Ok(Some(hanging)) => hanging,
+            Ok(None) => return Ok(()),
+            Err(error @ (StoreError::Record { .. } | StoreError::TooLarge { .. })) => {
+                tracing::warn!(%error, "it is not known which artifact a collection was hanging that died");
+                return self.objects.delete(&keys::hanging()).await;
+            }
+            Err(error) => return Err(error),
+        };
+        // on record by now, it may hang alone
+        let record = self.objects.json::<ImageRecord>(&keys::image(hanging.image)).await?;
+        let on_record = record.and_then(|record| record.artifact).map(|artifact| artifact.digest);
+        hanging
+            .beside
+            .values_mut()
+            .for_each(|old| old.extend(on_record.filter(|it| *it == hanging.artifact)));
+        self.take_down_lost(&hanging).await?;
+        self.objects.delete(&keys::hanging()).await
+    }
+
+    /// Takes a new artifact out of repositories again from which the image or all that it replaces went meanwhile. Whether there are
+    /// any.
+    async fn take_down_lost(&mut self, hanging: &Hanging) -> Result<bool, StoreError> {
+        let (image, new) = (hanging.image, hanging.artifact);
         let names =
             |repo: &Repo| [Named::Referrer(repo.clone(), image, new), Named::Manifest(repo.clone(), new)];
+        let mut lost = Vec::new();
+        for (repo, old) in &hanging.beside {
+            let Ok(repo) = repo.parse::<Repo>() else { continue };
+            let is_there = self.objects.exists(&keys::manifest(&repo, new)).await?;
+            if is_there && !self.still_hangs(&repo, image, old).await? {
+                lost.push((repo, old));
+            }
+        }
+        if lost.is_empty() {
+            return Ok(false);
+        }
         let keys = lost.iter().flat_map(|(repo, _)| names(repo)).map(|named| named.key());
         let list = self.condemn(keys.collect::<Vec<_>>().into_iter(), &[]).await?;
         let mut doomed = Vec::new();
@@ -234,6 +272,7 @@ impl Gc<'_> {
         }
         doomed.sort_by_key(super::order);
         self.delete(&doomed).await?;
-        self.forgive(list).await
+        self.forgive(list).await?;
+        Ok(true)
     }
 }

@@ -99,6 +99,43 @@ async fn what_a_user_deletes_before_any_write_of_a_collection_that_replaces_arti
     assert!(repacked > 10, "it was deleted before anything was repacked");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_user_deletes_from_under_a_collection_stays_deleted_whatever_write_of_it_after_that_was_the_last()
+ {
+    let (full, stays, gone) = mostly_dead_of_ordinary_pushes().await;
+    delete_as_user(&full, gone).await;
+    let (config, image) = (GcConfig { keep_untagged: true, ..collects() }, Digest::of(&stays.manifest));
+    let writes = Arc::new(AtomicUsize::new(0));
+    let inner = Arc::new(full.fork());
+    let failing = Failing { inner, writes: Arc::clone(&writes), writes_max: usize::MAX, deletes: None };
+    assert_eq!(gc(Arc::new(failing), &config).await.unwrap().repacked.packs, 1);
+    let (all, mut left_behind) = (writes.load(Ordering::SeqCst), 0);
+    // artifacts are hung in the end
+    for (after, last) in
+        (all - 24..all).flat_map(|after| (after + 1..after + 9).map(move |last| (after, last)))
+    {
+        let (inner, done) = (Arc::new(full.fork()), Arc::new(AtomicBool::new(false)));
+        let deletes = Some(Deletes { image, after, done: Arc::clone(&done) });
+        let failing =
+            Failing { inner: Arc::clone(&inner), writes: Arc::default(), writes_max: last, deletes };
+        gc(Arc::new(failing), &config).await;
+        let hung = |contents: &Contents| {
+            contents.objects.keys().filter(|key| key.starts_with("repos/app/manifests/")).count()
+        };
+        if !done.load(Ordering::SeqCst) || hung(&Contents::read(&inner).await) == 0 {
+            continue;
+        }
+        left_behind += 1;
+        for _ in 0..2 {
+            gc(Arc::clone(&inner) as _, &config).await.unwrap();
+        }
+        let left = kept(&Contents::read(&inner).await).into_keys();
+        let left: Vec<String> = left.filter(|key| !key.starts_with("refs/")).collect();
+        assert!(left.is_empty(), "deleted before write {after}, crashed after {last}: {left:?}");
+    }
+    assert!(left_behind > 0, "no crash has left anything hanging");
+}
+
 /// Every layer of the image comes from what is left, also from chunks alone.
 async fn is_served(left: Arc<InMemory>, image: &Image) {
     let index = tempfile::tempdir().unwrap();
