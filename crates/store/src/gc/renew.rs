@@ -34,7 +34,9 @@ use crate::mark::{Carried, Marked, Marker, Roots};
 use crate::record::ImageRecord;
 use crate::{Repo, StoreError};
 
-/// Images in one collection, at some ten small requests for each repository. The next one goes on.
+/// Images in one collection, at some ten small requests for each repository. The next one goes on: an image that had its turn is not
+/// found again, unless somebody changed it meanwhile, and none is found that can never be renewed (`may_be_replaced`), so the first
+/// ones do not keep the others waiting.
 const IMAGES_MAX: usize = 4096;
 
 /// An image that is to get another artifact somewhere.
