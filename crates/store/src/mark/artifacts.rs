@@ -6,7 +6,8 @@
 //! nothing leads to it any more.
 //!
 //! But somebody may have come to rely on an artifact by its name. One that is tagged, that an index lists, or on which something
-//! hangs in its turn is left alone, and so is one that is in a repository without its image.
+//! hangs in its turn is left alone, and so is one that is in a repository without its image. This counts in every repository, also in
+//! one that has nothing of what it names: marks go by digests, so an old pack would stay for it anyway, now beside a new one.
 
 use std::collections::{BTreeMap, BTreeSet};
 
