@@ -283,3 +283,32 @@ impl Converter {
         Ok(parse_config(&manifest, &config).map(|config| config.rootfs.diff_ids).unwrap_or_default())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use lamina_store::{Store, StoreConfig};
+
+    use super::*;
+    use crate::RegistryConfig;
+    use crate::learn::Learner;
+    use crate::metrics::Metrics;
+
+    #[tokio::test]
+    async fn who_has_read_an_old_record_hangs_what_is_on_record_of_the_same_tree_by_now() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = StoreConfig::new(directory.path().join("index"));
+        let store = Store::open_directory(directory.path(), store).await.unwrap();
+        let config = RegistryConfig::default();
+        let learner = Arc::new(Learner::new(store.clone(), config.trace_every, config.clock));
+        let converter = Converter::new(store.clone(), config, learner, Metrics::default());
+        let [image, tree, other] = ["image", "tree", "other"].map(|text| Digest::of(text.as_bytes()));
+        let [old, new] = ["old", "new"].map(|text| Descriptor::of(media_type::OCI_MANIFEST, text.as_bytes()));
+        assert_eq!(converter.artifact_now(image, tree, &old).await.unwrap(), old);
+        let (tree_blob, artifact) = (Descriptor::named(media_type::TREE, tree, 4), Some(new.clone()));
+        let record = ImageRecord { tree: Some(tree_blob), artifact, ..ImageRecord::queued(0) };
+        store.put_image(image, &record).await.unwrap();
+        for (tree, now) in [(tree, &new), (other, &old)] {
+            assert_eq!(converter.artifact_now(image, tree, &old).await.unwrap(), *now);
+        }
+    }
+}
