@@ -1,7 +1,7 @@
 //! A cache whose disk is small, full, broken, or not its own.
 
 use std::collections::HashMap;
-use std::ffi::OsString;
+use std::ffi::{CStr, OsString};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -20,6 +20,9 @@ use crate::rig::{DEADLINE, Rig, text};
 
 const FILES: u64 = 6;
 const FILE_BYTES: usize = 4_000_000;
+
+/// The image of number 1.
+const FIRST: &str = "image-1:t";
 
 /// An image that has its own contents for each `number`.
 fn push(rig: &Rig, number: u64) -> Result<String> {
@@ -97,6 +100,14 @@ fn the_cap_holds_to_the_byte_while_eight_images_larger_than_the_cache_start_at_o
     Ok(())
 }
 
+/// A file system in memory for the cache, as long as what this gives.
+fn cache_in_memory(rig: &Rig, options: &CStr) -> Result<MountGuard> {
+    let cache = rig.path("cache");
+    fs::create_dir(&cache)?;
+    rustix::mount::mount("tmpfs", &cache, "tmpfs", MountFlags::empty(), options)?;
+    Ok(MountGuard::new(&cache))
+}
+
 /// A small file system for the cache, whose disk can be made to fail.
 struct Disk {
     image: PathBuf,
@@ -138,13 +149,9 @@ impl Disk {
 #[test]
 fn a_full_disk_leaves_a_working_mount() -> Result<()> {
     let rig = Rig::new()?;
-    let name = push(&rig, 1)?;
-    let cache = rig.path("cache");
-    fs::create_dir(&cache)?;
-    rustix::mount::mount("tmpfs", &cache, "tmpfs", MountFlags::empty(), c"size=6m,mode=0700")?;
-    let _guard = MountGuard::new(&cache);
-    let mounted = rig.path("mount");
-    rig.ok(&["mount", "--no-boot", "--no-trace", &name, &text(&mounted)])?;
+    push(&rig, 1)?;
+    let _guard = cache_in_memory(&rig, c"size=6m,mode=0700")?;
+    let mounted = rig.mount_plain(FIRST)?;
     reads_right(&mounted, 1)?;
     ensure!(rig.counter("disk_failures")? > 0, "the disk was never full");
     ensure!(rig.counter("verify_failures")? == 0);
@@ -154,10 +161,9 @@ fn a_full_disk_leaves_a_working_mount() -> Result<()> {
 #[test]
 fn a_disk_that_fails_leaves_a_working_mount() -> Result<()> {
     let rig = Rig::new()?;
-    let name = push(&rig, 1)?;
+    push(&rig, 1)?;
     let disk = Disk::new(&rig)?;
-    let mounted = rig.path("mount");
-    rig.ok(&["mount", "--no-boot", "--no-trace", &name, &text(&mounted)])?;
+    let mounted = rig.mount_plain(FIRST)?;
     fs::read(mounted.join("file-0"))?;
     ensure!(rig.counter("written_frames")? > 0);
     // from here on every block behind the first ones cannot be read or written any more
@@ -199,8 +205,7 @@ fn a_disk_that_turns_read_only_leaves_a_working_mount_and_is_named_at_the_next_s
     let rig = Rig::new()?;
     let name = push(&rig, 1)?;
     let disk = Disk::new(&rig)?;
-    let mounted = rig.path("mount");
-    rig.ok(&["mount", "--no-boot", "--no-trace", &name, &text(&mounted)])?;
+    let mounted = rig.mount_plain(FIRST)?;
     fs::read(mounted.join("file-0"))?;
     disk.turn_read_only()?;
     reads_right(&mounted, 1)?;
@@ -218,12 +223,9 @@ fn a_disk_that_turns_read_only_leaves_a_working_mount_and_is_named_at_the_next_s
 #[test]
 fn a_directory_on_a_read_only_mount_is_refused_until_it_can_be_written() -> Result<()> {
     let mut rig = Rig::new()?;
-    let name = push(&rig, 1)?;
-    let (cache, mounted) = (rig.path("cache"), rig.path("mount"));
-    fs::create_dir(&cache)?;
-    rustix::mount::mount("tmpfs", &cache, "tmpfs", MountFlags::empty(), c"size=64m,mode=0700")?;
-    let _guard = MountGuard::new(&cache);
-    rig.ok(&["mount", "--no-boot", "--no-trace", &name, &text(&mounted)])?;
+    let (name, cache) = (push(&rig, 1)?, rig.path("cache"));
+    let _guard = cache_in_memory(&rig, c"size=64m,mode=0700")?;
+    let mounted = rig.mount_plain(FIRST)?;
     reads_right(&mounted, 1)?;
     rig.unmount()?;
     rig.node_ended()?;

@@ -266,15 +266,22 @@ async fn follow(registry: &Registry, pack: PackId) -> Option<PackId> {
     reply.status.is_success().then(|| Moved::parse(&reply.body).unwrap().pack())
 }
 
-#[tokio::test]
-async fn frames_that_were_moved_twice_are_found_over_both_moves() {
-    let mut registry = Registry::start().await;
+/// Images `first`, `second` and `third` of one pack, the later ones with less of it, so that it is moved when the first one goes, and
+/// its new one when the second one does.
+async fn three_of_one_pack() -> (Registry, [Pushed; 2], PackId) {
+    let registry = Registry::start().await;
     let (a, b, c) = (noise(1_000_000, 1), noise(1_000_000, 2), noise(6_000_000, 3));
     let first = Pushed::to(&registry, "first", vec![tar_of(&[("a", &a), ("b", &b), ("c", &c)])]).await;
-    Pushed::to(&registry, "second", vec![tar_of(&[("a", &a), ("b", &b), ("x", b"x")])]).await;
+    let second = Pushed::to(&registry, "second", vec![tar_of(&[("a", &a), ("b", &b), ("x", b"x")])]).await;
     let third = Pushed::to(&registry, "third", vec![tar_of(&[("a", &a[..300_000]), ("y", b"y")])]).await;
     let old = *first.packs().first().unwrap();
-    assert!(third.packs().contains(&old));
+    assert!(second.packs().contains(&old) && third.packs().contains(&old));
+    (registry, [second, third], old)
+}
+
+#[tokio::test]
+async fn frames_that_were_moved_twice_are_found_over_both_moves() {
+    let (mut registry, [_, third], old) = three_of_one_pack().await;
     for tag in ["first", "second"] {
         delete_tag(&registry, tag).await;
         registry = restarted(registry).await;
@@ -315,13 +322,7 @@ fn bring_again(files: &[(std::path::PathBuf, Vec<u8>)]) {
 
 #[tokio::test]
 async fn a_pack_that_comes_again_stays_where_its_frames_were_lost_on_a_later_move() {
-    let mut registry = Registry::start().await;
-    let (a, b, c) = (noise(1_000_000, 1), noise(1_000_000, 2), noise(6_000_000, 3));
-    let first = Pushed::to(&registry, "first", vec![tar_of(&[("a", &a), ("b", &b), ("c", &c)])]).await;
-    let second = Pushed::to(&registry, "second", vec![tar_of(&[("a", &a), ("b", &b), ("x", b"x")])]).await;
-    let third = Pushed::to(&registry, "third", vec![tar_of(&[("a", &a[..300_000]), ("y", b"y")])]).await;
-    let old = *first.packs().first().unwrap();
-    assert!(second.packs().contains(&old) && third.packs().contains(&old));
+    let (mut registry, [second, third], _) = three_of_one_pack().await;
     let manifest = registry.get("/v2/app/manifests/second").await.expect(StatusCode::OK).body;
     let blobs: Vec<Bytes> = second.blobs().collect();
     let files = read_packs(&registry, second.packs());
