@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
-use lamina_chunk::{Frame, Moved, MovedFrame, PackId};
+use lamina_chunk::{Frame, MOVED_BYTES_MAX, Moved, MovedFrame, PackId};
 use lamina_image::{Descriptor, Digest, Document, Manifest, media_type};
 use lamina_testkit::image::Image;
 use lamina_testkit::noise;
@@ -301,7 +301,8 @@ fn an_artifact_that_lies_about_where_a_pack_went_does_not_hide_the_one_that_is_r
     let old = layers[at].moved_pack().context("a record")?;
     let lies = lies(&moved(&copied.rig)?)?.map(|(what, lie)| (what, lie.to_bytes()));
     let (name, point) = (copied.home.name("app:stays"), text(&copied.rig.path("mount")));
-    for (number, (what, lie)) in (1..).zip(lies.into_iter().chain([("no record", b"{}".to_vec())])) {
+    let others = [("no record", b"{}".to_vec()), ("more than is taken", vec![0; MOVED_BYTES_MAX + 1])];
+    for (number, (what, lie)) in (1..).zip(lies.into_iter().chain(others)) {
         let mut artifact = copied.artifact.clone();
         artifact.layers[at] = Descriptor::of_moved(old, &lie);
         copied.push_blob(lie)?;

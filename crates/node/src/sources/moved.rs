@@ -74,17 +74,21 @@ impl MovedPacks {
             let disbelieved = self.disbelieved.lock();
             artifacts.sort_by_key(|artifact| disbelieved.iter().position(|it| it == artifact));
         }
+        let mut failed = None;
         for artifact in artifacts {
-            match carried_by(client, repository, (artifact, pack)).await {
+            match carried_by(client, repository, artifact, pack).await {
                 Ok(Some(moved)) => return Ok(Some((moved, artifact))),
                 Ok(None) => {}
-                Err(error) if error.is_unserved() => {
-                    tracing::debug!(%artifact, %pack, %error, "asking the next")
+                Err(error) => {
+                    tracing::debug!(%artifact, %pack, %error, "asking the next");
+                    // one that comes wrong or is not there may be so for ever; whoever did not answer may be asked again
+                    let is_lasting = error.is_unserved()
+                        || matches!(error, WireError::WrongBytes { .. } | WireError::Length { .. });
+                    failed = failed.or(Some(error).filter(|_| !is_lasting));
                 }
-                Err(error) => return Err(error),
             }
         }
-        Ok(None)
+        failed.map_or(Ok(None), Err)
     }
 
     /// Where a pack went, if that was asked and answered.
@@ -153,7 +157,8 @@ impl MovedPacks {
 async fn carried_by(
     client: &Client,
     repository: &str,
-    (artifact, pack): (Digest, PackId),
+    artifact: Digest,
+    pack: PackId,
 ) -> Result<Option<Moved>, WireError> {
     let artifact = client.manifest(repository, &Version::Digest(artifact)).await?;
     let document = Document::parse(&artifact.media_type, &artifact.bytes);
