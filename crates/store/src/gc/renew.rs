@@ -242,7 +242,12 @@ impl Gc<'_> {
             .beside
             .values_mut()
             .for_each(|old| old.extend(on_record.filter(|it| *it == hanging.artifact)));
-        self.take_down_lost(&hanging).await?;
+        // since then somebody may have come to need it, who keeps it
+        let inventory = Inventory::read(self.objects).await?;
+        let marked = self.marker.mark(&inventory, self.config.roots(self.now)).await?;
+        if !self.marker.is_relied_on(&inventory, &marked, hanging.artifact) {
+            self.take_down_lost(&hanging).await?;
+        }
         self.objects.delete(&keys::hanging()).await
     }
 

@@ -138,6 +138,18 @@ impl Marker {
         own
     }
 
+    /// Whether a manifest is tagged, listed by another one, or has something hung on it, as far as marks have come.
+    pub(crate) fn is_relied_on(&self, inventory: &Inventory, marked: &Marked, digest: Digest) -> bool {
+        let mut listed = self.documents.values().flat_map(|document| document.manifests.iter().flatten());
+        let mut hung_on = inventory.keys().filter_map(|named| match named {
+            Named::Referrer(_, subject, _) => Some(*subject),
+            _ => None,
+        });
+        marked.tagged.contains(&digest)
+            || listed.any(|child| child.digest == digest)
+            || hung_on.any(|subject| subject == digest)
+    }
+
     /// Whether it is known what it has to name, and whether that fits into a manifest: of what does not fit a conversion leaves some
     /// out.
     fn may_be_replaced(&self, inventory: &Inventory, document: &Document, moves: usize) -> bool {

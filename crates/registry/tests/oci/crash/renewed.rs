@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use lamina_image::Digest;
-use lamina_store::{GcConfig, Store, StoreConfig};
+use lamina_store::{GcConfig, Repo, Store, StoreConfig};
 use object_store::memory::InMemory;
 
 use super::{
@@ -24,6 +24,22 @@ async fn mostly_dead_of_ordinary_pushes() -> (Arc<InMemory>, Image, Digest) {
     assert!(push_as(Arc::clone(&full) as _, &stays, "v1", || false).await);
     untag(&full, "v0").await;
     (full, stays, Digest::of(&gone.manifest))
+}
+
+/// The same, where somebody has tagged each manifest that is there.
+async fn tagged(left: Arc<InMemory>) -> Arc<InMemory> {
+    let index = tempfile::tempdir().unwrap();
+    let store =
+        Store::open(Arc::clone(&left) as _, StoreConfig::new(index.path().join("index"))).await.unwrap();
+    let repo: Repo = "app".parse().unwrap();
+    for (number, key) in Contents::read(&left).await.objects.into_keys().enumerate() {
+        let Some(hex) = key.strip_prefix("repos/app/manifests/") else { continue };
+        let digest: Digest = format!("sha256:{hex}").parse().unwrap();
+        let tag = format!("kept-{number}").parse().unwrap();
+        assert!(store.set_tag(&repo, &tag, Some(digest)).await.unwrap());
+    }
+    store.close().await.unwrap();
+    left
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -126,6 +142,13 @@ async fn what_a_user_deletes_from_under_a_collection_stays_deleted_whatever_writ
             continue;
         }
         left_behind += 1;
+        // now and then somebody has tagged it meanwhile
+        if left_behind % 8 == 1 {
+            let relied_on = tagged(Arc::new(inner.fork())).await;
+            gc(Arc::clone(&relied_on) as _, &config).await.unwrap();
+            let left = hung(&Contents::read(&relied_on).await);
+            assert!(left > 0, "deleted before write {after}, crashed after {last}: tagged, and gone");
+        }
         for _ in 0..2 {
             gc(Arc::clone(&inner) as _, &config).await.unwrap();
         }
