@@ -112,9 +112,9 @@ impl Follow {
     /// Whether an image that needs something damaged can be converted again without it: its own documents and original
     /// layers are good, or rebuilt from what is good, and its manifest binds no tree.
     fn is_convertible(&self, damaged: &Named, link: &Link) -> bool {
-        // an artifact needs what it lists, and goes with the image that it hangs on
+        // an artifact needs what it lists, and goes with the image that it hangs on; not from under a tag
         if self.image_of(link).is_some() {
-            return true;
+            return !self.tags.contains_key(link);
         }
         let Some(document) = self.documents.get(&link.1) else { return false };
         let mut originals = document.blobs();
@@ -220,10 +220,14 @@ impl Keeper {
             for link in links {
                 self.objects.delete(&link.key()).await?;
             }
-            // a record that leads there leads nowhere
-            let moved = follow.found.moved.iter();
-            for (old, _) in moved.filter(|(_, moved)| Digest::from(moved.pack()) == *digest) {
-                self.objects.delete(&keys::moved(*old)).await?;
+            // the records that lead there lead nowhere; the one that does so itself goes last, so that none is left that leads to it
+            let steps =
+                |old: &PackId| follow.found.moved_to(Digest::from(*old)).iter().position(|to| to == digest);
+            let mut leading: Vec<_> =
+                follow.found.moved.keys().filter_map(|old| Some((steps(old)?, *old))).collect();
+            leading.sort_unstable_by(|one, other| other.cmp(one));
+            for (_, old) in leading {
+                self.objects.delete(&keys::moved(old)).await?;
             }
         }
         for (layer, record) in &follow.found.layers {
