@@ -382,14 +382,19 @@ async fn of_a_pack_that_was_moved_nothing_is_offered_while_it_is_here_or_comes_a
         std::fs::read(registry.directory().join(format!("objects/blobs/sha256/{}", Digest::from(old).hex())));
     let bytes = Bytes::from(bytes.unwrap());
     assert_eq!(gc(&registry).await.repacked.packs, 1);
-    for come_again in [false, true] {
-        if come_again {
-            registry.push_blob("app", &bytes).await;
-            registry.store.admit_pack(old).await.unwrap();
+    let records = registry.store.pack_records(old).await.unwrap();
+    for how in ["it is here", "it is pushed again", "it is made again"] {
+        match how {
+            "it is pushed again" => {
+                registry.push_blob("app", &bytes).await;
+                registry.store.admit_pack(old).await.unwrap();
+            }
+            "it is made again" => registry.store.put_pack(old, bytes.clone(), &records).await.unwrap(),
+            _ => {}
         }
-        assert_eq!(registry.store.find_chunks(&[dead]).await, [None], "{come_again}");
+        assert_eq!(registry.store.find_chunks(&[dead]).await, [None], "{how}");
         registry = restarted(registry).await;
-        assert_eq!(registry.store.find_chunks(&[dead]).await, [None], "{come_again}, another process");
+        assert_eq!(registry.store.find_chunks(&[dead]).await, [None], "{how}, another process");
     }
     // so it goes though what it has is pushed anew
     push(&registry, "app", "again", &image((2, OWN))).await;
