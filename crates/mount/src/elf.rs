@@ -7,11 +7,11 @@
 use std::collections::HashSet;
 use std::ops::Range;
 
+use lamina_image::PAGE_BYTES;
+
 mod code;
 mod constructors;
 
-/// Bytes of a page.
-const PAGE_BYTES: u64 = 4096;
 /// Segments looked at.
 const LOADS_MAX: usize = 16;
 /// Libraries that one needs, at most.

@@ -12,14 +12,12 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use bytes::Bytes;
 use fuser::{INodeNo, Notifier};
-use lamina_image::{Ino, Tree, TreeError};
+use lamina_image::{Ino, PAGE_BYTES, Tree, TreeError};
 
 use crate::bits::Bits;
 use crate::metrics::{Counters, add, one};
 use crate::order::Touch;
 
-/// Bytes of a page, in which the kernel keeps files.
-const PAGE_BYTES: u64 = 4096;
 /// Frames whose runs wait for the thread: some milliseconds of its work, and at most 8 MiB. What does not fit is left out.
 const QUEUE_FRAMES: usize = 32;
 /// Small files in a frame of which each may take a page more than it has bytes.

@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use lamina_cache::{Class, Want};
-use lamina_image::Ino;
+use lamina_image::{Ino, PAGE_BYTES};
 
 use super::{FRAMES_MAX, Loading, PAGES_MAX, Relocated};
 use crate::ahead::Ahead;
@@ -26,8 +26,6 @@ const PIECE_BYTES: u64 = 1 << 20;
 /// Of one library no more pieces are read, and together no more bytes. Libraries of CUDA have at most some 50 of them, and 5 MiB.
 const PIECES_MAX: usize = 256;
 const PIECES_BYTES: u64 = 16 << 20;
-/// Bytes of a page.
-const PAGE_BYTES: u64 = 4096;
 /// Frames asked for at once: some 1.5 MiB. Others' relocations, which are needed sooner, come between.
 const BATCH: usize = 32;
 
