@@ -245,7 +245,7 @@ impl Gc<'_> {
         // since then somebody may have come to need it, who keeps it
         let inventory = Inventory::read(self.objects).await?;
         let marked = self.marker.mark(&inventory, self.config.roots(self.now)).await?;
-        if !self.marker.is_relied_on(&inventory, &marked, hanging.artifact) {
+        if !self.marker.relied_on(&inventory, &marked).any(|it| it == hanging.artifact) {
             self.take_down_lost(&hanging).await?;
         }
         self.objects.delete(&keys::hanging()).await

@@ -116,38 +116,31 @@ impl Marker {
                 own.insert(*digest, OwnArtifact { image, repos: BTreeSet::new() });
             }
         }
-        let listed = self.documents.values().flat_map(|document| document.manifests.iter().flatten());
-        for relied_on in listed.map(|child| &child.digest).chain(&marked.tagged) {
-            own.remove(relied_on);
+        for relied_on in self.relied_on(inventory, marked) {
+            own.remove(&relied_on);
         }
         for named in inventory.keys() {
-            match named {
-                Named::Referrer(_, subject, _) => drop(own.remove(subject)),
-                Named::Manifest(repo, digest) => {
-                    let Some(artifact) = own.get_mut(digest) else { continue };
-                    let image = Named::Manifest(repo.clone(), artifact.image);
-                    match inventory.has(&image) {
-                        true => drop(artifact.repos.insert(repo.clone())),
-                        false => drop(own.remove(digest)),
-                    }
-                }
-                _ => {}
+            let Named::Manifest(repo, digest) = named else { continue };
+            let Some(artifact) = own.get_mut(digest) else { continue };
+            let image = Named::Manifest(repo.clone(), artifact.image);
+            match inventory.has(&image) {
+                true => drop(artifact.repos.insert(repo.clone())),
+                false => drop(own.remove(digest)),
             }
         }
         own.retain(|_, artifact| !artifact.repos.is_empty());
         own
     }
 
-    /// Whether a manifest is tagged, listed by another one, or has something hung on it, as far as marks have come.
-    pub(crate) fn is_relied_on(&self, inventory: &Inventory, marked: &Marked, digest: Digest) -> bool {
-        let mut listed = self.documents.values().flat_map(|document| document.manifests.iter().flatten());
-        let mut hung_on = inventory.keys().filter_map(|named| match named {
+    /// The manifests that are tagged, that another one lists, or on which something hangs, as far as marks have come; some more
+    /// than once.
+    pub(crate) fn relied_on(&self, inventory: &Inventory, marked: &Marked) -> impl Iterator<Item = Digest> {
+        let listed = self.documents.values().flat_map(|document| document.manifests.iter().flatten());
+        let hung_on = inventory.keys().filter_map(|named| match named {
             Named::Referrer(_, subject, _) => Some(*subject),
             _ => None,
         });
-        marked.tagged.contains(&digest)
-            || listed.any(|child| child.digest == digest)
-            || hung_on.any(|subject| subject == digest)
+        listed.map(|child| child.digest).chain(marked.tagged.iter().copied()).chain(hung_on)
     }
 
     /// Whether it is known what it has to name, and whether that fits into a manifest: of what does not fit a conversion leaves some
