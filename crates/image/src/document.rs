@@ -113,6 +113,12 @@ impl Descriptor {
         Self { annotations, ..Self::of(media_type::MOVED, record) }
     }
 
+    /// The tree that it hangs on what it is a referrer of, where it is such an artifact.
+    pub fn hung_tree(&self) -> Option<Digest> {
+        let is_tree = self.artifact_type.as_deref() == Some(media_type::TREE);
+        self.annotations.get(TREE_ANNOTATION).filter(|_| is_tree)?.parse().ok()
+    }
+
     /// The pack of which it says where the frames are now, where it names a moved record.
     pub fn moved_pack(&self) -> Option<PackId> {
         let pack = self.annotations.get(MOVED_ANNOTATION).filter(|_| self.media_type == media_type::MOVED)?;

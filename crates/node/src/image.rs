@@ -1,6 +1,6 @@
 //! From a reference to a manifest and its tree's digest.
 
-use lamina_image::{Digest, Document, Manifest, Platform, TREE_ANNOTATION, media_type};
+use lamina_image::{Descriptor, Digest, Document, Manifest, Platform, media_type};
 use lamina_wire::{Client, Reference, Version};
 
 use crate::NodeError;
@@ -74,8 +74,7 @@ async fn referred_tree(
     manifest: &Manifest,
 ) -> Result<Digest, NodeError> {
     let referrers = client.referrers(&reference.repository, digest, media_type::TREE).await?;
-    let named = referrers.iter().find_map(|one| one.annotations.get(TREE_ANNOTATION)?.parse().ok());
-    if let Some(tree) = named {
+    if let Some(tree) = referrers.iter().find_map(Descriptor::hung_tree) {
         return Ok(tree);
     }
     let why = match manifest.is_image() {

@@ -1,7 +1,7 @@
 //! Lists: repositories, tags of a repository, and what hangs on a manifest.
 
 use http::{HeaderValue, Response, StatusCode, header};
-use lamina_image::{Descriptor, Digest, Index, TREE_ANNOTATION, media_type};
+use lamina_image::{Descriptor, Digest, Index, media_type};
 use lamina_store::Repo;
 use serde_json::json;
 
@@ -90,18 +90,15 @@ impl Api {
         image: Digest,
         manifests: &mut Vec<Descriptor>,
     ) -> Result<(), ApiError> {
-        let is_tree = |manifest: &Descriptor| manifest.artifact_type.as_deref() == Some(media_type::TREE);
         // each mount asks for this list: the usual one costs no more
-        if manifests.iter().filter(|manifest| is_tree(manifest)).count() < 2 {
+        if manifests.iter().filter_map(Descriptor::hung_tree).count() < 2 {
             return Ok(());
         }
         let Some(record) = self.store.image(image).await? else { return Ok(()) };
         let (Some(tree), Some(now)) = (record.tree, record.artifact) else { return Ok(()) };
         // one that came since the list was read is not in it
         if manifests.iter().any(|manifest| manifest.digest == now.digest) {
-            let tree = tree.digest.to_string();
-            let is_same = |it: &Descriptor| it.annotations.get(TREE_ANNOTATION) == Some(&tree);
-            manifests.retain(|it| it.digest == now.digest || !is_tree(it) || !is_same(it));
+            manifests.retain(|it| it.digest == now.digest || it.hung_tree() != Some(tree.digest));
         }
         Ok(())
     }

@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use lamina_chunk::{MOVES_MAX, Moved, PACK_BYTES_MAX, PackId};
-use lamina_image::{Descriptor, Digest, Hasher, TREE_ANNOTATION, media_type};
+use lamina_image::{Descriptor, Digest, Hasher};
 use serde::de::DeserializeOwned;
 
 use crate::inventory::Inventory;
@@ -109,7 +109,7 @@ impl Found {
                 Named::Referrer(repo, subject, digest) => {
                     let read = record::<Descriptor>(objects, named).await?;
                     read.map(|record| {
-                        let tree = record.as_ref().and_then(hung_tree);
+                        let tree = record.as_ref().and_then(Descriptor::hung_tree);
                         self.hung.extend(tree.map(|tree| ((repo.clone(), *digest), (*subject, tree))));
                     })
                 }
@@ -148,12 +148,6 @@ impl Found {
         let next = |pack: &Digest| Some(Digest::from(self.moved.get(&PackId::try_from(*pack).ok()?)?.pack()));
         std::iter::successors(next(&pack), next).take(MOVES_MAX).collect()
     }
-}
-
-/// The tree that a referrer hangs on an image.
-fn hung_tree(referrer: &Descriptor) -> Option<Digest> {
-    let is_tree = referrer.artifact_type.as_deref() == Some(media_type::TREE);
-    referrer.annotations.get(TREE_ANNOTATION).filter(|_| is_tree)?.parse().ok()
 }
 
 /// Reads a record; the inner error says why it does not parse. `None` where it has gone since the listing.

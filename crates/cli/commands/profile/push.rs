@@ -9,8 +9,7 @@ use bytes::Bytes;
 use lamina_chunk::{Chunk, FrameId, PackId, Place, Sealed};
 use lamina_image::{
     BootHad, BootPack, COMMANDS_MAX, CommandKey, Descriptor, Digest, Document, PROFILE_ANNOTATION,
-    PROFILE_BYTES_MAX, Profile, Start, Starts, TREE_ANNOTATION, TREE_BYTES_MAX, Tree, build_boot, media_type,
-    unpack_tree,
+    PROFILE_BYTES_MAX, Profile, Start, Starts, TREE_BYTES_MAX, Tree, build_boot, media_type, unpack_tree,
 };
 use lamina_node::{KeptTrace, KeptTraces};
 use lamina_wire::{CREATED_ANNOTATION, Client, created_after, read_trace};
@@ -129,7 +128,7 @@ impl Image<'_> {
             None => {
                 let listed =
                     self.client.referrers(self.repository(), self.manifest, media_type::TREE).await?;
-                let named = listed.iter().find_map(|one| one.annotations.get(TREE_ANNOTATION)?.parse().ok());
+                let named = listed.iter().find_map(Descriptor::hung_tree);
                 named
                     .with_context(|| format!("{} has no tree; push it with `lamina push`", self.reference))?
             }
