@@ -11,9 +11,10 @@ use std::path::Path;
 use anyhow::{Context, Result, anyhow, bail};
 use bytes::Bytes;
 use lamina_image::{
-    CommandKey, Descriptor, Digest, Document, MANIFEST_BYTES_MAX, PROFILE_ANNOTATION, PROFILE_BYTES_MAX,
-    Process, Profile, media_type, parse_config,
+    CommandKey, Descriptor, Digest, Document, PROFILE_ANNOTATION, PROFILE_BYTES_MAX, Process, Profile,
+    media_type,
 };
+use lamina_node::image_process;
 use lamina_wire::{Client, Reference};
 
 use super::client_config;
@@ -57,14 +58,7 @@ impl<'a> Image<'a> {
         let Document::Manifest(manifest) = &self.document else {
             bail!("{} has no image for this machine", self.reference);
         };
-        if !manifest.is_image() {
-            bail!("{} is an artifact of type {}", self.reference, manifest.config.media_type);
-        }
-        let max = MANIFEST_BYTES_MAX as u64;
-        let bytes = self.client.blob(self.repository(), manifest.config.digest, max).await?;
-        let config =
-            parse_config(manifest, &bytes).with_context(|| format!("{}: its config", self.reference))?;
-        Ok(config.config.unwrap_or_default())
+        Ok(image_process(&self.client, self.reference, manifest).await?)
     }
 
     /// What of an artifact type hangs on the image.

@@ -1,6 +1,8 @@
 //! From a reference to a manifest and its tree's digest.
 
-use lamina_image::{Descriptor, Digest, Document, Manifest, Platform, media_type};
+use lamina_image::{
+    Descriptor, Digest, Document, MANIFEST_BYTES_MAX, Manifest, Platform, Process, media_type, parse_config,
+};
 use lamina_wire::{Client, Reference, Version};
 
 use crate::NodeError;
@@ -65,6 +67,22 @@ pub(crate) async fn find_manifest(
         });
     };
     Ok((fetched.digest, manifest, requests))
+}
+
+/// How an image wants its programs run, as its config says. One request.
+pub async fn image_process(
+    client: &Client,
+    reference: &Reference,
+    manifest: &Manifest,
+) -> Result<Process, NodeError> {
+    if !manifest.is_image() {
+        let kind = &manifest.config.media_type;
+        return Err(NodeError::Request(format!("{reference} is an artifact of type {kind}")));
+    }
+    let bytes = client.blob(&reference.repository, manifest.config.digest, MANIFEST_BYTES_MAX as u64).await?;
+    let wrong = |error| NodeError::Document { reference: reference.to_string(), error };
+    let config = parse_config(manifest, &bytes).map_err(wrong)?;
+    Ok(config.config.unwrap_or_default())
 }
 
 async fn referred_tree(

@@ -36,7 +36,7 @@ pub use daemon::{Node, NodeConfig};
 pub use error::NodeError;
 pub use held::Held;
 pub use holder::{HolderConfig, hold};
-pub use image::{Found, find_image};
+pub use image::{Found, find_image, image_process};
 pub use metrics::serve_metrics;
 pub use restore::Restored;
 pub use server::serve;

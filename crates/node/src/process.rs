@@ -6,12 +6,12 @@
 
 use std::path::Path;
 
-use lamina_image::{Digest, MANIFEST_BYTES_MAX, Platform, Process, parse_config};
+use lamina_image::{Digest, Platform, Process};
 use lamina_wire::proto::{ProcessRequest, ProcessResponse};
 use lamina_wire::{Client, Reference, Version};
 use serde::{Deserialize, Serialize};
 
-use crate::image::find_manifest;
+use crate::image::{find_manifest, image_process};
 use crate::remembered::Remembered;
 use crate::resolve::within;
 use crate::{Node, NodeError};
@@ -77,15 +77,7 @@ async fn find(
     if let Some(known) = before.filter(|known| known.manifest == digest.to_string()) {
         return Ok((digest, known.process.clone()));
     }
-    if !manifest.is_image() {
-        let kind = &manifest.config.media_type;
-        return Err(NodeError::Request(format!("{reference} is an artifact of type {kind}")));
-    }
-    let (repository, max) = (&reference.repository, MANIFEST_BYTES_MAX as u64);
-    let bytes = client.blob(repository, manifest.config.digest, max).await?;
-    let wrong = |error| NodeError::Document { reference: reference.to_string(), error };
-    let config = parse_config(&manifest, &bytes).map_err(wrong)?;
-    Ok((digest, config.config.unwrap_or_default()))
+    Ok((digest, image_process(client, reference, &manifest).await?))
 }
 
 impl Configs {
