@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use lamina_chunk::{Chunk, FrameId};
+use lamina_chunk::{Chunk, FrameId, Sealed};
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, watch};
 use tokio::time::{sleep, timeout};
@@ -180,6 +180,10 @@ impl Cache {
         self.shared.disk.unpin(ids);
     }
 
+    pub(crate) fn shared(&self) -> &Shared {
+        &self.shared
+    }
+
     /// What says that the directory is this process's: as long as a copy of it is open, no other takes the directory but by
     /// [`Cache::open_locked`].
     pub fn lock(&self) -> io::Result<OwnedFd> {
@@ -284,6 +288,10 @@ impl Shared {
         }
     }
 
+    pub(crate) fn disk(&self) -> &Disk {
+        &self.disk
+    }
+
     /// Whether the frame is on disk or on its way there.
     pub(crate) fn on_disk(&self, id: FrameId) -> bool {
         self.writer.read(id).is_some() || self.disk.contains(id)
@@ -292,6 +300,16 @@ impl Shared {
     /// Reads and opens a frame from disk. One that does not verify is forgotten and counted.
     pub(crate) fn read_disk(&self, id: FrameId) -> Option<Chunk> {
         let sealed = self.writer.read(id).or_else(|| self.disk.read(id))?;
+        self.opened(id, sealed)
+    }
+
+    /// The same for a copy of it beside the frames.
+    pub(crate) fn peek_disk(&self, id: FrameId) -> Option<Chunk> {
+        let sealed = self.writer.read(id).or_else(|| self.disk.peek(id))?;
+        self.opened(id, sealed)
+    }
+
+    fn opened(&self, id: FrameId, sealed: Sealed) -> Option<Chunk> {
         let Ok(chunk) = sealed.open(id) else {
             add(&self.counters.verify_failures, 1);
             self.writer.forget(id);

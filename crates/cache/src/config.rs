@@ -49,7 +49,7 @@ pub struct InFlight {
 pub struct CacheConfig {
     /// Where frames are kept. One process owns it at a time.
     pub directory: PathBuf,
-    /// The segment files never take more bytes than this. The index beside them takes about 2 % more.
+    /// The segment files and whole files never take more bytes than this. The index beside them takes about 2 % more.
     pub bytes_max: u64,
     /// Frames held in memory, in bytes of plaintext (of sealed bytes, where not opened yet).
     pub memory_bytes: usize,

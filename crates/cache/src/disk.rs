@@ -1,4 +1,4 @@
-//! The disk tier: sealed frames in segment files, never more bytes than the cap.
+//! The disk tier: sealed frames in segment files, and whole files beside them, never more bytes than the cap.
 //!
 //! Frames are only appended. Above a high watermark whole segments are evicted, down to a low one, and what they hold
 //! that deserves it is appended again; `disk/evict.rs` says what that is. What is read back is a claim until it has been
@@ -8,10 +8,12 @@
 mod directory;
 mod evict;
 mod index;
+mod lease;
 mod locations;
 mod open;
 mod recent;
 mod segment;
+mod whole;
 
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, File, Metadata};
@@ -29,9 +31,12 @@ use tracing::{debug, warn};
 pub use self::directory::{Unfit, prepare as check_directory};
 use self::evict::{Ghosts, Marks};
 use self::index::{BATCH_MAX, Index, Location};
+pub(crate) use self::lease::is_alone;
 use self::locations::Locations;
 use self::recent::Recent;
 use self::segment::{Kind, RECORD_HEADER_BYTES, RecordHeader, SEGMENT_HEADER_BYTES, Segment};
+use self::whole::Wholes;
+pub(crate) use self::whole::{Check, Room};
 use crate::metrics::{Counters, add};
 
 /// Frames go to a segment in writes of up to so many bytes: a file system takes one long one several times as fast as many
@@ -53,6 +58,7 @@ pub(crate) struct Disk {
     writer: Mutex<Writing>,
     /// What must not be evicted, and how many want that.
     pins: Mutex<HashMap<u64, u32>>,
+    wholes: Wholes,
     counters: Arc<Counters>,
     /// Holds the directory's lock for as long as it lives.
     lock: File,
@@ -96,9 +102,17 @@ impl Disk {
         self.locations.find(id).is_some()
     }
 
-    /// The frame, unverified.
+    /// The frame, unverified: a use of it.
     pub(crate) fn read(&self, id: FrameId) -> Option<Sealed> {
-        let location = self.locations.use_of(id)?;
+        self.read_at(id, self.locations.use_of(id)?)
+    }
+
+    /// The same for who only copies it, which is no reason to keep it for longer.
+    pub(crate) fn peek(&self, id: FrameId) -> Option<Sealed> {
+        self.read_at(id, self.locations.find(id)?)
+    }
+
+    fn read_at(&self, id: FrameId, location: Location) -> Option<Sealed> {
         // none where it was evicted just now
         let segment = self.segments.read().get(&location.segment).cloned()?;
         let frame = segment::read(&segment.file, u64::from(location.offset), location.header(id));
@@ -288,7 +302,7 @@ impl Disk {
         }
     }
 
-    /// What the segment files take now, in bytes.
+    /// What the segment files and whole files take now, in bytes.
     fn used(&self) -> u64 {
         self.counters.disk_used_bytes.load(Ordering::Relaxed)
     }

@@ -17,6 +17,7 @@ mod memory;
 mod metrics;
 mod plan;
 mod source;
+mod whole;
 mod writer;
 
 pub use cache::Cache;
@@ -26,3 +27,4 @@ pub use error::CacheError;
 pub use fetch::Want;
 pub use metrics::Snapshot;
 pub use source::{Pieces, Source, SourceError};
+pub use whole::{Made, Part, WholeId};

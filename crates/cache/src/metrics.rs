@@ -79,7 +79,15 @@ counters! {
     evicted_segments,
     /// Their bytes.
     evicted_bytes,
-    /// Bytes that segment files take now.
+    /// Whole files written.
+    whole_files,
+    /// Whole files that found no room.
+    whole_refused,
+    /// Whole files removed to stay below the cap.
+    evicted_whole_files,
+    /// Bytes that whole files take now.
+    whole_used_bytes,
+    /// Bytes that segment files and whole files take now.
     disk_used_bytes,
     /// Bytes that they may take.
     disk_max_bytes,

@@ -118,11 +118,12 @@ impl Disk {
         self.used() + needed <= self.bytes_max
     }
 
-    /// Evicts down to `low`, where more than `high` is used. Gives up where everything is pinned.
+    /// Evicts down to `low`, where more than `high` is used: whole files, then segments. Gives up where everything is pinned.
     pub(super) fn evict_down_to(&self, writing: &mut Writing, high: u64, low: u64) {
         if self.used() <= high {
             return;
         }
+        while self.used() > low && self.evict_whole() {}
         // each segment is looked at a few times at most: until what was read has cooled down
         let mut rounds = 4 * (self.segments.read().len() + 1);
         while self.used() > low && rounds > 0 {

@@ -17,6 +17,7 @@ use super::evict::Marks;
 use super::index::{BATCH_MAX, Index, Location};
 use super::locations::Locations;
 use super::segment::{self, Kind, SEGMENT_HEADER_BYTES, Segment};
+use super::whole::Wholes;
 use super::{Disk, LOCK, Writing, directory, segment_path};
 use crate::CacheError;
 use crate::metrics::{Counters, add};
@@ -62,6 +63,7 @@ impl Disk {
             segment_bytes,
             writer: Mutex::new(Writing { next: 1, ..Writing::default() }),
             pins: Mutex::default(),
+            wholes: Wholes::new(directory.join("whole")),
             counters,
             lock,
         };
@@ -70,6 +72,7 @@ impl Disk {
             scanned.extend(disk.adopt(number).map_err(failed)?);
         }
         disk.load(scanned);
+        disk.adopt_wholes();
         {
             let mut writing = disk.writer.lock();
             disk.evict_down_to(&mut writing, disk.marks.high, disk.marks.low);
