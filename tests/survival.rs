@@ -14,6 +14,8 @@ mod leaks;
 mod node;
 #[path = "survival/owner.rs"]
 mod owner;
+#[path = "survival/passthrough.rs"]
+mod passthrough;
 #[expect(dead_code, reason = "other tests use the rest")]
 #[path = "e2e/proxy.rs"]
 mod proxy;

@@ -262,6 +262,11 @@ pub(crate) struct MountArguments {
     #[arg(long, env = "LAMINA_EAGER", value_parser = clap::builder::BoolishValueParser::new(),
         action = clap::ArgAction::SetTrue, conflicts_with_all = ["require_lazy", "fill"])]
     pub(crate) eager: bool,
+    /// Have the kernel read files of 1 MiB and more by itself once they are on disk as a whole, as fast as local files. They take
+    /// room in the cache a second time, nobody checks what is read of them, and the start is not recorded
+    #[arg(long, env = "LAMINA_PASSTHROUGH", value_parser = clap::builder::BoolishValueParser::new(),
+        action = clap::ArgAction::SetTrue)]
+    pub(crate) passthrough: bool,
     /// Fetch nothing in bulk, not even what is left of an image of which a start has read half
     #[arg(long, env = "LAMINA_REQUIRE_LAZY", value_parser = clap::builder::BoolishValueParser::new(),
         action = clap::ArgAction::SetTrue)]

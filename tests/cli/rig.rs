@@ -20,6 +20,8 @@ pub(crate) struct Rig {
     /// What every process is started with besides the test's own environment.
     environment: Vec<(&'static str, String)>,
     directory: tempfile::TempDir,
+    /// Where the cache is, if not there.
+    memory: Option<tempfile::TempDir>,
 }
 
 impl Rig {
@@ -33,8 +35,16 @@ impl Rig {
         for name in ["mount", "scratch", "tmp"] {
             std::fs::create_dir(directory.path().join(name))?;
         }
-        let mut rig = Self { registry: None, address: String::new(), environment, directory };
+        let mut rig = Self { registry: None, address: String::new(), environment, directory, memory: None };
         rig.start_registry()?;
+        Ok(rig)
+    }
+
+    /// One whose cache is on a file system that is not stacked, whatever the rest of the machine is on.
+    pub(crate) fn in_memory() -> Result<Self> {
+        let (mut rig, memory) = (Self::new()?, tempfile::tempdir_in("/dev/shm")?);
+        std::os::unix::fs::symlink(memory.path(), rig.path("cache"))?;
+        rig.memory = Some(memory);
         Ok(rig)
     }
 

@@ -28,6 +28,11 @@ const PROGRAMS: [&str; 8] = [
 /// An image whose config says everything that it can.
 fn pushed() -> Result<Rig> {
     let rig = Rig::new()?;
+    push(&rig)?;
+    Ok(rig)
+}
+
+fn push(rig: &Rig) -> Result<()> {
     let layer = programs(Layer::new(), &PROGRAMS)?;
     let image = Image::new()
         .layer(|_| layer)
@@ -42,8 +47,7 @@ fn pushed() -> Result<Rig> {
         .user("app")
         .working_dir("/srv/made");
     let source = rig.layout("layout", &image)?;
-    rig.ok(&["push", &source, &rig.name("a:t")])?;
-    Ok(rig)
+    rig.ok(&["push", &source, &rig.name("a:t")]).map(drop)
 }
 
 /// Runs a script in the image as root, with more options.
@@ -552,4 +556,33 @@ fn python_computes_in_an_image_that_has_not_arrived() -> Result<()> {
     ensure!(printed == "499500 True\n", "{printed}");
     ensure!(Path::new("/dev/null").exists());
     nothing_is_left(&rig)
+}
+
+#[test]
+fn a_program_runs_on_libraries_that_the_kernel_reads_by_itself() -> Result<()> {
+    let rig = Rig::in_memory()?;
+    push(&rig)?;
+    // a mount that keeps the node, which counts
+    rig.mount("a:t")?;
+    until("a library as a whole", DEADLINE, || {
+        ensure!(printed(&rig, &["--passthrough"], "id -u")? == "0\n");
+        Ok((rig.counter("whole_files")? > 0).then_some(()))
+    })?;
+    let mut command = Command::new(env!("CARGO_BIN_EXE_lamina"));
+    let script = "echo ready; cat /etc/keep; exec cat /fifo";
+    command.args(["run", "--passthrough", "--user", "0", &rig.name("a:t"), "--", script]);
+    command.env("LAMINA_CACHE", rig.path("cache"));
+    // a program may be faster than the thread that finds out what its libraries are called
+    until("a library to be read past the node", DEADLINE, || {
+        let mut process = Process::spawn("run", &mut command)?;
+        process.wait_line("kept", DEADLINE)?;
+        let stats = rig.json(&["stats"])?;
+        let mounts = stats["mounts"].as_array().context("mounts")?;
+        let opens = mounts.iter().filter_map(|mount| mount["counters"]["passthrough_opens"].as_u64());
+        let opens = opens.sum::<u64>();
+        process.signal(Signal::TERM)?;
+        process.wait(DEADLINE)?;
+        Ok((opens > 0).then_some(()))
+    })?;
+    rig.unmount()
 }

@@ -6,11 +6,13 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
+use lamina_node::Controller;
 use lamina_testkit::image::Image;
 use lamina_testkit::mounts::mounts;
 use lamina_testkit::noise;
 use lamina_testkit::process::until;
+use lamina_wire::proto::MountRequest;
 
 use crate::node::daemon;
 use crate::rig::{DEADLINE, Rig, text};
@@ -48,6 +50,27 @@ fn garbage_on_the_control_socket_harms_nobody_and_only_root_may_send_it() -> Res
     let _ = streams.remove(1).read_to_end(&mut answer);
     ensure!(!answer.windows(8).any(|text| text == b"HTTP/1.1"), "noise was answered as a request");
     drop(streams);
+    rig.unmount()
+}
+
+#[test]
+fn what_the_kernel_is_to_read_by_itself_is_not_recorded_as_well() -> Result<()> {
+    let rig = pushed()?;
+    rig.mount("a:t")?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let request = MountRequest {
+        reference: rig.name("a:t"),
+        directory: text(&rig.path("scratch")),
+        record: true,
+        passthrough: true,
+        ..MountRequest::default()
+    };
+    let controller = Controller::new(&rig.path("cache"));
+    let Err(error) = runtime.block_on(controller.mount(&request)) else { bail!("both at once") };
+    ensure!(error.to_string().contains("cannot be recorded"), "{error}");
+    ensure!(
+        fs::read_dir(rig.path("scratch"))?.next().is_none() && rig.json(&["stats"])?["mounts"][1].is_null()
+    );
     rig.unmount()
 }
 

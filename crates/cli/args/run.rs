@@ -56,6 +56,11 @@ pub(crate) struct RunArguments {
     #[arg(long, env = "LAMINA_REQUIRE_BOUND", value_parser = clap::builder::BoolishValueParser::new(),
         action = clap::ArgAction::SetTrue)]
     pub(crate) require_bound: bool,
+    /// Have the kernel read files of 1 MiB and more by itself once they are on disk as a whole, as fast as local files. They take
+    /// room in the cache a second time, nobody checks what is read of them, and the start is not recorded
+    #[arg(long, env = "LAMINA_PASSTHROUGH", value_parser = clap::builder::BoolishValueParser::new(),
+        action = clap::ArgAction::SetTrue)]
+    pub(crate) passthrough: bool,
     #[command(flatten)]
     pub(crate) cache: CacheArguments,
     #[command(flatten)]

@@ -44,6 +44,7 @@ pub(crate) async fn run(arguments: MountArguments, common: Common) -> Result<()>
         require_lazy: arguments.require_lazy,
         command: arguments.command.as_ref().map_or_else(String::new, ToString::to_string),
         owner: 0,
+        passthrough: arguments.passthrough,
     };
     let controller = Controller::new(&arguments.cache.directory);
     if arguments.foreground && controller.stats().await.is_err_and(|error| is_absent(&error)) {

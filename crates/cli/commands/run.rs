@@ -47,6 +47,7 @@ pub(crate) async fn run(arguments: RunArguments, common: Common) -> Result<()> {
         require_bound: arguments.require_bound,
         command: key.to_string(),
         owner: std::process::id(),
+        passthrough: arguments.passthrough,
         ..MountRequest::default()
     };
     let ended = async {

@@ -32,6 +32,9 @@ pub struct MountConfig {
     /// The same as `read_ahead_kb` while a start is recorded, or has a boot pack: what is read unasked blurs the trace, and what is
     /// not in the boot pack is asked for alone.
     pub read_ahead_start_kb: u32,
+    /// Whether the kernel may read big files that are on disk as a whole by itself, without asking and with no check of ours. Such a
+    /// mount records no start, since much of it is not seen here, and is asked at each open and close of a file.
+    pub passthrough: bool,
     /// Whether the start is recorded.
     pub record: Record,
     /// A stream that has read this many bytes is dense.
@@ -60,6 +63,7 @@ impl MountConfig {
             read_ahead_kb: 16,
             read_ahead_dense_kb: 1024,
             read_ahead_start_kb: 8,
+            passthrough: false,
             record: Record::Off,
             dense_run_bytes: 8 << 20,
             recorded_run_bytes: 64 << 20,

@@ -10,8 +10,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{
     Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
-    KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEntry,
-    ReplyOpen, ReplyStatfs, ReplyXattr, Request,
+    KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty,
+    ReplyEntry, ReplyOpen, ReplyStatfs, ReplyXattr, Request,
 };
 use lamina_image::{FileKind, Ino, Inode, Tree, TreeError};
 use tokio::runtime::Handle;
@@ -19,21 +19,29 @@ use tracing::{debug, warn};
 
 use crate::fs::{Answer, Files, FsError};
 use crate::metrics::{add, one};
+use crate::opens::Opens;
+use crate::passthrough::Passthrough;
+use crate::whole::Wholes;
 
 /// Nothing ever changes: ten years.
 const TTL: Duration = Duration::from_secs(10 * 365 * 86_400);
 /// Requests that the kernel has under way by itself (readahead); its default of 12 throttles parallel readers.
 const BACKGROUND_MAX: u16 = 128;
 /// What is negotiated, each where the kernel has it.
-const CAPABILITIES: [InitFlags; 6] = [
+const CAPABILITIES: [InitFlags; 5] = [
     InitFlags::FUSE_DO_READDIRPLUS,
     InitFlags::FUSE_PARALLEL_DIROPS,
     InitFlags::FUSE_CACHE_SYMLINKS,
-    InitFlags::FUSE_NO_OPEN_SUPPORT,
     InitFlags::FUSE_NO_OPENDIR_SUPPORT,
     InitFlags::FUSE_ALLOW_IDMAP,
 ];
 const BLOCK_BYTES: u32 = 4096;
+/// How deep file systems may be stacked: a backing file on a plain file system, and one overlayfs on this mount.
+const STACK_DEPTH: u32 = 1;
+/// The file handle of most opens.
+const UNCOUNTED: FileHandle = FileHandle(0);
+/// That of those that are counted until they are released.
+const COUNTED: FileHandle = FileHandle(1);
 
 /// What fuser drives.
 pub(crate) struct Fuse {
@@ -41,6 +49,8 @@ pub(crate) struct Fuse {
     pub(crate) handle: Handle,
     /// Where it says what was agreed with the kernel.
     pub(crate) agreed: Arc<OnceLock<Agreed>>,
+    /// Its big files, where the kernel may read them by itself.
+    pub(crate) passthrough: Option<Arc<Passthrough>>,
 }
 
 /// What a first request came to.
@@ -48,7 +58,7 @@ pub(crate) struct Fuse {
 pub(crate) struct Agreed {
     /// The kernel's minor version of the protocol.
     pub(crate) minor: u32,
-    /// Those of [`CAPABILITIES`] that the kernel has.
+    /// Those that were asked for and the kernel has.
     pub(crate) capabilities: InitFlags,
 }
 
@@ -154,6 +164,12 @@ impl Fuse {
         &self.files.ahead.tree
     }
 
+    /// The big files, and which are open, where the mount does passthrough.
+    fn passthrough(&self) -> Option<(&Wholes, &Opens)> {
+        let passthrough = self.passthrough.as_ref()?;
+        Some((&passthrough.wholes, passthrough.opens()?))
+    }
+
     fn attributes(&self, ino: Ino) -> Result<FileAttr, FsError> {
         Ok(attributes(ino, &self.tree().inode(ino)?))
     }
@@ -217,11 +233,21 @@ fn send_xattr(answer: Result<&[u8], FsError>, size: u32, reply: ReplyXattr) {
 impl Filesystem for Fuse {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
         let mut capabilities = InitFlags::empty();
-        for capability in CAPABILITIES {
-            match config.add_capabilities(capability) {
-                Ok(()) => capabilities |= capability,
-                Err(_) => debug!(?capability, "the kernel lacks a capability"),
+        let mut negotiate = |config: &mut KernelConfig, capability| {
+            let lacking = config.add_capabilities(capability).is_err();
+            match lacking {
+                true => debug!(?capability, "the kernel lacks a capability"),
+                false => capabilities |= capability,
             }
+            !lacking
+        };
+        for capability in CAPABILITIES {
+            negotiate(config, capability);
+        }
+        if self.passthrough.is_some() && negotiate(config, InitFlags::FUSE_PASSTHROUGH) {
+            let _ = config.set_max_stack_depth(STACK_DEPTH);
+        } else {
+            negotiate(config, InitFlags::FUSE_NO_OPEN_SUPPORT);
         }
         let _ = self.agreed.set(Agreed { minor: config.kernel_abi().1, capabilities });
         let _ = config.set_max_background(BACKGROUND_MAX);
@@ -259,13 +285,57 @@ impl Filesystem for Fuse {
         }
     }
 
-    fn open(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        let agreed = self.agreed.get().map(|agreed| agreed.capabilities);
-        match agreed.is_some_and(|agreed| agreed.contains(InitFlags::FUSE_NO_OPEN_SUPPORT)) {
-            // nothing is kept of who has a file open: the kernel stops asking, and keeps pages as below (fs/fuse/file.c,
-            // fuse_file_open)
-            true => reply.error(Errno::ENOSYS),
-            false => reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE),
+    fn open(&self, _req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        let Some((wholes, opens)) = self.passthrough() else {
+            let agreed = self.agreed.get().map_or(InitFlags::empty(), |agreed| agreed.capabilities);
+            // a kernel that has passthrough takes it though nobody said so
+            let takes_it = InitFlags::FUSE_NO_OPEN_SUPPORT | InitFlags::FUSE_PASSTHROUGH;
+            return match agreed.intersects(takes_it) {
+                // nothing is kept of who has a file open: the kernel stops asking, and keeps pages as below (fs/fuse/file.c,
+                // fuse_file_open). Where it has a backing file for the inode it reads by pages too, but maps nothing until that is
+                // closed (ENODEV; fuse_file_mmap there)
+                true => reply.error(Errno::ENOSYS),
+                false => reply.opened(UNCOUNTED, FopenFlags::FOPEN_KEEP_CACHE),
+            };
+        };
+        let ino = Ino(ino.0);
+        if !wholes.is_big(ino) {
+            return reply.opened(UNCOUNTED, FopenFlags::FOPEN_KEEP_CACHE);
+        }
+        let counters = &self.files.ahead.counters;
+        let Some(backing) = opens.open(ino, || wholes.find(ino)) else {
+            one(&counters.passthrough_misses);
+            if opens.is_past() {
+                wholes.ask(ino);
+            }
+            return reply.opened(COUNTED, FopenFlags::FOPEN_KEEP_CACHE);
+        };
+        one(&counters.passthrough_opens);
+        #[expect(
+            unsafe_code,
+            reason = "the kernel knows backing files by number, and numbers outlive processes"
+        )]
+        // SAFETY: the number is in use, since it is in the table, and what is made of it gives it up again below
+        let backing = unsafe { reply.wrap_backing(backing) };
+        reply.opened_passthrough(COUNTED, FopenFlags::empty(), &backing);
+        backing.into_raw();
+    }
+
+    fn release(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        reply.ok();
+        let (Some((wholes, opens)), COUNTED) = (self.passthrough(), fh) else { return };
+        if opens.release(Ino(ino.0)) && opens.is_past() {
+            // what was read may be all of it
+            wholes.ask(Ino(ino.0));
         }
     }
 

@@ -6,7 +6,8 @@
 //! answered in full, with verified bytes, or with `EIO`: never with zeros, short, or old data.
 //!
 //! The image is immutable, so the kernel may keep everything it was told for as long as it likes, and nothing here
-//! depends on what was asked before: inode numbers are the tree's, file handles are all alike.
+//! depends on what was asked before: inode numbers are the tree's, file handles are all alike. But for a passthrough mount: what is
+//! open of its big files, and how, it remembers beyond its process (`opens.rs`).
 
 mod ahead;
 mod bits;
@@ -20,19 +21,22 @@ mod loading;
 mod metrics;
 mod mount;
 mod mountpoint;
+mod opens;
 mod order;
 mod pages;
+mod passthrough;
 mod resume;
 mod small;
 mod streams;
 mod trace;
 mod walks;
+mod whole;
 mod window;
 
 pub use boot::{BootFailure, BootStream};
 pub use config::{MountConfig, Record};
 pub use error::MountError;
 pub use metrics::MountSnapshot;
-pub use mount::Mount;
+pub use mount::{Kept, Mount};
 pub use resume::Terms;
 pub use streams::Ramp;

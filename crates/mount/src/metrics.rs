@@ -54,6 +54,12 @@ counters! {
     read_wait_us_max,
     /// Reads answered with an error.
     reads_failed,
+    /// Opens of big files that the kernel reads by itself.
+    passthrough_opens,
+    /// Opens of big files, while the mount is to do passthrough, that it does not.
+    passthrough_misses,
+    /// 1 where passthrough was asked for and cannot be had; the log says why.
+    passthrough_failed,
     /// Times that readahead asked for more.
     aheads,
     /// Frames that readahead asked for, near ones included.

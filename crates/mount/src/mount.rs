@@ -1,5 +1,6 @@
 //! A mount's life: from an empty directory to one again.
 
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::Ordering;
@@ -8,7 +9,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use fuser::{Config, Notifier, Session, SessionACL};
+use fuser::{Config, InitFlags, Notifier, Session, SessionACL};
 use lamina_cache::{Cache, Source};
 use lamina_image::{Ino, Trace, Tree};
 use parking_lot::Mutex;
@@ -25,7 +26,9 @@ use crate::fuse::{Agreed, Fuse};
 use crate::loading::Loading;
 use crate::metrics::us_since;
 use crate::mountpoint::{self, Device, MountPoint};
+use crate::opens::Opens;
 use crate::pages::{self, Pages, Run};
+use crate::passthrough::{self, Passthrough};
 use crate::resume::{self, Terms};
 use crate::trace::Recorder;
 use crate::window::Window;
@@ -41,6 +44,8 @@ pub struct Mount {
     device: Device,
     agreed: Agreed,
     connection: Mutex<Option<OwnedFd>>,
+    table: Mutex<Option<OwnedFd>>,
+    passthrough: Option<Arc<Passthrough>>,
     ahead: Arc<Ahead>,
     boot: Arc<Boot>,
     booting: Notifier,
@@ -49,6 +54,17 @@ pub struct Mount {
     config: MountConfig,
     ended: watch::Receiver<bool>,
     threads: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// What another process goes on with.
+#[derive(Debug)]
+pub struct Kept {
+    /// From [`Mount::take_connection`].
+    pub connection: OwnedFd,
+    /// From [`Mount::take_opens`].
+    pub opens: Option<OwnedFd>,
+    /// From [`Mount::terms`].
+    pub terms: Terms,
 }
 
 impl Mount {
@@ -66,22 +82,24 @@ impl Mount {
         let damaged = |error| MountError::System {
             action: "read the tree for",
             path: config.mountpoint.clone(),
-            cause: std::io::Error::new(std::io::ErrorKind::InvalidData, error),
+            cause: io::Error::new(io::ErrorKind::InvalidData, error),
         };
         let root_mode = tree.inode(Ino::ROOT).map_err(damaged)?.mode;
         let connection = point.mount(&config.name, root_mode)?;
         let mut started = Started { point: Some(point) };
-        let (parts, fuse) = Parts::new(tree, cache, source, config, handle);
+        let passthrough = config.passthrough.then(|| Passthrough::new(&tree, &cache));
+        let (parts, fuse) = Parts::new(tree, cache, source, config, handle, passthrough);
         let session = Session::from_fd(fuse, connection, SessionACL::All, parts.loops())
             .map_err(|cause| parts.failed(cause))?;
+        parts.connect_passthrough(&session);
         let serving = parts.serve(session)?;
         let point = started.point.take().expect("taken once");
         let device = point.device().inspect_err(|_| point.detach())?;
         Ok(serving.mount(point, device))
     }
 
-    /// Goes on with a mount that another process served, which must have ended: `connection` is from its
-    /// [`Mount::take_connection`], and the tree and the mount point are the same. When it returns, all readers that waited
+    /// Goes on with a mount that another process served, which must have ended: `kept` is from that one, and the tree and the
+    /// mount point are the same. When it returns, all readers that waited
     /// are being answered.
     ///
     /// Mounts nothing. It may have been unmounted meanwhile: then [`Mount::is_attached`] says so, and [`Mount::wait`] returns
@@ -92,18 +110,23 @@ impl Mount {
         source: Arc<dyn Source>,
         config: MountConfig,
         handle: Handle,
-        (connection, terms): (OwnedFd, Terms),
+        Kept { connection, opens, terms }: Kept,
     ) -> Result<Self, MountError> {
         let point = MountPoint::taken(config.mountpoint.clone());
         let device = Device { major: terms.major_dev, minor: terms.minor_dev };
-        let (parts, fuse) = Parts::new(tree, cache, source, config, handle);
+        let passthrough = config.passthrough.then(|| Passthrough::resumed(&tree, &cache, opens, &terms));
+        let (parts, fuse) = Parts::new(tree, cache, source, config, handle, passthrough);
         let session = resume::session(fuse, connection.as_fd(), &terms, parts.loops())
             .map_err(|cause| parts.failed(cause))?;
-        let serving = parts.serve(session)?;
+        parts.connect_passthrough(&session);
+        if let Some(passthrough) = &parts.passthrough {
+            parts.note_passthrough(passthrough.begin());
+        }
+        // before anything is read: what this process has read would be sent again as well, and its releases count twice
         if let Err(error) = resume::send_again(&connection) {
             error!(mountpoint = %point.path().display(), %error, "a mount is taken over, but not what was under way");
         }
-        Ok(serving.mount(point, device))
+        Ok(parts.serve(session)?.mount(point, device))
     }
 
     /// Takes away what is left at `path` of a mount with these terms that nobody can take over any more. Whether there was
@@ -116,6 +139,28 @@ impl Mount {
     /// process goes on from there.
     pub fn take_connection(&self) -> Option<OwnedFd> {
         self.connection.lock().take()
+    }
+
+    /// What is open of it and how, for whoever is to keep it beyond this process, once. Of a passthrough mount only. The connection
+    /// must not outlive it: so it is kept first.
+    pub fn take_opens(&self) -> Option<OwnedFd> {
+        self.table.lock().take()
+    }
+
+    /// From now on big files are opened past this process, where it is a passthrough mount. What [`Mount::take_opens`] gives must be
+    /// kept by then, where the connection is. A mount that was resumed has begun already.
+    pub fn begin_passthrough(&self) {
+        if let Some(passthrough) = &self.passthrough {
+            passthrough::note(&self.config, &self.ahead.counters, passthrough.begin());
+        }
+    }
+
+    /// If big files are opened past this process: makes whole files of those that are on disk, as far as there is room. Ends early
+    /// where nobody waits for it any more.
+    pub async fn make_whole(&self) {
+        if let Some(passthrough) = self.passthrough.as_ref().filter(|passthrough| passthrough.has_begun()) {
+            passthrough.wholes.make_all().await;
+        }
     }
 
     /// What was agreed with the kernel.
@@ -235,6 +280,7 @@ struct Parts {
     touched: Arc<Bits>,
     runs: Receiver<Vec<Run>>,
     agreed: Arc<OnceLock<Agreed>>,
+    passthrough: Option<Arc<Passthrough>>,
     config: MountConfig,
 }
 
@@ -245,8 +291,11 @@ impl Parts {
         source: Arc<dyn Source>,
         config: MountConfig,
         handle: Handle,
+        passthrough: Option<io::Result<Passthrough>>,
     ) -> (Self, Fuse) {
         let ahead = Arc::new(Ahead::new(tree, cache, source, config.clone(), handle.clone()));
+        let passthrough =
+            passthrough.and_then(|found| passthrough::note(&config, &ahead.counters, found)).map(Arc::new);
         let (pages, runs) = Pages::new(ahead.tree.frames());
         let recorder = Arc::new(Recorder::new(config.record, ahead.tree.inodes()));
         let boot = Arc::new(Boot::default());
@@ -257,8 +306,20 @@ impl Parts {
         let files =
             Files { ahead: ahead.clone(), pages, boot: booted, recorder: seen, touched: read, loading };
         let agreed = Arc::new(OnceLock::new());
-        let fuse = Fuse { files, handle, agreed: agreed.clone() };
-        (Self { ahead, boot, recorder, touched, runs, agreed, config }, fuse)
+        let fuse = Fuse { files, handle, agreed: agreed.clone(), passthrough: passthrough.clone() };
+        (Self { ahead, boot, recorder, touched, runs, agreed, passthrough, config }, fuse)
+    }
+
+    /// Finds out the rest of what passthrough takes. Where that is missing, the mount is as any other.
+    fn connect_passthrough(&self, session: &Session<Fuse>) {
+        if let Some(passthrough) = &self.passthrough {
+            let agreed = self.agreed.get().map_or(InitFlags::empty(), |agreed| agreed.capabilities);
+            self.note_passthrough(passthrough.connect(session.as_fd().try_clone_to_owned(), agreed));
+        }
+    }
+
+    fn note_passthrough(&self, found: io::Result<()>) {
+        passthrough::note(&self.config, &self.ahead.counters, found);
     }
 
     fn loops(&self) -> Config {
@@ -267,16 +328,17 @@ impl Parts {
         loops
     }
 
-    fn failed(&self, cause: std::io::Error) -> MountError {
-        MountError::System { action: "serve", path: self.config.mountpoint.clone(), cause }
+    fn failed(&self, cause: io::Error) -> MountError {
+        failed(&self.config, cause)
     }
 
     /// Starts the threads.
     fn serve(self, session: Session<Fuse>) -> Result<Serving, MountError> {
         let booting = session.notifier();
         let connection = session.as_fd().try_clone_to_owned().map_err(|cause| self.failed(cause))?;
-        let failed =
-            |cause| MountError::System { action: "serve", path: self.config.mountpoint.clone(), cause };
+        let opens = self.passthrough.as_ref().and_then(|it| it.opens());
+        let table = opens.map(Opens::table).transpose().map_err(|cause| self.failed(cause))?;
+        let failed = |cause| failed(&self.config, cause);
         let (notifier, counters, runs) = (booting.clone(), self.ahead.counters.clone(), self.runs);
         // ends with the last of the file system that could send it something
         std::thread::Builder::new()
@@ -296,9 +358,26 @@ impl Parts {
             })
             .map_err(failed)?;
         let agreed = *self.agreed.get().expect("a session begins with the first request");
-        let Self { ahead, boot, recorder, touched, config, .. } = self;
-        Ok(Serving { ahead, boot, recorder, touched, config, booting, agreed, connection, ended, threads })
+        let Self { ahead, boot, recorder, touched, passthrough, config, .. } = self;
+        let kept = (connection, table);
+        Ok(Serving {
+            ahead,
+            boot,
+            recorder,
+            touched,
+            passthrough,
+            config,
+            booting,
+            agreed,
+            kept,
+            ended,
+            threads,
+        })
     }
+}
+
+fn failed(config: &MountConfig, cause: io::Error) -> MountError {
+    MountError::System { action: "serve", path: config.mountpoint.clone(), cause }
 }
 
 /// What serves a mount.
@@ -307,10 +386,12 @@ struct Serving {
     boot: Arc<Boot>,
     recorder: Arc<Recorder>,
     touched: Arc<Bits>,
+    passthrough: Option<Arc<Passthrough>>,
     config: MountConfig,
     booting: Notifier,
     agreed: Agreed,
-    connection: OwnedFd,
+    /// The connection, and the table of what is open.
+    kept: (OwnedFd, Option<OwnedFd>),
     ended: watch::Receiver<bool>,
     threads: JoinHandle<()>,
 }
@@ -331,7 +412,9 @@ impl Serving {
             point,
             device,
             agreed: self.agreed,
-            connection: Mutex::new(Some(self.connection)),
+            connection: Mutex::new(Some(self.kept.0)),
+            table: Mutex::new(self.kept.1),
+            passthrough: self.passthrough,
             ahead: self.ahead,
             boot: self.boot,
             booting: self.booting,

@@ -2,9 +2,11 @@
 //!
 //! A session begins with the kernel's first request, FUSE_INIT, and for this mount that was long ago. So the session is
 //! begun over a socket pair, where an INIT of our own waits that offers what was agreed then, and the live connection is
-//! put in the socket's place. After that the kernel is asked to send again whatever was never answered
-//! (FUSE_NOTIFY_RESEND, Linux 6.9, `fs/fuse/dev.c`). Nothing else has to be carried over: inode numbers are the tree's, file
-//! handles are all alike, and answering twice what only reads does no harm.
+//! put in the socket's place. After that, and before anything is read from it, the kernel is asked to send again whatever was never
+//! answered (FUSE_NOTIFY_RESEND, Linux 6.9, `fs/fuse/dev.c`). Inode numbers are the tree's, and answering twice what only reads does
+//! no harm, so nothing else has to be carried over; but of a passthrough mount the table of what is open (`opens.rs`). An open that is
+//! sent again was counted or not, and counts twice at worst, which `opens.rs` allows for; a release counts after it was answered,
+//! and what was answered is not sent again.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};

@@ -24,7 +24,6 @@ use crate::boot_files::{BootFiles, KeptBoot, KeptSource};
 use crate::fill::{Fills, PAUSED, Policy};
 use crate::held::Held;
 use crate::known::Known;
-use crate::line::MOUNT;
 use crate::owner::{self, Owner};
 use crate::pins::Pins;
 use crate::records::{Records, image_record};
@@ -137,11 +136,6 @@ fn command_of(request: &MountRequest) -> Result<Option<CommandKey>, NodeError> {
     Ok(named.map(str::parse).transpose()?)
 }
 
-/// What a mount's connection is called where it is kept.
-pub(crate) fn held_name(number: u64) -> String {
-    format!("{MOUNT}{number}")
-}
-
 fn with_terms(record: MountRecord, terms: &Terms) -> MountRecord {
     MountRecord {
         fuse_minor: terms.minor,
@@ -233,6 +227,9 @@ impl Node {
         }
         Policy::of(&request.fill)?;
         command_of(&request)?;
+        if request.record && request.passthrough {
+            return Err(NodeError::Request("what the kernel reads by itself cannot be recorded".to_owned()));
+        }
         let owner_began = match request.owner {
             0 => 0,
             pid => Owner::find(pid).map_err(|error| NodeError::Owner { pid, error })?.began,
@@ -294,9 +291,7 @@ impl Node {
         let (cache, handle) = (Arc::clone(&self.cache), Handle::current());
         let start = blocking(move || Mount::start(tree, cache, source, config, handle));
         let mount = Arc::new(start.instrument(debug_span!("attach")).await?);
-        if let Some(connection) = mount.take_connection() {
-            self.held.keep(&held_name(number), connection);
-        }
+        self.hold(number, &mount);
         record = MountRecord { mounted: true, ..with_terms(record, &mount.terms()) };
         self.remember(number, &record);
         let report = request.record.then_some(None);
@@ -347,6 +342,11 @@ impl Node {
             (false, false) => Record::Start,
             (false, true) => Record::Off,
         };
+        config.passthrough = request.passthrough;
+        if request.passthrough {
+            // what the kernel reads by itself would be missing from the trace, and then from everybody's boot pack
+            config.record = Record::Off;
+        }
         config
     }
 
@@ -414,7 +414,7 @@ impl Node {
                 }
             }
             node.forget(&path, &mount);
-            node.held.forget(&held_name(number));
+            node.let_go(number);
             if !node.ending.load(Ordering::Relaxed) {
                 node.records.forget_mount(number);
             }

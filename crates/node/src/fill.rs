@@ -341,7 +341,11 @@ impl Node {
                 return;
             }
             if policy != Policy::Touched {
-                return self.finish(job, &wants);
+                // nothing is amiss where there is no room for whole files: the frames are here
+                return tokio::select! {
+                    () = mount.make_whole() => self.finish(job, &wants),
+                    () = job.until_cancelled() => job.set(State::Cancelled),
+                };
             }
             sleep(LOOK).await;
         }
@@ -366,10 +370,9 @@ impl Node {
         let _during = job.within.during(span.clone());
         let begin = || self.fills.stays.begin(cache, &self.pins, job.number, &here);
         let _stay = (!far.is_empty()).then(begin);
-        let mut cancelled = job.cancelled.subscribe();
         let filled = tokio::select! {
             filled = self.fills.fill(job, cache, source, &far, pace) => filled,
-            _ = cancelled.wait_for(|cancelled| *cancelled) => {
+            () = job.until_cancelled() => {
                 job.set(State::Cancelled);
                 false
             }

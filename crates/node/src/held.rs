@@ -13,7 +13,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tracing::{error, warn};
 
-use crate::line::{Line, pair, receive, send};
+use crate::line::{Line, MOUNT, pair, receive, send};
 
 /// A holder answers at once; one that does not is stuck.
 const ANSWER: Duration = Duration::from_secs(10);
@@ -97,13 +97,14 @@ impl Held {
         self.0.as_ref().map(|inner| inner.kept.lock().keys().cloned().collect()).unwrap_or_default()
     }
 
-    /// Has it kept open until it is forgotten, whatever becomes of this process. It has arrived when this returns.
-    pub(crate) fn keep(&self, name: &str, descriptor: OwnedFd) {
-        let Some(inner) = &self.0 else { return };
+    /// Has it kept open until it is forgotten, whatever becomes of this process; whether it has arrived. One that has not is kept
+    /// by the next holder. Where there is no holder nothing outlives this process, and so nothing is missing.
+    pub(crate) fn keep(&self, name: &str, descriptor: OwnedFd) -> bool {
+        let Some(inner) = &self.0 else { return true };
         let descriptor = Arc::new(descriptor);
         // first here: a holder that is started at this moment gets everything that is here
         inner.kept.lock().insert(name.to_owned(), Arc::clone(&descriptor));
-        inner.say(&Line::Keep(name.to_owned()), Some(&descriptor));
+        inner.say(&Line::Keep(name.to_owned()), Some(&descriptor))
     }
 
     /// Closes what is kept under a name.
@@ -144,11 +145,10 @@ impl Held {
 }
 
 impl Inner {
-    /// A line that does not arrive is made good for when the next holder starts: it gets all there is.
-    fn say(&self, line: &Line, descriptor: Option<&OwnedFd>) {
-        if let Err(error) = send(&*self.socket.lock(), line, descriptor.map(AsFd::as_fd)) {
-            warn!(?line, %error, "the holder does not hear");
-        }
+    /// Whether a line arrives. One that does not is made good for when the next holder starts: it gets all there is.
+    fn say(&self, line: &Line, descriptor: Option<&OwnedFd>) -> bool {
+        let said = send(&*self.socket.lock(), line, descriptor.map(AsFd::as_fd));
+        said.inspect_err(|error| warn!(?line, %error, "the holder does not hear")).is_ok()
     }
 
     /// Hears the holder, and starts another when it dies.
@@ -193,7 +193,10 @@ impl Inner {
         // it is no zombie when it dies
         std::thread::Builder::new().name("lamina-reaper".to_owned()).spawn(move || holder.wait())?;
         let kept = self.kept.lock().clone();
-        for (name, descriptor) in &kept {
+        // connections last: what goes with one must be kept where it is
+        let (connections, others): (Vec<_>, Vec<_>) =
+            kept.iter().partition(|(name, _)| name.starts_with(MOUNT));
+        for (name, descriptor) in others.into_iter().chain(connections) {
             send(&ours, &Line::Keep(name.clone()), Some(descriptor.as_fd()))?;
         }
         if self.state.lock().ready {

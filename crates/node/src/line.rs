@@ -32,6 +32,8 @@ const LINE_BYTES_MAX: usize = 4096 + 64;
 
 /// What the names of mounts begin with; readers wait for these.
 pub(crate) const MOUNT: &str = "mount-";
+/// What the names of tables begin with that say what is open of a passthrough mount.
+pub(crate) const OPENS: &str = "opens-";
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Line {

@@ -41,7 +41,8 @@ const HEAD: Duration = Duration::from_secs(10);
 /// Seconds: from a registry in the same rack to one that is hardly there.
 const BUCKETS: [f64; 13] = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0];
 /// Values that go up and down. All others only grow.
-const GAUGES: [&str; 5] = ["waiting", "disk_used_bytes", "disk_max_bytes", "pinned_bytes", "wait_us_max"];
+const GAUGES: [&str; 6] =
+    ["waiting", "disk_used_bytes", "disk_max_bytes", "whole_used_bytes", "pinned_bytes", "wait_us_max"];
 
 /// The time from a request to the head of its answer, by class and source.
 pub(crate) type FetchSeconds = Family<[(&'static str, String); 2], Histogram, fn() -> Histogram>;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
-use lamina_mount::{Mount, MountError, Record, Terms};
+use lamina_mount::{Kept, Mount, MountError, Record, Terms};
 use lamina_wire::proto::MountRecord;
 use tokio::runtime::Handle;
 use tokio::time::sleep;
@@ -15,8 +15,8 @@ use tracing::field::Empty;
 use tracing::{Instrument, Span, error, info, info_span, warn};
 
 use crate::boot_files::KeptSource;
-use crate::daemon::{Mounted, blocking, held_name};
-use crate::line::MOUNT;
+use crate::daemon::{Mounted, blocking};
+use crate::line::{MOUNT, OPENS};
 use crate::records::found;
 use crate::spans::failed;
 use crate::start::Report;
@@ -32,6 +32,16 @@ const PAUSE_MAX: Duration = Duration::from_secs(10);
 /// How a mount came here, as statistics say it.
 const RESUMED: &str = "resumed";
 const AGAIN: &str = "mounted again";
+
+/// What a mount's connection is called where it is kept.
+fn held_name(number: u64) -> String {
+    format!("{MOUNT}{number}")
+}
+
+/// What the table of its open files is called there.
+fn opens_name(number: u64) -> String {
+    format!("{OPENS}{number}")
+}
 
 /// What became of the mounts of a daemon that has ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -54,17 +64,42 @@ enum Outcome {
 }
 
 impl Node {
+    /// Has kept what the next daemon needs to go on with a mount, and begins passthrough, where that is asked for. A connection that is
+    /// kept alone is one of which nobody knows what is open: so the table comes first, and where it does not arrive there is no
+    /// passthrough.
+    pub(crate) fn hold(&self, number: u64, mount: &Mount) {
+        if let Some(opens) = mount.take_opens() {
+            match self.held.keep(&opens_name(number), opens) {
+                true => mount.begin_passthrough(),
+                false => {
+                    warn!(directory = %mount.mountpoint().display(), "no passthrough: nobody keeps its table")
+                }
+            }
+        }
+        if let Some(connection) = mount.take_connection() {
+            self.held.keep(&held_name(number), connection);
+        }
+    }
+
+    /// Keeps nothing open of a mount any more.
+    pub(crate) fn let_go(&self, number: u64) {
+        self.held.forget(&held_name(number));
+        self.held.forget(&opens_name(number));
+    }
+
     /// Restores all mounts of the daemon that owned the cache before. Returns when each is there or cannot be had now; says of
     /// each what became of it.
     pub async fn restore(self: &Arc<Self>) -> Restored {
         let records = self.records.mounts();
-        let known: Vec<String> = records.iter().map(|(number, _)| held_name(*number)).collect();
-        for name in self.held.names().into_iter().filter(|name| name.starts_with(MOUNT)) {
-            if let Some(number) = name.strip_prefix(MOUNT).and_then(|digits| digits.parse().ok()) {
+        let names = |(number, _): &(u64, MountRecord)| [held_name(*number), opens_name(*number)];
+        let known: Vec<String> = records.iter().flat_map(names).collect();
+        for name in self.held.names() {
+            let of_mount = name.strip_prefix(MOUNT);
+            if let Some(number) = of_mount.and_then(|digits| digits.parse().ok()) {
                 self.records.take_numbers(number);
             }
-            if !known.contains(&name) {
-                warn!(name, "nothing is known of a mount that was kept; it ends");
+            if (of_mount.is_some() || name.starts_with(OPENS)) && !known.contains(&name) {
+                warn!(name, "nothing is known of a mount of which this was kept");
                 self.held.forget(&name);
             }
         }
@@ -94,7 +129,7 @@ impl Node {
         let owned = record.request.as_ref().is_some_and(|request| request.owner != 0);
         if !record.mounted || ((record.detached || owned) && connection.is_none()) {
             // whoever asked for it has got an error, or nobody can reach it any more, or its owner's root directory is dead
-            self.held.forget(&held_name(number));
+            self.let_go(number);
             self.records.forget_mount(number);
             let _ = Mount::clear(&directory, &terms);
             return Outcome::Lost;
@@ -113,7 +148,7 @@ impl Node {
 
     fn lose(&self, number: u64, reason: &str) -> Outcome {
         error!(number, reason, "a mount of the daemon before is lost");
-        self.held.forget(&held_name(number));
+        self.let_go(number);
         self.records.forget_mount(number);
         Outcome::Lost
     }
@@ -204,10 +239,12 @@ impl Node {
         config.record = Record::Off;
         let failed =
             |cause| MountError::System { action: "take over", path: config.mountpoint.clone(), cause };
-        let connection = connection.try_clone().map_err(failed)?;
+        let opens = self.held.find(&opens_name(number));
+        let opens = opens.map(|opens| opens.try_clone()).transpose().map_err(failed)?;
+        let kept_open = Kept { connection: connection.try_clone().map_err(failed)?, opens, terms };
         let (cache, handle, source) = (self.cache(), Handle::current(), Arc::new(KeptSource(kept)));
         let mount = blocking(move || {
-            let mount = Mount::resume(tree, cache, source, config, handle, (connection, terms))?;
+            let mount = Mount::resume(tree, cache, source, config, handle, kept_open)?;
             let attached = mount.is_attached();
             Ok::<_, MountError>((Arc::new(mount), attached))
         });

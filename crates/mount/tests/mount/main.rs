@@ -1,6 +1,7 @@
 //! Real mounts, by a real kernel. They need root and /dev/fuse, and fail without.
 
 mod boot;
+mod passthrough;
 mod rig;
 mod unpacked;
 

@@ -52,6 +52,12 @@ impl Job {
         *self.state.lock() = state;
     }
 
+    /// Returns once it is cancelled.
+    pub(super) async fn until_cancelled(&self) {
+        // the sender lives as long as this does
+        let _ = self.cancelled.subscribe().wait_for(|cancelled| *cancelled).await;
+    }
+
     /// How it is doing, in a word.
     pub(super) fn state(&self) -> &'static str {
         self.state.lock().name()
