@@ -23,6 +23,8 @@ const DYNAMIC_BYTES_MAX: u64 = 64 << 10;
 const RELOCATIONS_BYTES_MAX: u64 = 32 << 20;
 /// The longest list of constructors that is looked at: 16,384 of them. The largest library of CUDA has 6,900.
 const CONSTRUCTORS_BYTES_MAX: u64 = 128 << 10;
+/// Of all names of one library: those of CUDA's and torch's take up to 15 MiB.
+const NAMES_BYTES_MAX: u64 = 64 << 20;
 /// Bytes of a program header, of the header of a section, of an entry of the dynamic section, of a relocation with addend, of a
 /// symbol, of its version.
 const HEADER_BYTES: usize = 56;
@@ -74,6 +76,8 @@ pub(crate) struct Linked {
     pub(crate) relocations: Vec<Range<u64>>,
     /// The addresses of its constructors, in the order in which they are called.
     pub(crate) constructors: Option<Range<u64>>,
+    /// The names of its symbols.
+    pub(crate) names: Option<Range<u64>>,
     symbols: Option<u64>,
     versions: Option<u64>,
 }
@@ -151,6 +155,7 @@ impl Elf {
         const DT_SYMTAB: u64 = 6;
         const DT_RELA: u64 = 7;
         const DT_RELASZ: u64 = 8;
+        const DT_STRSZ: u64 = 10;
         const DT_JMPREL: u64 = 23;
         const DT_INIT_ARRAY: u64 = 25;
         const DT_INIT_ARRAYSZ: u64 = 27;
@@ -177,6 +182,7 @@ impl Elf {
                 .filter_map(|(start, len)| table(start, len, RELOCATIONS_BYTES_MAX))
                 .collect(),
             constructors: table(DT_INIT_ARRAY, DT_INIT_ARRAYSZ, CONSTRUCTORS_BYTES_MAX),
+            names: table(DT_STRTAB, DT_STRSZ, NAMES_BYTES_MAX),
             symbols: address(DT_SYMTAB),
             versions: address(DT_VERSYM),
         }

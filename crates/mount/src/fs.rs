@@ -14,7 +14,7 @@ use crate::boot::{Boot, Booted, Dropped, Waiting};
 use crate::loading::Loading;
 use crate::metrics::{add, one, us_since};
 use crate::order::{Touch, want};
-use crate::pages::Pages;
+use crate::pages::{Pages, Run, bound_rest};
 use crate::small::SMALL_FILE_BYTES;
 use crate::trace::Recorder;
 
@@ -220,12 +220,15 @@ impl Files {
         }
         let is_recording = self.recorder.is_recording();
         if is_recording {
+            if self.recorder.is_exact() {
+                return;
+            }
             // what is handed out unasked is not seen when it is used; a small file is used whole, mostly
             match tree.inode(ino) {
                 Ok(inode) if inode.size <= SMALL_FILE_BYTES => {
                     self.recorder.read(ino, 0, u32::try_from(inode.size).expect("small"), Instant::now());
                 }
-                _ => return,
+                _ => return self.store_bound(ino, offset, size, touched),
             }
         }
         let small = (in_stream && !is_recording).then(|| self.ahead.small_files());
@@ -247,6 +250,27 @@ impl Files {
                     let _ = self.pages.store_whole(tree, others, chunk.bytes());
                 }
             }
+        }
+    }
+
+    /// The same while a start is recorded: only what the program is bound to touch as well, which counts as read then. It is
+    /// recorded before it goes out, since what the kernel does not take it asks for.
+    fn store_bound(&self, ino: Ino, offset: u64, size: u32, touched: &[Touch]) {
+        let read = offset..offset.saturating_add(u64::from(size));
+        let Some(bound) = self.loading.bound(ino).filter(|bound| bound.read(read.clone())) else { return };
+        let Ahead { tree, cache, .. } = &*self.ahead;
+        // what a boot pack brings is not missed
+        let is_bound = |page| !self.boot.has(ino, page) && bound.give(page);
+        for touch in touched {
+            let here = want(tree, touch.frame).and_then(|want| cache.try_memory(want.id));
+            let Some(chunk) = here else { continue };
+            // a damaged tree is found, and told, by reading
+            let rest =
+                bound_rest(tree, ino, read.clone(), *touch, chunk.bytes(), is_bound).unwrap_or_default();
+            for (offset, size) in rest.iter().map(Run::place) {
+                self.recorder.read(ino, offset, size, Instant::now());
+            }
+            self.pages.send(rest);
         }
     }
 

@@ -12,6 +12,7 @@
 mod ahead;
 mod bits;
 mod boot;
+mod bound;
 mod config;
 mod elf;
 mod error;

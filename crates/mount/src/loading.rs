@@ -18,8 +18,10 @@ use tokio::sync::Semaphore;
 use crate::ahead::Ahead;
 use crate::bits::Bits;
 use crate::boot::Boot;
+use crate::bound::{Bound, BoundPages};
 use crate::elf::{self, Elf, Linked, RELOCATION_BYTES};
 use crate::order::want;
+use crate::trace::Recorder;
 
 mod constructors;
 
@@ -49,6 +51,9 @@ type Library = (Ino, Ino);
 pub(crate) struct Loading {
     ahead: Arc<Ahead>,
     boot: Arc<Boot>,
+    recorder: Arc<Recorder>,
+    /// What a start that is recorded will touch of the libraries that are followed.
+    bound: Bound,
     /// Files that were looked into.
     seen: Bits,
     /// Large files of which something was not here.
@@ -62,11 +67,13 @@ pub(crate) struct Loading {
 }
 
 impl Loading {
-    pub(crate) fn new(ahead: Arc<Ahead>, boot: Arc<Boot>) -> Self {
+    pub(crate) fn new(ahead: Arc<Ahead>, boot: Arc<Boot>, recorder: Arc<Recorder>) -> Self {
         let (seen, missed) = (Bits::new(ahead.tree.inodes()), Bits::new(ahead.tree.inodes()));
         Self {
             ahead,
             boot,
+            recorder,
+            bound: Bound::default(),
             seen,
             missed,
             turns: Semaphore::new(AT_ONCE),
@@ -90,6 +97,11 @@ impl Loading {
         if !self.ahead.is_lean() && is_large() && !first(&self.missed, ino) && first(&self.seen, ino) {
             self.follow(ino, None);
         }
+    }
+
+    /// The pages of a file that a start which is recorded will touch, as far as they are known by now.
+    pub(crate) fn bound(&self, ino: Ino) -> Option<Arc<BoundPages>> {
+        self.bound.find(ino)
     }
 
     /// Looks into a file, whose directory is `dir` if it is known, as it is of libraries that others need.
@@ -118,6 +130,13 @@ impl Loading {
             }
         }
         let tables = linked.relocations.clone();
+        let is_recorded = self.recorder.is_recording() && !self.recorder.is_exact();
+        let bound = is_recorded.then(|| self.bound.begin(ino, size)).flatten();
+        if let Some(bound) = &bound {
+            for walked in tables.iter().chain(&linked.names) {
+                bound.mark(walked.start..walked.end.min(size));
+            }
+        }
         let mut relocated = Relocated { elf, linked, size, pages: HashSet::new(), frames: HashSet::new() };
         for table in tables {
             // what a file says of itself may lie beyond its end
@@ -125,10 +144,15 @@ impl Loading {
             while at < table.end.min(size) && !relocated.is_full() && !self.ahead.is_lean() {
                 let end = table.end.min(size).min(at.saturating_add(PIECE_BYTES));
                 let piece = self.read(ino, at..end).await?;
-                let loading = Arc::clone(self);
+                let (loading, bound) = (Arc::clone(self), bound.clone());
                 // milliseconds of work
                 let looking = tokio::task::spawn_blocking(move || {
-                    let new = relocated.take(&piece, |page| loading.frame(ino, page));
+                    let new = relocated.take(&piece, |page| {
+                        if let Some(bound) = &bound {
+                            bound.mark(page..page + 1);
+                        }
+                        loading.frame(ino, page)
+                    });
                     (relocated, new)
                 });
                 let (looked, new) = looking.await.ok()?;

@@ -302,7 +302,7 @@ impl Parts {
         let pages = Arc::new(pages);
         let touched = Arc::new(Bits::new(ahead.tree.inodes().saturating_add(1)));
         let (seen, booted, read) = (recorder.clone(), boot.clone(), touched.clone());
-        let loading = Arc::new(Loading::new(ahead.clone(), boot.clone()));
+        let loading = Arc::new(Loading::new(ahead.clone(), boot.clone(), recorder.clone()));
         let files =
             Files { ahead: ahead.clone(), pages, boot: booted, recorder: seen, touched: read, loading };
         let agreed = Arc::new(OnceLock::new());

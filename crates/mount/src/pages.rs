@@ -62,27 +62,7 @@ impl Pages {
         touch: Touch,
         plain: &Bytes,
     ) -> Result<(), TreeError> {
-        let size = tree.inode(ino)?.size;
-        let mut runs = Vec::new();
-        let near = read.start.saturating_sub(FRAME_BYTES_MAX)..read.start.saturating_add(FRAME_BYTES_MAX);
-        for extent in tree.extents(ino, near.start, near.end)? {
-            let extent = extent?;
-            let part = extent.offset..extent.offset + extent.len;
-            if extent.frame != Some(touch.frame) {
-                continue;
-            }
-            // the kernel takes whole pages only, and a short one at the end of the file
-            let start = part.start.next_multiple_of(PAGE_BYTES);
-            let end = if part.end == size { size } else { part.end / PAGE_BYTES * PAGE_BYTES };
-            for rest in [start..end.min(read.start), start.max(read.end)..end] {
-                let Some(len) = rest.end.checked_sub(rest.start).filter(|len| *len > 0) else { continue };
-                let skip = u64::from(extent.skip) + (rest.start - part.start);
-                let (Ok(skip), Ok(len)) = (usize::try_from(skip), usize::try_from(len)) else { continue };
-                if skip + len <= plain.len() {
-                    runs.push(Run { ino, offset: rest.start, bytes: plain.slice(skip..skip + len) });
-                }
-            }
-        }
+        let runs = rest(tree, ino, read, touch, plain)?;
         self.send(runs);
         Ok(())
     }
@@ -113,10 +93,80 @@ impl Pages {
         Ok(())
     }
 
-    fn send(&self, runs: Vec<Run>) {
+    /// Stores these. Returns at once, as above.
+    pub(crate) fn send(&self, runs: Vec<Run>) {
         if !runs.is_empty() {
             let _ = self.queue.try_send(runs);
         }
+    }
+}
+
+/// The whole pages, or the end, that `ino` has in the frame of `touch` beyond `read`; the frame is `plain`.
+fn rest(tree: &Tree, ino: Ino, read: Range<u64>, touch: Touch, plain: &Bytes) -> Result<Vec<Run>, TreeError> {
+    let size = tree.inode(ino)?.size;
+    let mut runs = Vec::new();
+    let near = read.start.saturating_sub(FRAME_BYTES_MAX)..read.start.saturating_add(FRAME_BYTES_MAX);
+    for extent in tree.extents(ino, near.start, near.end)? {
+        let extent = extent?;
+        let part = extent.offset..extent.offset + extent.len;
+        if extent.frame != Some(touch.frame) {
+            continue;
+        }
+        // the kernel takes whole pages only, and a short one at the end of the file
+        let start = part.start.next_multiple_of(PAGE_BYTES);
+        let end = if part.end == size { size } else { part.end / PAGE_BYTES * PAGE_BYTES };
+        for rest in [start..end.min(read.start), start.max(read.end)..end] {
+            let Some(len) = rest.end.checked_sub(rest.start).filter(|len| *len > 0) else { continue };
+            let skip = u64::from(extent.skip) + (rest.start - part.start);
+            let (Ok(skip), Ok(len)) = (usize::try_from(skip), usize::try_from(len)) else { continue };
+            if skip + len <= plain.len() {
+                runs.push(Run { ino, offset: rest.start, bytes: plain.slice(skip..skip + len) });
+            }
+        }
+    }
+    Ok(runs)
+}
+
+/// The same, but only pages of which `is_bound` says so, which is asked once by where each begins.
+pub(crate) fn bound_rest(
+    tree: &Tree,
+    ino: Ino,
+    read: Range<u64>,
+    touch: Touch,
+    plain: &Bytes,
+    is_bound: impl Fn(u64) -> bool,
+) -> Result<Vec<Run>, TreeError> {
+    let runs = rest(tree, ino, read, touch, plain)?;
+    Ok(runs.iter().flat_map(|run| run.among(&is_bound)).collect())
+}
+
+impl Run {
+    /// Where in the file it begins, and how many bytes it has.
+    pub(crate) fn place(&self) -> (u64, u32) {
+        (self.offset, u32::try_from(self.bytes.len()).expect("it lies within a frame"))
+    }
+
+    /// The pages of it of which `is_bound` says so.
+    fn among(&self, is_bound: impl Fn(u64) -> bool) -> Vec<Self> {
+        let mut runs = Vec::<Self>::new();
+        let end = self.offset + self.bytes.len() as u64;
+        // what a page begins before is none of it
+        let mut at = self.offset.next_multiple_of(PAGE_BYTES);
+        while at < end {
+            let page = at..end.min(at + PAGE_BYTES);
+            if is_bound(at) {
+                let within = |at: u64| usize::try_from(at - self.offset).expect("it lies within a frame");
+                match runs.last_mut().filter(|run| run.offset + run.bytes.len() as u64 == at) {
+                    Some(run) => run.bytes = self.bytes.slice(within(run.offset)..within(page.end)),
+                    None => {
+                        let bytes = self.bytes.slice(within(page.start)..within(page.end));
+                        runs.push(Self { ino: self.ino, offset: at, bytes });
+                    }
+                }
+            }
+            at = page.end;
+        }
+        runs
     }
 }
 

@@ -57,6 +57,11 @@ impl Recorder {
         self.recording.load(Ordering::Relaxed)
     }
 
+    /// Whether only what is asked for may be recorded.
+    pub(crate) fn is_exact(&self) -> bool {
+        self.exact
+    }
+
     /// A name was looked up.
     pub(crate) fn name(&self, dir: Ino, name: &[u8]) {
         if self.is_recording() {

@@ -9,6 +9,7 @@ use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Read};
+use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::Path;
@@ -16,7 +17,7 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::Ordering;
 
 use lamina_image::Ino;
-use lamina_mount::{MountConfig, MountError};
+use lamina_mount::{MountConfig, MountError, Record};
 use rig::{Layer, Packs, Rig, is_mounted, noise, until};
 use rustix::mount::{MountFlags, UnmountFlags};
 use tar::EntryType;
@@ -288,9 +289,16 @@ fn what_the_linker_will_touch_is_fetched_when_a_program_begins_to_be_read() {
     assert!(!rig.cache.is_near(frame("a/libm.so.6", relocated(&libm))));
 }
 
-/// A library of 8 MiB with one constructor, at 2 MiB, that calls what is at 4 MiB and points to what is at 6 MiB.
+/// Where the names of the symbols of [`library`] are.
+const NAMES: Range<u64> = 3 << 20..(3 << 20) + (128 << 10);
+
+/// What its relocations write to: every other page.
+const TARGETS: Range<u64> = (6 << 20) + (512 << 10)..(6 << 20) + (640 << 10);
+
+/// A library of 8 MiB with relocations and one constructor, at 2 MiB, that calls what is at 4 MiB and points to what is at 6 MiB.
 fn library() -> Vec<u8> {
     const LIST: u64 = 7 << 20;
+    const TABLE: u64 = (7 << 20) + (512 << 10);
     let words = |words: &[u64]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
     let mut library = noise(11, 8 << 20);
     let mut put = |at: u64, bytes: &[u8]| {
@@ -302,14 +310,67 @@ fn library() -> Vec<u8> {
     put(54, &[56, 0, 2, 0, 64, 0, 0, 0, 0, 0]);
     // all of it is code, at 0
     put(64, &words(&[5 << 32 | 1, 0, 0, 0, 8 << 20, 8 << 20, 4096]));
-    put(120, &words(&[6 << 32 | 2, 256, 256, 256, 64, 64, 8]));
-    put(256, &words(&[25, LIST, 27, 8, 0, 0]));
+    put(120, &words(&[6 << 32 | 2, 256, 256, 256, 96, 96, 8]));
+    let relocations: Vec<u64> = TARGETS.step_by(8192).flat_map(|target| [target, 8, 0]).collect();
+    put(256, &words(&[25, LIST, 27, 8, 5, NAMES.start, 10, NAMES.end - NAMES.start]));
+    put(320, &words(&[7, TABLE, 8, relocations.len() as u64 * 8]));
+    put(TABLE, &words(&relocations));
     put(LIST, &words(&[2 << 20]));
     // call .+2 MiB; lea rdi, [.+4 MiB]; ret
     let distance = |to: u64, end: u64| u32::try_from(to - end).unwrap().to_le_bytes();
     put(2 << 20, &[&b"\xe8"[..], &distance(4 << 20, (2 << 20) + 5)].concat());
     put((2 << 20) + 5, &[&b"\x48\x8d\x3d"[..], &distance(6 << 20, (2 << 20) + 12), &[0xc3; 300]].concat());
     library
+}
+
+#[test]
+fn of_a_start_that_is_recorded_what_the_linker_walks_goes_out_together_and_counts_as_touched_and_nothing_else_does()
+ {
+    let rig = Rig::new(Layer::new().file("library", &library())).recording();
+    let file = File::open(rig.path("library")).unwrap();
+    let read = |at: u64| file.read_exact_at(&mut [0; 16], at).unwrap();
+    read(0);
+    let ino = Ino(file.metadata().unwrap().ino());
+    let extent = rig.tree.extents(ino, 2 << 20, (2 << 20) + 1).unwrap().next().unwrap().unwrap();
+    let constructor = rig.tree.frame(extent.frame.unwrap()).unwrap().0;
+    until("the library to be looked into", || rig.cache.is_near(constructor));
+    // another part, of which nobody knows anything, and the names
+    read(5 << 20);
+    assert_eq!(rig.mount().snapshot().stores, 0);
+    read(NAMES.start + 8192);
+    until("the names beside it to go out", || rig.mount().snapshot().stores > 0);
+    let before = rig.mount().snapshot().stores;
+    read(TARGETS.start);
+    until("what relocations write to beside it to go out", || rig.mount().snapshot().stores > before);
+    let trace = rig.mount().end_start().expect("recorded");
+    let pages: Vec<u64> = trace.runs.iter().flat_map(|run| run.first..run.first + run.pages).collect();
+    let within = |range: Range<u64>| {
+        pages.iter().filter(|page| (range.start / 4096..range.end / 4096).contains(page)).count()
+    };
+    // a frame has 16 KiB at least, and what is read is one page and the one beside it
+    assert!(within(NAMES) >= 4 && within(5 << 20..6 << 20) <= 2, "{pages:?}");
+    let targets =
+        |odd: u64| pages.iter().filter(|page| *page % 2 == odd && TARGETS.contains(&(*page * 4096))).count();
+    assert!(targets(0) >= 2 && targets(1) <= 1, "{pages:?}");
+    let known = within(0..1 << 20) + within(NAMES) + within(5 << 20..6 << 20) + within(TARGETS);
+    assert_eq!(known, pages.len(), "{pages:?}");
+}
+
+#[test]
+fn of_an_exact_recording_nothing_goes_out_that_was_not_asked_for() {
+    let small = noise(12, 40_000);
+    let rig = Rig::new(Layer::new().file("library", &library()).file("small", &small));
+    rig.mount().unmount(false).unwrap();
+    rig.ended();
+    let mount = rig.start(MountConfig { record: Record::Exact, ..MountConfig::new(rig.path("")) }).unwrap();
+    let file = File::open(rig.path("library")).unwrap();
+    for at in [0, NAMES.start, 5 << 20, TARGETS.start, NAMES.start + 8192] {
+        file.read_exact_at(&mut [0; 16], at).unwrap();
+    }
+    File::open(rig.path("small")).unwrap().read_exact_at(&mut [0; 16], 16_384).unwrap();
+    let trace = mount.end_start().expect("recorded");
+    assert_eq!(trace.runs.iter().map(|run| run.pages).sum::<u64>(), 6, "{:?}", trace.runs);
+    assert_eq!(mount.snapshot().stores, 0);
 }
 
 /// What its constructor touches comes when these bytes of a library are read, one after the other, and what lies elsewhere does not.
