@@ -77,7 +77,8 @@ pub enum Made {
 }
 
 impl Cache {
-    /// A whole file, open for reading, where it is there and was checked. Does no I/O but to open it. As long as it is open, or any mapping of it is left, it is not evicted.
+    /// A whole file, open for reading, where it is there and was checked. Does no I/O but to open it. As long as it is open, or any
+    /// mapping of it is left, it is not evicted.
     pub fn whole(&self, id: WholeId) -> Option<File> {
         self.shared().disk().whole(id)
     }

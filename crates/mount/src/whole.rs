@@ -73,7 +73,7 @@ impl Wholes {
         inode.is_ok_and(|inode| inode.kind() == FileKind::Regular && inode.size >= self.big_bytes)
     }
 
-    /// The whole file, if it is there, was checked, and the thread has come across it. Waits for nobody.
+    /// The whole file, if it is there, was checked, and the thread has come across it. Waits for no bytes.
     pub(crate) fn find(&self, ino: Ino) -> Option<File> {
         let known = self.ids.lock().get(&ino).copied();
         self.cache.whole(known??)
