@@ -134,11 +134,11 @@ impl Cache {
         Ok(chunks)
     }
 
-    /// Begins to fetch `wants` and returns at once. Frames that are near already are left where they are.
+    /// Begins to fetch `wants` and returns at once. Frames that are near already are left where they are. One that nobody
+    /// has asked for when it comes is kept as it came, and verified by whoever reads it: it may lie on disk by then, and to
+    /// open it twice costs as much as to fetch it.
     pub fn prefetch(&self, source: &Arc<dyn Source>, wants: &[Want], class: Class) {
-        let near = |id| self.shared.memory.contains(id) || self.shared.on_disk(id);
-        let far: Vec<Want> = wants.iter().filter(|want| !near(want.id)).copied().collect();
-        drop(self.shared.board(source, &far, &[], class));
+        drop(self.shared.board(source, &[], wants, class));
     }
 
     /// Brings `wants` to disk, and returns once those that are not there yet have come and verified: how many bytes of frames
@@ -367,7 +367,10 @@ impl Shared {
             }
             if let Boarding::Fresh(waiter) = self.flights.board(want.id, source, || None) {
                 let sealed_len = want.place.frame.sealed_len;
-                tracing::trace!(target: ASKED, id = %want.id, sealed_len, class = "Along");
+                match demand {
+                    true => tracing::trace!(target: ASKED, id = %want.id, sealed_len, class = "Along"),
+                    false => tracing::trace!(target: ASKED, id = %want.id, sealed_len, ?class),
+                }
                 fresh.push(Leg { want, flight: waiter.flight, needed: false });
             }
         }

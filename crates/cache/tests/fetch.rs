@@ -322,6 +322,19 @@ async fn demand_overtakes_readahead_and_promotes_what_still_queues() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_was_read_ahead_is_verified_when_it_is_read_and_fetched_again_where_it_is_wrong() {
+    let rig = rig();
+    rig.memory.faults.lock().push(Fault::FlipBits);
+    rig.cache.prefetch(&rig.source, &rig.wants[..20], Class::Background);
+    until(|| rig.cache.snapshot().source_frames == 20).await;
+    assert_eq!(rig.cache.snapshot().verify_failures, 0, "nobody has looked");
+    assert!(rig.cache.flushed().await);
+    let fetched = rig.cache.fetch(&rig.source, &rig.wants[..20], &[], Class::Demand).await;
+    assert_eq!(fetched.expect("fetched"), rig.chunks[..20]);
+    assert!(rig.cache.snapshot().verify_failures >= 20, "{:?}", rig.cache.snapshot());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn another_mounts_failing_source_does_not_fail_this_one() {
     let rig = rig_with(0, |_| {});
     rig.memory.faults.lock().push(Fault::Missing);
