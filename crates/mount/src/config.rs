@@ -68,8 +68,20 @@ impl MountConfig {
             dense_run_bytes: 8 << 20,
             recorded_run_bytes: 64 << 20,
             neighbour_bytes: 168 << 10,
-            file_ramp: Ramp { run_min: 256 << 10, ahead_max: 16 << 20, slack: 128 << 10 },
-            pack_ramp: Ramp { run_min: 512 << 10, ahead_max: 128 << 20, slack: 256 << 10 },
+            file_ramp: Ramp {
+                run_min: 256 << 10,
+                ahead_max: 16 << 20,
+                piece_max: 4 << 20,
+                slack: 128 << 10,
+                reach_max: 4 << 20,
+            },
+            pack_ramp: Ramp {
+                run_min: 512 << 10,
+                ahead_max: 128 << 20,
+                piece_max: 16 << 20,
+                slack: 256 << 10,
+                reach_max: 16 << 20,
+            },
         }
     }
 }

@@ -3,6 +3,9 @@
 //!
 //! The rule: ahead of a stream that has read `run` bytes forward, up to `run` bytes are fetched, so what is fetched in
 //! vain is never more than what was read. It doubles by itself while reading is dense and is nothing while it is not.
+//! Reads do not come quite in the order of positions: several are under way at once, and files are read in another order
+//! than they were packed in. So a stream may pass over some of what was fetched for it; that counts against `run` until it is
+//! read after all.
 
 use std::ops::Range;
 
@@ -11,10 +14,14 @@ use std::ops::Range;
 pub struct Ramp {
     /// A stream that has read fewer bytes gets none.
     pub run_min: u64,
-    /// No stream gets more, in bytes: what fills a link for some round trips, and a fraction of the cache's memory.
+    /// No stream gets more, in bytes: what fills a link for some round trips.
     pub ahead_max: u64,
+    /// No more is asked for at once, in bytes: so much less than `ahead_max` a stream may have ahead of it.
+    pub piece_max: u64,
     /// A read this near to where a stream stands belongs to it, in bytes.
     pub slack: u64,
+    /// So does one this far from a stream that has read as much, in bytes.
+    pub reach_max: u64,
 }
 
 /// Positions followed at once; the one that moved least recently is given up for a new one.
@@ -24,11 +31,41 @@ const STREAMS_MAX: usize = 8;
 struct Stream {
     /// Where reading stands.
     at: u64,
-    /// Bytes read on the way here.
+    /// Bytes read on the way here, less `passed`.
     run: u64,
+    /// Bytes that were passed over, and not read since.
+    passed: u64,
     /// How far it was fetched.
     ahead: u64,
     moved: u64,
+}
+
+impl Stream {
+    /// Whether a read belongs to it.
+    fn has(&self, read: &Range<u64>, ramp: Ramp) -> bool {
+        let reach = ramp.slack.max(self.run.min(ramp.reach_max));
+        read.start <= self.at.saturating_add(reach).max(self.ahead)
+            && read.end.saturating_add(reach) >= self.at
+    }
+
+    fn take(&mut self, read: &Range<u64>, ramp: Ramp) {
+        let len = read.end - read.start;
+        if read.end <= self.at {
+            // once for what it was held against, and once as any read
+            let after_all = len.min(self.passed);
+            self.passed -= after_all;
+            self.run += 2 * after_all;
+            return;
+        }
+        let gap = read.start.saturating_sub(self.at);
+        if gap > ramp.slack {
+            self.run = self.run.saturating_sub(gap);
+            self.passed += gap;
+        }
+        self.run += len.min(read.end - self.at);
+        self.at = read.end;
+        self.ahead = self.ahead.max(self.at);
+    }
 }
 
 /// What to do about a read.
@@ -51,31 +88,24 @@ impl Streams {
     /// Takes note of a read in a space that ends at `end`.
     pub(crate) fn note(&mut self, read: Range<u64>, end: u64, ramp: Ramp) -> Advice {
         self.clock += 1;
-        let near = |stream: &&mut Stream| {
-            read.start <= stream.at.saturating_add(ramp.slack)
-                && read.end.saturating_add(ramp.slack) >= stream.at
-        };
-        let Some(stream) = self.streams.iter_mut().filter(near).min_by_key(|s| s.at.abs_diff(read.start))
-        else {
+        let those = self.streams.iter_mut().filter(|stream| stream.has(&read, ramp));
+        let Some(stream) = those.min_by_key(|stream| stream.at.abs_diff(read.start)) else {
             return self.begin(&read);
         };
         stream.moved = self.clock;
-        if read.end > stream.at {
-            stream.run += (read.end - stream.at).min(read.end - read.start);
-            stream.at = read.end;
-        }
-        stream.ahead = stream.ahead.max(stream.at);
+        stream.take(&read, ramp);
         let window = if stream.run < ramp.run_min { 0 } else { stream.run.min(ramp.ahead_max) };
         let target = stream.at.saturating_add(window).min(end);
-        // ask in pieces of half a window, so that requests are few and large
-        let due = stream.ahead - stream.at <= window / 2 && target > stream.ahead;
+        // ask in large pieces, so that requests are few
+        let piece = (window / 2).min(ramp.piece_max);
+        let due = stream.ahead - stream.at <= window - piece && target > stream.ahead;
         let fetch = due.then(|| std::mem::replace(&mut stream.ahead, target)..target);
         Advice { fetch, run: stream.run }
     }
 
     fn begin(&mut self, read: &Range<u64>) -> Advice {
         let run = read.end - read.start;
-        let stream = Stream { at: read.end, run, ahead: read.end, moved: self.clock };
+        let stream = Stream { at: read.end, run, passed: 0, ahead: read.end, moved: self.clock };
         if self.streams.len() < STREAMS_MAX {
             self.streams.push(stream);
         } else if let Some(oldest) = self.streams.iter_mut().min_by_key(|stream| stream.moved) {
@@ -91,7 +121,7 @@ mod tests {
 
     use super::*;
 
-    const RAMP: Ramp = Ramp { run_min: 100, ahead_max: 1000, slack: 20 };
+    const RAMP: Ramp = Ramp { run_min: 100, ahead_max: 1000, piece_max: 500, slack: 20, reach_max: 200 };
 
     fn fetches(reads: &[Range<u64>], end: u64) -> Vec<Option<Range<u64>>> {
         let mut streams = Streams::default();
@@ -127,6 +157,26 @@ mod tests {
         assert!(fetched.windows(2).all(|pair| pair[0].end == pair[1].start), "without gaps: {fetched:?}");
         assert_eq!(fetched.last().expect("some").end, 5000);
         assert!(fetched.len() < 20, "{fetched:?}");
+    }
+
+    #[test]
+    fn reads_that_come_out_of_order_are_one_stream() {
+        // as two threads give them: each pair the wrong way round, further apart than the slack
+        let reads = (0..100).map(|n| n ^ 1).map(|n| n * 50..n * 50 + 50);
+        let mut streams = Streams::default();
+        let runs: Vec<u64> = reads.map(|read| streams.note(read, 5000, RAMP).run).collect();
+        assert!(runs[90..].iter().all(|run| *run >= 4_000), "{runs:?}");
+        assert!(streams.streams.len() <= 2, "{streams:?}");
+    }
+
+    #[test]
+    fn what_a_stream_passes_over_counts_against_it_until_it_is_read() {
+        let mut streams = Streams::default();
+        let mut run = |read: Range<u64>| streams.note(read, 10_000, RAMP).run;
+        assert_eq!([run(0..300), run(450..500)], [300, 300 - 150 + 50]);
+        assert_eq!([run(340..390), run(390..440)], [300, 400]);
+        assert_eq!([run(300..400), run(300..400)], [500, 500], "no more than was passed over");
+        assert_eq!(run(5_000..5_100), 100, "out of reach: another stream");
     }
 
     proptest! {
