@@ -11,13 +11,13 @@ use lru::LruCache;
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 
-use crate::MountConfig;
 use crate::metrics::{Counters, add, one};
-use crate::order::{PackOrder, Touch, want};
+use crate::order::{Order, Touch, want};
 use crate::small::SmallFiles;
 use crate::streams::Streams;
 use crate::walks::Walks;
 use crate::window::Window;
+use crate::{MountConfig, Ramp};
 
 /// Files followed at once, some 300 bytes each.
 const FILES_MAX: NonZeroUsize = NonZeroUsize::new(1024).expect("not zero");
@@ -29,6 +29,41 @@ struct File {
     walks: Walks,
 }
 
+/// All frames laid end to end in some order, and who reads along it.
+struct Space {
+    order: Arc<OnceLock<Order>>,
+    sought: AtomicBool,
+    streams: Mutex<Streams>,
+    ramp: Ramp,
+}
+
+impl Space {
+    fn new(ramp: Ramp) -> Self {
+        let (order, sought, streams) = (Arc::default(), AtomicBool::new(false), Mutex::default());
+        Self { order, sought, streams, ramp }
+    }
+
+    /// Lays the frames in the background, unless that was asked for before. Until it is done nothing is read ahead here.
+    fn seek(&self, handle: &Handle, tree: &Arc<Tree>, lay: fn(&Tree) -> Order) {
+        if !self.sought.swap(true, Ordering::Relaxed) {
+            let (laid, tree) = (self.order.clone(), tree.clone());
+            handle.spawn_blocking(move || laid.set(lay(&tree)));
+        }
+    }
+
+    /// Takes note of parts that were read: how long the longest stream is that they belong to, and what to fetch.
+    fn note(&self, touched: &[Touch]) -> (u64, Vec<u32>) {
+        let Some(order) = self.order.get() else { return (0, Vec::new()) };
+        let (mut run, mut fetch, mut streams) = (0, Vec::new(), self.streams.lock());
+        for part in touched.iter().filter_map(|touch| order.part(*touch)) {
+            let advice = streams.note(part, order.end(), self.ramp);
+            fetch.extend(advice.fetch.into_iter().flat_map(|range| order.within(range)));
+            run = run.max(advice.run);
+        }
+        (run, fetch)
+    }
+}
+
 /// The readahead of one mount.
 pub(crate) struct Ahead {
     pub(crate) tree: Arc<Tree>,
@@ -37,10 +72,10 @@ pub(crate) struct Ahead {
     pub(crate) counters: Arc<Counters>,
     pub(crate) config: MountConfig,
     handle: Handle,
-    /// Known some milliseconds after the mount; until then nothing is read ahead across files.
-    order: Arc<OnceLock<PackOrder>>,
     files: Mutex<LruCache<Ino, File>>,
-    packs: Mutex<Streams>,
+    packs: Space,
+    /// Sought once somebody reads densely.
+    paths: Space,
     window: OnceLock<Window>,
     /// Looked for when they are first asked for.
     small: Arc<OnceLock<SmallFiles>>,
@@ -60,11 +95,9 @@ impl Ahead {
         config: MountConfig,
         handle: Handle,
     ) -> Self {
-        let order = Arc::new(OnceLock::new());
-        let (sorted, sorting) = (order.clone(), tree.clone());
-        handle.spawn_blocking(move || sorted.set(PackOrder::of(&sorting)));
-        let (counters, window) = (Arc::default(), OnceLock::new());
-        let (files, packs) = (Mutex::new(LruCache::new(FILES_MAX)), Mutex::default());
+        let (packs, paths) = (Space::new(config.pack_ramp), Space::new(config.path_ramp));
+        packs.seek(&handle, &tree, Order::of_packs);
+        let (counters, window, files) = (Arc::default(), OnceLock::new(), LruCache::new(FILES_MAX));
         Self {
             tree,
             cache,
@@ -72,9 +105,9 @@ impl Ahead {
             counters,
             config,
             handle,
-            order,
-            files,
+            files: Mutex::new(files),
             packs,
+            paths,
             window,
             small: Arc::default(),
             small_sought: AtomicBool::new(false),
@@ -133,7 +166,7 @@ impl Ahead {
         }
         let asked: u64 = wants.iter().map(|want| u64::from(want.place.frame.sealed_len)).sum();
         let left = self.config.neighbour_bytes.saturating_sub(asked);
-        let span = self.order.get().and_then(|order| Some((order, order.span(last)?)));
+        let span = self.packs.order.get().and_then(|order| Some((order, order.span(last)?)));
         let (Some((order, span)), Some(end)) = (span, wants.last()) else { return Vec::new() };
         let mut near = Vec::new();
         for number in order.within(span.end..span.end.saturating_add(left)) {
@@ -164,27 +197,17 @@ impl Ahead {
             let extents = self.tree.extents(ino, range.start, range.end).into_iter().flatten();
             self.fetch(extents.filter_map(|extent| extent.ok()?.frame).collect());
         }
-        let run = advice.run.max(self.note_packs(touched));
+        let mut run = advice.run;
+        for space in [&self.packs, &self.paths] {
+            let (here, fetch) = space.note(touched);
+            self.fetch(fetch);
+            run = run.max(here);
+        }
+        if run >= self.config.dense_run_bytes {
+            self.paths.seek(&self.handle, &self.tree, Order::of_paths);
+        }
         if let Some(window) = self.window.get() {
             window.note(run);
-        }
-        run
-    }
-
-    /// Follows a read through the packs; how long the longest stream is that it belongs to.
-    fn note_packs(&self, touched: &[Touch]) -> u64 {
-        let Some(order) = self.order.get() else { return 0 };
-        let (mut run, mut fetch) = (0, Vec::new());
-        {
-            let mut packs = self.packs.lock();
-            for part in touched.iter().filter_map(|touch| order.part(*touch)) {
-                let advice = packs.note(part, order.end(), self.config.pack_ramp);
-                fetch.extend(advice.fetch);
-                run = run.max(advice.run);
-            }
-        }
-        for range in fetch {
-            self.fetch(order.within(range).to_vec());
         }
         run
     }

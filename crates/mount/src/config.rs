@@ -51,6 +51,9 @@ pub struct MountConfig {
     /// Readahead across files that lie one behind the other in packs, in bytes of frames. Opening small files takes longer than
     /// fetching them, so its bound is what a 1 Gbit/s link carries in a second.
     pub pack_ramp: Ramp,
+    /// Readahead across files in the order of their paths, in bytes of frames: of those who read all there is, as programs do not
+    /// when they start.
+    pub path_ramp: Ramp,
 }
 
 impl MountConfig {
@@ -77,6 +80,13 @@ impl MountConfig {
             },
             pack_ramp: Ramp {
                 run_min: 512 << 10,
+                ahead_max: 128 << 20,
+                piece_max: 16 << 20,
+                slack: 256 << 10,
+                reach_max: 16 << 20,
+            },
+            path_ramp: Ramp {
+                run_min: 32 << 20,
                 ahead_max: 128 << 20,
                 piece_max: 16 << 20,
                 slack: 256 << 10,

@@ -241,6 +241,33 @@ fn small_files_beside_those_read_are_in_the_page_cache_where_files_are_read_in_a
 }
 
 #[test]
+fn files_are_read_ahead_in_the_order_of_their_paths_however_they_were_packed() {
+    const FILES: usize = 40;
+    let name = |n: usize| format!("{}/{n:02}", n / 7);
+    let contents = |n: usize| noise(n as u64, 200_000);
+    let layer =
+        (0..FILES).map(|n| n * 17 % FILES).fold(Layer::new(), |layer, n| layer.file(&name(n), &contents(n)));
+    let mut rig = Rig::new(layer);
+    rig.mount = None;
+    let mut config = MountConfig::new(rig.path(""));
+    (config.neighbour_bytes, config.dense_run_bytes) = (0, 64 << 10);
+    (config.pack_ramp.run_min, config.path_ramp.run_min) = (u64::MAX, 512 << 10);
+    rig.mount = Some(rig.start(config).expect("mounted again"));
+    let last_frame = |n: usize| {
+        let ino = Ino(fs::metadata(rig.path(&name(n))).unwrap().ino());
+        let extent = rig.tree.extents(ino, 199_999, 200_000).unwrap().next().unwrap().unwrap();
+        rig.tree.frame(extent.frame.expect("stored")).unwrap().0
+    };
+    for n in 0..FILES / 2 {
+        assert_eq!(fs::read(rig.path(&name(n))).expect("read"), contents(n), "{n}");
+    }
+    // in other directories, and far away in the pack
+    until("those that follow come by themselves", || {
+        (FILES / 2..FILES / 2 + 9).all(|n| rig.cache.is_near(last_frame(n)))
+    });
+}
+
+#[test]
 fn reading_here_and_there_fetches_little_else() {
     let large = noise(3, 32 << 20);
     let rig = Rig::new(Layer::new().file("large", &large));
