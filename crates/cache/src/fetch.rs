@@ -8,11 +8,11 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt;
 use lamina_chunk::{Chunk, Frame, FrameId, Opening, PackId, Place, Sealed};
 use tokio::time::timeout;
 
+use crate::body::Body;
 use crate::cache::Shared;
 use crate::flight::Flight;
 use crate::metrics::add;
@@ -189,7 +189,7 @@ async fn receive(
     let frames: Vec<Frame> = waiting.iter().map(Leg::frame).collect();
     let range = span(&frames);
     let mut received = Received::default();
-    let mut body = BytesMut::with_capacity(usize::try_from(range.end - range.start).unwrap_or(0));
+    let mut body = Body::new(range.start);
     add(&shared.counters.source_requests, 1);
     let source = waiting[0].flight.source.clone();
     let mut first = First::of(&waiting[0], class);
@@ -207,17 +207,17 @@ async fn receive(
             }
         };
         add(&shared.counters.source_bytes, piece.len());
-        body.extend_from_slice(&piece);
         if let Some(first) = &mut first {
-            first.take(&body);
+            first.take(&piece);
         }
-        let here = range.start + body.len() as u64;
+        body.push(piece);
         let mut ready = Vec::new();
-        while let Some(leg) = waiting.pop_front_if(|leg| leg.frame().end() <= here) {
-            ready.push(leg);
+        while let Some(leg) = waiting.pop_front_if(|leg| leg.frame().end() <= body.end()) {
+            let sealed = body.cut_out(leg.frame());
+            ready.push((leg, sealed));
         }
         if !ready.is_empty() {
-            let damaged = deliver(claimed, ready, first.take(), &body, range.start, class).await;
+            let damaged = deliver(claimed, ready, first.take(), class).await;
             if !damaged.is_empty() {
                 source.distrust(pack, answer.origin);
             }
@@ -225,8 +225,9 @@ async fn receive(
         }
     }
     let come = frames.len() - waiting.len();
-    let wanted: usize = frames[..come].iter().map(|frame| frame.sealed_len as usize).sum();
-    add(&shared.counters.source_gap_bytes, body.len().saturating_sub(wanted));
+    let wanted: u64 = frames[..come].iter().map(|frame| u64::from(frame.sealed_len)).sum();
+    let gaps = (body.end() - range.start).saturating_sub(wanted);
+    add(&shared.counters.source_gap_bytes, usize::try_from(gaps).unwrap_or(usize::MAX));
     received.left = waiting.into();
     received
 }
@@ -246,11 +247,12 @@ impl First {
         Some(Self { id: leg.want.id, opening: is_waited_for.then(opening).flatten()? })
     }
 
-    /// Takes in what has come of it.
-    fn take(&mut self, body: &[u8]) {
-        let come = self.opening.taken()..body.len().min(self.opening.sealed_len());
-        if let Some(bytes) = body.get(come).filter(|bytes| !bytes.is_empty()) {
-            self.opening.take(bytes);
+    /// Takes in what comes next of the answer.
+    fn take(&mut self, piece: &[u8]) {
+        let lacking = self.opening.sealed_len() - self.opening.taken();
+        let piece = &piece[..piece.len().min(lacking)];
+        if !piece.is_empty() {
+            self.opening.take(piece);
         }
     }
 }
@@ -274,17 +276,14 @@ fn fail(claimed: &mut Claimed, legs: &[Leg], error: &RequestError) {
 /// Opens and lands what arrived, and gives it to the disk. Returns what did not verify, which stays claimed.
 async fn deliver(
     claimed: &mut Claimed,
-    ready: Vec<Leg>,
+    ready: Vec<(Leg, Sealed)>,
     first: Option<First>,
-    body: &[u8],
-    start: u64,
     class: Class,
 ) -> Vec<Leg> {
     let shared = claimed.shared.clone();
     let mut opening = Vec::new();
     let mut keep = Vec::new();
-    for leg in ready {
-        let sealed = cut_out(body, start, leg.frame());
+    for (leg, sealed) in ready {
         let (id, sealed_too) = (leg.want.id, sealed.clone());
         let keep_sealed = || shared.memory.insert_sealed(id, sealed_too);
         if !leg.needed && shared.flights.land_unwatched(&leg.flight, keep_sealed) {
@@ -375,15 +374,6 @@ async fn again(claimed: &mut Claimed, pack: PackId, damaged: Vec<Leg>, class: Cl
         let error = error.map_or(CacheError::Damaged(id), |error| error.of(id));
         claimed.shared.flights.land(&leg.flight, Err(error));
     }
-}
-
-/// The frame's bytes, copied so that they do not keep the whole answer in memory. An answer that is too short gives an
-/// empty frame, which does not open.
-fn cut_out(body: &[u8], start: u64, frame: Frame) -> Sealed {
-    let from = usize::try_from(u64::from(frame.offset) - start).unwrap_or(usize::MAX);
-    let to = from.saturating_add(frame.sealed_len as usize);
-    let bytes = body.get(from..to).map(Bytes::copy_from_slice).unwrap_or_default();
-    Sealed::new(bytes, frame.plain_len as usize)
 }
 
 /// An error of a request, before it is told to each frame.

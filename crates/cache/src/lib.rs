@@ -7,6 +7,7 @@
 //! It knows frames, packs and ranges, and not which chunks a frame holds. It never sees a name, an inode or a manifest, and it hands out plaintext only
 //! as a `Chunk`, which cannot exist without having been verified.
 
+mod body;
 mod cache;
 mod config;
 mod disk;
