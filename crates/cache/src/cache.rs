@@ -135,14 +135,14 @@ impl Cache {
     }
 
     /// Begins to fetch `wants` and returns at once. Frames that are near already are left where they are. One that nobody
-    /// has asked for when it comes is kept as it came, and verified by whoever reads it: it may lie on disk by then, and to
-    /// open it twice costs as much as to fetch it.
+    /// has asked for when it comes is kept as it came, and verified by whoever reads it: by then it may have left the memory, and
+    /// would be opened twice. The first of each answer is opened at once, so that a source that sends wrong bytes is noticed.
     pub fn prefetch(&self, source: &Arc<dyn Source>, wants: &[Want], class: Class) {
         drop(self.shared.board(source, &[], wants, class));
     }
 
     /// Brings `wants` to disk, and returns once those that are not there yet have come and verified: how many bytes of frames
-    /// came. Slower than readers, whom it leaves the link. *Errors*: the first; the others are fetched all the same. A disk
+    /// came. What is there already was verified when it came, or is when it is read. Slower than readers, whom it leaves the link. *Errors*: the first; the others are fetched all the same. A disk
     /// that does not take them is no error here: see [`Cache::is_on_disk`].
     pub async fn fill(&self, source: &Arc<dyn Source>, wants: &[Want]) -> Result<u64, CacheError> {
         let far: Vec<Want> = wants.iter().filter(|want| !self.shared.on_disk(want.id)).copied().collect();
@@ -337,6 +337,11 @@ impl Shared {
                 Class::Fill => None,
                 _ => self.memory.take_out(want.id, &self.counters),
             };
+            // most are found without the lock on the flights, under which opening one would hold up all others
+            if let Some(chunk) = take() {
+                seats.push(Seat::Here(chunk));
+                continue;
+            }
             let waiter = match self.flights.board(want.id, source, take) {
                 Boarding::Here(chunk) => {
                     seats.push(Seat::Here(chunk));

@@ -186,6 +186,10 @@ async fn receive(
 ) -> Received {
     let shared = claimed.shared.clone();
     let mut waiting = VecDeque::from(legs);
+    if let Some(sample) = waiting.front_mut().filter(|_| class != Class::Demand) {
+        // one is opened in any case, so that who sends wrong bytes is known soon
+        sample.needed = true;
+    }
     let frames: Vec<Frame> = waiting.iter().map(Leg::frame).collect();
     let range = span(&frames);
     let mut received = Received::default();
