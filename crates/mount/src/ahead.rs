@@ -51,7 +51,7 @@ impl Space {
         }
     }
 
-    /// Takes note of parts that were read: how long the longest stream is that they belong to, and what to fetch.
+    /// Takes note of parts that were read: how long the longest stream is that goes on with one, and what to fetch.
     fn note(&self, touched: &[Touch]) -> (u64, Vec<u32>) {
         let Some(order) = self.order.get() else { return (0, Vec::new()) };
         let (mut run, mut fetch, mut streams) = (0, Vec::new(), self.streams.lock());

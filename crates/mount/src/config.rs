@@ -37,7 +37,7 @@ pub struct MountConfig {
     pub passthrough: bool,
     /// Whether the start is recorded.
     pub record: Record,
-    /// A stream that has read this many bytes is dense.
+    /// A stream that has read this many bytes is dense. The order of the paths is looked for from the first one on.
     pub dense_run_bytes: u64,
     /// Of a stream so many bytes are recorded, and not what follows: a start reads no library in so long a stream, and readahead
     /// has long been filling the link.
@@ -51,8 +51,8 @@ pub struct MountConfig {
     /// Readahead across files that lie one behind the other in packs, in bytes of frames. Opening small files takes longer than
     /// fetching them, so its bound is what a 1 Gbit/s link carries in a second.
     pub pack_ramp: Ramp,
-    /// Readahead across files in the order of their paths, in bytes of frames: of those who read all there is, as programs do not
-    /// when they start.
+    /// Readahead across files in the order of their paths, in bytes of frames, besides that along packs. Its `run_min` is more than
+    /// programs read so when they start.
     pub path_ramp: Ramp,
 }
 
@@ -87,7 +87,7 @@ impl MountConfig {
             },
             path_ramp: Ramp {
                 run_min: 32 << 20,
-                ahead_max: 128 << 20,
+                ahead_max: 64 << 20,
                 piece_max: 16 << 20,
                 slack: 256 << 10,
                 reach_max: 16 << 20,

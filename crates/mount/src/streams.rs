@@ -4,8 +4,8 @@
 //! The rule: ahead of a stream that has read `run` bytes forward, up to `run` bytes are fetched, so what is fetched in
 //! vain is never more than what was read. It doubles by itself while reading is dense and is nothing while it is not.
 //! Reads do not come quite in the order of positions: several are under way at once, and files are read in another order
-//! than they were packed in. So a stream may pass over some of what was fetched for it; that counts against `run` until it is
-//! read after all.
+//! than they were packed in. So a stream may pass over some of what was fetched for it; that counts against `run`, and of a long
+//! one against no more than its window, until as much behind it is read after all.
 
 use std::ops::Range;
 
@@ -16,11 +16,11 @@ pub struct Ramp {
     pub run_min: u64,
     /// No stream gets more, in bytes: what fills a link for some round trips.
     pub ahead_max: u64,
-    /// No more is asked for at once, in bytes: so much less than `ahead_max` a stream may have ahead of it.
+    /// No more is asked for at once, in bytes; the next read asks for more.
     pub piece_max: u64,
     /// A read this near to where a stream stands belongs to it, in bytes.
     pub slack: u64,
-    /// So does one this far from a stream that has read as much, in bytes.
+    /// So does one this far from a stream that has read as much, in bytes, or anywhere in what was fetched for one.
     pub reach_max: u64,
 }
 
@@ -48,6 +48,11 @@ impl Stream {
             && read.end.saturating_add(reach) >= self.at
     }
 
+    /// Whether a read begins, or ends, about where reading stands.
+    fn is_at(&self, read: &Range<u64>, ramp: Ramp) -> bool {
+        read.start <= self.at.saturating_add(ramp.slack) && read.end.saturating_add(ramp.slack) >= self.at
+    }
+
     fn take(&mut self, read: &Range<u64>, ramp: Ramp) {
         let len = read.end - read.start;
         if read.end <= self.at {
@@ -59,7 +64,8 @@ impl Stream {
         }
         let gap = read.start.saturating_sub(self.at);
         if gap > ramp.slack {
-            self.run = self.run.saturating_sub(gap);
+            // what a long stream has read before its window was full does not pay for jumps
+            self.run = self.run.min(ramp.ahead_max).saturating_sub(gap);
             self.passed += gap;
         }
         self.run += len.min(read.end - self.at);
@@ -73,7 +79,7 @@ impl Stream {
 pub(crate) struct Advice {
     /// Fetch these bytes ahead.
     pub(crate) fetch: Option<Range<u64>>,
-    /// How long the stream is that the read belongs to.
+    /// How long the stream is that the read goes on from where it stands; of another read its own length.
     pub(crate) run: u64,
 }
 
@@ -93,14 +99,16 @@ impl Streams {
             return self.begin(&read);
         };
         stream.moved = self.clock;
+        let is_at = stream.is_at(&read, ramp);
         stream.take(&read, ramp);
         let window = if stream.run < ramp.run_min { 0 } else { stream.run.min(ramp.ahead_max) };
-        let target = stream.at.saturating_add(window).min(end);
         // ask in large pieces, so that requests are few
         let piece = (window / 2).min(ramp.piece_max);
+        let target =
+            stream.at.saturating_add(window).min(stream.ahead.saturating_add(ramp.piece_max)).min(end);
         let due = stream.ahead - stream.at <= window - piece && target > stream.ahead;
         let fetch = due.then(|| std::mem::replace(&mut stream.ahead, target)..target);
-        Advice { fetch, run: stream.run }
+        Advice { fetch, run: if is_at { stream.run } else { read.end - read.start } }
     }
 
     fn begin(&mut self, read: &Range<u64>) -> Advice {
@@ -164,19 +172,35 @@ mod tests {
         // as two threads give them: each pair the wrong way round, further apart than the slack
         let reads = (0..100).map(|n| n ^ 1).map(|n| n * 50..n * 50 + 50);
         let mut streams = Streams::default();
-        let runs: Vec<u64> = reads.map(|read| streams.note(read, 5000, RAMP).run).collect();
-        assert!(runs[90..].iter().all(|run| *run >= 4_000), "{runs:?}");
-        assert!(streams.streams.len() <= 2, "{streams:?}");
+        let fetched: Vec<Range<u64>> =
+            reads.filter_map(|read| streams.note(read, 5000, RAMP).fetch).collect();
+        assert_eq!(streams.streams.len(), 1, "{streams:?}");
+        assert!(fetched.windows(2).all(|pair| pair[0].end == pair[1].start), "without gaps: {fetched:?}");
+        assert_eq!(fetched.last().expect("some").end, 5000);
     }
 
     #[test]
     fn what_a_stream_passes_over_counts_against_it_until_it_is_read() {
         let mut streams = Streams::default();
-        let mut run = |read: Range<u64>| streams.note(read, 10_000, RAMP).run;
+        let mut run = |read: Range<u64>| {
+            streams.note(read, 10_000, RAMP);
+            streams.streams.last().expect("one").run
+        };
         assert_eq!([run(0..300), run(450..500)], [300, 300 - 150 + 50]);
         assert_eq!([run(340..390), run(390..440)], [300, 400]);
         assert_eq!([run(300..400), run(300..400)], [500, 500], "no more than was passed over");
         assert_eq!(run(5_000..5_100), 100, "out of reach: another stream");
+    }
+
+    #[test]
+    fn single_reads_in_what_was_fetched_for_a_long_stream_fetch_nothing_more() {
+        let mut streams = Streams::default();
+        for n in 0..1000 {
+            streams.note(n * 50..n * 50 + 50, 1_000_000, RAMP);
+        }
+        let single = |at: u64| streams.note(50_000 + at..50_001 + at, 1_000_000, RAMP);
+        let advice: Vec<Advice> = [300, 700, 950, 1_200, 1_500, 2_000].map(single).into();
+        assert!(advice.iter().all(|advice| advice.fetch.is_none() && advice.run == 1), "{advice:?}");
     }
 
     proptest! {
@@ -190,12 +214,12 @@ mod tests {
                 let advice = streams.note(start..start + len, 6000, RAMP);
                 if let Some(range) = advice.fetch {
                     prop_assert!(range.start < range.end && range.end <= 6000);
-                    prop_assert!(range.end - range.start <= RAMP.ahead_max);
+                    prop_assert!(range.end - range.start <= RAMP.piece_max);
                     fetched += range.end - range.start;
                 }
                 prop_assert!(streams.streams.len() <= STREAMS_MAX);
-                // each byte of run lets at most two be fetched: the window, and its growth; jumps within the slack
-                // move it along
+                // each byte of run lets at most three be fetched: the window, its growth, and what is passed over; jumps within
+                // the slack move it along
                 prop_assert!(fetched <= 3 * read_bytes + 8 * RAMP.ahead_max);
             }
         }
