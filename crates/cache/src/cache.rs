@@ -142,8 +142,9 @@ impl Cache {
     }
 
     /// Brings `wants` to disk, and returns once those that are not there yet have come and verified: how many bytes of frames
-    /// came. What is there already was verified when it came, or is when it is read. Slower than readers, whom it leaves the link. *Errors*: the first; the others are fetched all the same. A disk
-    /// that does not take them is no error here: see [`Cache::is_on_disk`].
+    /// came. What is there already was verified when it came, or will be when it is read. Slower than readers, whom it leaves
+    /// the link. *Errors*: the first; the others are fetched all the same. A disk that does not take them is no error here: see
+    /// [`Cache::is_on_disk`].
     pub async fn fill(&self, source: &Arc<dyn Source>, wants: &[Want]) -> Result<u64, CacheError> {
         let far: Vec<Want> = wants.iter().filter(|want| !self.shared.on_disk(want.id)).copied().collect();
         let seats = self.shared.board(source, &far, &[], Class::Fill);
