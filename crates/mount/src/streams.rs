@@ -1,5 +1,5 @@
 //! Readahead: who reads forward, and how far ahead of them to fetch. Pure; positions are bytes in a file, or in all
-//! packs laid end to end.
+//! frames laid end to end.
 //!
 //! The rule: ahead of a stream that has read `run` bytes forward, up to `run` bytes are fetched, so what is fetched in
 //! vain is never more than what was read. It doubles by itself while reading is dense and is nothing while it is not.
