@@ -5,12 +5,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use lamina_testkit::mounts::{self, MountGuard};
-use lamina_testkit::process;
+use lamina_testkit::process::{self, Process};
 use serde_json::Value;
 
 use crate::profile;
 use crate::sample::{Evidence, Sample};
-use crate::stage::{DEADLINE, Root, Stage};
+use crate::stage::{DEADLINE, Root, START, Stage};
+
+/// A daemon without mounts ends at once.
+const STOP: Duration = Duration::from_secs(20);
 
 /// What the mount has to help it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,12 +76,12 @@ fn try_measure(stage: &Stage, way: Way, round: u32) -> Result<(Sample, Result<Sa
         Way::Boot => profile::ensure(stage, round).context("an image with a boot pack")?,
     }
     let layer_bytes = stage.image.layer_bytes;
-    let mut under = None;
+    let (mut under, place) = (None, Place::new(stage, way.name(), round)?);
     stage.drop_caches()?;
+    place.wake()?;
     let cold = stage.measure(|| {
         let start = Instant::now();
-        let (mounted, root) =
-            under.insert(Mounted::new(stage, way.name(), round, way.flags()).and_then(with_root)?);
+        let (mounted, root) = under.insert(place.mount(way.flags()).and_then(with_root)?);
         let ready = start.elapsed();
         stage.run_in(&root.path, &mounted.log).context("the workload on lamina's mount")?;
         Ok(ready)
@@ -112,7 +115,53 @@ fn with_root(mounted: Mounted<'_>) -> Result<(Mounted<'_>, Root)> {
     Ok((mounted, root))
 }
 
-/// The image, mounted by a node with a cache of its own.
+/// Where the image can be mounted by a node with a cache of its own.
+pub(crate) struct Place<'a> {
+    stage: &'a Stage,
+    dir: PathBuf,
+    point: PathBuf,
+    cache: PathBuf,
+    log: PathBuf,
+    daemon: Option<Process>,
+}
+
+impl<'a> Place<'a> {
+    /// With a daemon where that is asked for.
+    pub(crate) fn new(stage: &'a Stage, name: &str, round: u32) -> Result<Self> {
+        let dir = stage.fresh(name, round)?;
+        let (point, cache, log) = (dir.join("mount"), dir.join("cache"), dir.join("log"));
+        std::fs::create_dir(&point)?;
+        let daemon = stage.daemon.then(|| {
+            let mut command = stage.lamina();
+            command.env("LAMINA_LOG", "warn").arg("node").arg("--cache").arg(&cache);
+            let mut daemon = Process::spawn("lamina node", &mut command)?;
+            daemon.wait_line("ready", START)?;
+            Ok::<_, anyhow::Error>(daemon)
+        });
+        Ok(Self { stage, dir, point, cache, log, daemon: daemon.transpose()? })
+    }
+
+    /// Has the daemon do something, if there is one: it and the program are in memory then.
+    fn wake(&self) -> Result<()> {
+        if self.daemon.is_some() {
+            let mut command = self.stage.lamina();
+            process::run(command.arg("stats").arg("--cache").arg(&self.cache)).context("lamina stats")?;
+        }
+        Ok(())
+    }
+
+    /// `lamina mount` with `flags`.
+    pub(crate) fn mount(self, flags: &[&str]) -> Result<Mounted<'a>> {
+        let mut command = self.stage.lamina();
+        command.args(["mount", &self.stage.lazy_ref]).arg(&self.point);
+        command.arg("--cache").arg(&self.cache).arg("--plain-http").args(flags);
+        process::run_logged(&mut command, &self.log, DEADLINE).context("lamina mount")?;
+        let Self { stage, dir, point, cache, log, daemon } = self;
+        Ok(Mounted { stage, guard: MountGuard::new(&point), dir, point, cache, log, daemon })
+    }
+}
+
+/// The image, mounted there.
 pub(crate) struct Mounted<'a> {
     stage: &'a Stage,
     dir: PathBuf,
@@ -121,20 +170,10 @@ pub(crate) struct Mounted<'a> {
     /// What commands print.
     pub(crate) log: PathBuf,
     guard: MountGuard,
+    daemon: Option<Process>,
 }
 
-impl<'a> Mounted<'a> {
-    /// `lamina mount` with `flags`.
-    pub(crate) fn new(stage: &'a Stage, name: &str, round: u32, flags: &[&str]) -> Result<Self> {
-        let dir = stage.fresh(name, round)?;
-        let (point, cache, log) = (dir.join("mount"), dir.join("cache"), dir.join("log"));
-        std::fs::create_dir(&point)?;
-        let mut command = stage.lamina();
-        command.args(["mount", &stage.lazy_ref]).arg(&point).arg("--cache").arg(&cache).arg("--plain-http");
-        process::run_logged(command.args(flags), &log, DEADLINE).context("lamina mount")?;
-        Ok(Self { stage, guard: MountGuard::new(&point), dir, point, cache, log })
-    }
-
+impl Mounted<'_> {
     /// A root directory on top of it.
     pub(crate) fn root(&self) -> Result<Root> {
         Root::new(std::slice::from_ref(&self.point), &self.dir)
@@ -150,6 +189,9 @@ impl<'a> Mounted<'a> {
     /// Removes all that belongs to it.
     pub(crate) fn remove(self) -> Result<()> {
         drop(self.guard);
+        if let Some(daemon) = self.daemon {
+            daemon.stop(STOP)?;
+        }
         std::fs::remove_dir_all(&self.dir).with_context(|| self.dir.display().to_string())
     }
 

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use lamina_testkit::process;
 use serde_json::Value;
 
-use crate::lazy::Mounted;
+use crate::lazy::Place;
 use crate::stage::{DEADLINE, Stage};
 
 /// A boot pack that has not been replaced for so long will not be.
@@ -33,7 +33,7 @@ pub(crate) fn ensure(stage: &Stage, round: u32) -> Result<()> {
         forget(stage)?;
         record(stage, round)?;
     } else if show(stage)?["profile"].is_null() {
-        let mounted = Mounted::new(stage, "recording", round, &[])?;
+        let mounted = Place::new(stage, "recording", round)?.mount(&[])?;
         let root = mounted.root()?;
         stage.run_in(&root.path, &mounted.log).context("the workload, recorded")?;
         drop(root);

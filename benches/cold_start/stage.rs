@@ -18,7 +18,7 @@ use crate::machine;
 use crate::sample::Sample;
 
 /// A server that does not listen by then never will.
-const START: Duration = Duration::from_secs(20);
+pub(crate) const START: Duration = Duration::from_secs(20);
 /// No push, pull or workload takes longer: 100 times the slowest seen.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(3600);
 /// A registry that has done nothing for so long has finished converting what was pushed, and building boot packs.
@@ -35,6 +35,8 @@ pub(crate) struct Stage {
     pub(crate) quick: bool,
     /// Whether profiles are recorded explicitly.
     pub(crate) record: bool,
+    /// Whether there is a daemon before a start.
+    pub(crate) daemon: bool,
     /// The program under test.
     lamina: PathBuf,
     /// What lamina mounts.
@@ -66,6 +68,7 @@ impl Stage {
             workload: args.workload(),
             quick: args.quick,
             record: args.record,
+            daemon: args.daemon,
             lamina: args.lamina.clone(),
             lazy_ref: format!("{host}:{PORT}/bench/lazy:{}", image.tag),
             plain_ref: format!("{host}:{plain_port}/bench/plain:{}", image.tag),

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ use lamina_testkit::noise;
 use lamina_testkit::process::{Process, until};
 use rustix::process::Signal;
 
-use crate::proxy::{Fault, Proxy};
+use crate::proxy::{Fault, Proxy, Request};
 use crate::rig::{DEADLINE, Rig, text};
 
 const BIG_BYTES: usize = 3_000_000;
@@ -47,15 +47,83 @@ fn is_error(path: &Path) -> Result<()> {
     Ok(())
 }
 
+/// A tree is asked for, or the config.
+fn is_blob(request: &Request) -> bool {
+    request.line.starts_with("GET") && request.line.contains("/blobs/") && !request.ranged
+}
+
+#[test]
+fn a_tree_that_breaks_off_behind_its_names_is_mounted_and_comes_once_somebody_has_it() -> Result<()> {
+    let rig = pushed()?;
+    let (asked, away) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(true)));
+    let (count, is_away) = (Arc::clone(&asked), Arc::clone(&away));
+    let proxy = Proxy::start(&rig.address, move |request| {
+        match (is_blob(request) && is_away.load(Ordering::SeqCst))
+            .then(|| count.fetch_add(1, Ordering::SeqCst))
+        {
+            Some(0) => Fault::Cut,
+            Some(_) => Fault::Status(503),
+            None => Fault::None,
+        }
+    })?;
+    let point = mount(&rig, &proxy)?;
+    ensure!(fs::metadata(point.join("big"))?.len() == BIG_BYTES as u64, "its names are there");
+    is_error(&point.join("big"))?;
+    away.store(false, Ordering::SeqCst);
+    until("the right bytes", DEADLINE, || {
+        let read = fs::read(point.join("big")).ok();
+        ensure!(read.as_ref().is_none_or(|bytes| *bytes == noise(BIG_BYTES, 5)), "other bytes");
+        Ok(read.map(drop))
+    })?;
+    ensure!(asked.load(Ordering::SeqCst) > 1, "it was asked for again");
+    rig.ok(&["unmount", &text(&point)])?;
+    Ok(())
+}
+
+#[test]
+fn a_tree_that_never_comes_is_asked_for_no_more_once_nothing_shows_it() -> Result<()> {
+    let rig = pushed()?;
+    let asked = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&asked);
+    let proxy = Proxy::start(&rig.address, move |request| {
+        match is_blob(request).then(|| count.fetch_add(1, Ordering::SeqCst)) {
+            Some(0) => Fault::Cut,
+            Some(_) => Fault::Status(503),
+            None => Fault::None,
+        }
+    })?;
+    // another mount keeps the daemon
+    let other = rig.path("other");
+    fs::create_dir(&other)?;
+    rig.ok(&[
+        "push",
+        &rig.layout("other-layout", &Image::new().layer(|layer| layer.file("f", "x")))?,
+        &rig.name("b:t"),
+    ])?;
+    rig.ok(&["mount", &rig.name("b:t"), &text(&other)])?;
+    let point = mount(&rig, &proxy)?;
+    until("it is asked for again", DEADLINE, || Ok((asked.load(Ordering::SeqCst) > 2).then_some(())))?;
+    rig.ok(&["unmount", &text(&point)])?;
+    let mut last = (0, Instant::now());
+    until("nobody asks", DEADLINE, || {
+        let now = asked.load(Ordering::SeqCst);
+        if now != last.0 {
+            last = (now, Instant::now());
+        }
+        Ok((last.1.elapsed() > Duration::from_secs(8)).then_some(()))
+    })
+}
+
 #[test]
 fn documents_other_than_those_asked_for_mount_nothing() -> Result<()> {
     let rig = pushed()?;
     let manifest = rig.json(&["inspect", &rig.name("a:t")])?["manifest"].clone();
     let pinned = format!("a@{}", manifest.as_str().unwrap_or_default());
-    let cases = [("a:t", "/blobs/", "other bytes than"), (&pinned, "/manifests/", "other bytes than")];
-    for (name, part, expected) in cases {
+    let expected = "other bytes than";
+    let cases = [("a:t", "/blobs/", Fault::FlipFirst), (&pinned, "/manifests/", Fault::Flip)];
+    for (name, part, fault) in cases {
         let proxy = Proxy::start(&rig.address, move |request| match request.line.contains(part) {
-            true => Fault::Flip,
+            true => fault,
             false => Fault::None,
         })?;
         let said = rig.fails(&["mount", &proxy.name(name), &text(&rig.path("mount"))])?;
@@ -63,6 +131,21 @@ fn documents_other_than_those_asked_for_mount_nothing() -> Result<()> {
         ensure!(proxy.faults() > 0, "nothing was changed");
         ensure!(mounted_on(&rig.path("mount"))?.is_none(), "{name} is mounted");
     }
+    Ok(())
+}
+
+#[test]
+fn of_a_tree_that_is_wrong_behind_its_names_nothing_is_read() -> Result<()> {
+    let rig = pushed()?;
+    let proxy = Proxy::start(&rig.address, |request| match is_blob(request) {
+        true => Fault::Flip,
+        false => Fault::None,
+    })?;
+    let point = mount(&rig, &proxy)?;
+    ensure!(fs::metadata(point.join("big"))?.len() == BIG_BYTES as u64, "its names are there, and right");
+    is_error(&point.join("big"))?;
+    ensure!(proxy.faults() > 1, "it was asked for again");
+    rig.ok(&["unmount", &text(&point)])?;
     Ok(())
 }
 

@@ -21,6 +21,8 @@ pub(crate) enum Fault {
     Cut,
     /// Its last byte is another one.
     Flip,
+    /// Its first byte is.
+    FlipFirst,
     /// The registry is not even asked; this status comes instead.
     Status(u16),
     /// The same with these bytes, as if they were right.
@@ -119,11 +121,12 @@ fn serve(stream: TcpStream, upstream: &str, policy: &Policy, faults: &AtomicUsiz
             // until the client has had enough
             while reader.read(&mut [0; 1024])? > 0 {}
         }
-        Fault::None | Fault::Cut | Fault::Flip => {
+        Fault::None | Fault::Cut | Fault::Flip | Fault::FlipFirst => {
             let mut answer = ask(upstream, &request)?;
             let head = find(&answer, b"\r\n\r\n").context("an answer without an end of its head")? + 4;
             match fault {
                 Fault::Cut => answer.truncate(head + (answer.len() - head) / 2),
+                Fault::FlipFirst => answer[head] ^= 1,
                 Fault::Flip => *answer.last_mut().context("not empty")? ^= 1,
                 _ => {}
             }

@@ -79,6 +79,11 @@ impl Cache {
         Ok(Self { shared: Arc::new(shared) })
     }
 
+    /// How long a reader waits, at most.
+    pub fn deadline(&self) -> Duration {
+        self.shared.config.deadline
+    }
+
     /// The frame, if it is in memory. Opens a frame that came along (about 60 µs for 64 KiB), never does I/O.
     pub fn try_memory(&self, id: FrameId) -> Option<Chunk> {
         self.shared.memory.take_out(id, &self.shared.counters)

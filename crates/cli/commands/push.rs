@@ -161,22 +161,22 @@ impl Push {
         bar.stage("sending the tree");
         let (for_tree, flat) = self.tree(recipes).await?;
         let packed = tokio::task::spawn_blocking(move || Bytes::from(pack_tree(&flat))).await?;
-        let tree = (Digest::of(&packed), packed.len());
+        let tree = Descriptor::of_tree(&packed);
         let mut sent = self.progress.sent.load(Relaxed);
         for recipe in &for_tree {
             sent += self.blob(Digest::of(recipe.blob()), recipe.blob().clone()).await?;
         }
-        sent += self.blob(tree.0, packed).await?;
+        sent += self.blob(tree.digest, packed).await?;
         let shape = Shape { keep_manifest: self.keep_layers, rebuilt: earlier.is_none() };
         let image = self.source.image();
-        let documents = write_documents(image, &for_tree, tree, &self.platform, shape)?;
+        let documents = write_documents(image, &for_tree, &tree, &self.platform, shape)?;
         sent += self.blob(Digest::of(&documents.config), documents.config.clone()).await?;
         if self.keep_layers || earlier.is_some() {
             bar.stage("sending the layers");
             sent += self.original_layers(&for_tree).await?;
         }
         if let Some(earlier) = &earlier {
-            sent += self.hang_artifacts(earlier, &documents, tree, &for_tree).await?;
+            sent += self.hang_artifacts(earlier, &documents, &tree, &for_tree).await?;
         }
         bar.stage("the registry checks");
         let digest = Digest::of(&documents.manifest);
@@ -185,7 +185,7 @@ impl Push {
         let Reference { repository, version, .. } = &self.reference;
         self.client.push_manifest(repository, version, &media_type, manifest).await?;
         let layers = image.layers.len();
-        Ok(Summary { manifest: digest, tree: tree.0, layers, layers_known, seconds: 0.0, sent })
+        Ok(Summary { manifest: digest, tree: tree.digest, layers, layers_known, seconds: 0.0, sent })
     }
 
     /// Puts the image under its digest, and what holds its tree, recipes and packs on it; only the tag is missing then.
@@ -193,7 +193,7 @@ impl Push {
         &self,
         earlier: &Earlier,
         documents: &Documents,
-        tree: (Digest, usize),
+        tree: &Descriptor,
         recipes: &[Recipe],
     ) -> Result<u64> {
         let (media_type, manifest) = (&documents.media_type, &documents.manifest);

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use lamina_chunk::PackId;
 use serde::{Deserialize, Serialize};
 
-use crate::{Algorithm, Digest};
+use crate::{Algorithm, Digest, TreeNames};
 
 /// Manifests and indexes up to 4 MiB are taken: distribution-spec 1.1 asks for at least that.
 pub const MANIFEST_BYTES_MAX: usize = 4 << 20;
@@ -54,6 +54,13 @@ pub mod media_type {
 pub const TREE_ANNOTATION: &str = "dev.lamina.tree";
 /// Annotation beside [`TREE_ANNOTATION`]: how long the tree's blob is, in bytes.
 pub const TREE_BYTES_ANNOTATION: &str = "dev.lamina.tree.bytes";
+/// Annotation beside [`TREE_ANNOTATION`]: the digest of the names, which the tree's blob begins with.
+pub const TREE_NAMES_ANNOTATION: &str = "dev.lamina.tree.names";
+/// Annotation beside [`TREE_NAMES_ANNOTATION`]: how long they are, in bytes.
+pub const TREE_NAMES_BYTES_ANNOTATION: &str = "dev.lamina.tree.names.bytes";
+/// All that is noted of a tree.
+pub const TREE_ANNOTATIONS: [&str; 4] =
+    [TREE_ANNOTATION, TREE_BYTES_ANNOTATION, TREE_NAMES_ANNOTATION, TREE_NAMES_BYTES_ANNOTATION];
 /// Annotation on the descriptor of a profile in a referrers answer: the digest of its blob.
 pub const PROFILE_ANNOTATION: &str = "dev.lamina.profile";
 /// Annotation on the descriptor of a boot pack in a referrers answer: the digest of its blob.
@@ -105,6 +112,20 @@ impl Descriptor {
             artifact_type: None,
             annotations: BTreeMap::new(),
         }
+    }
+
+    /// A descriptor of a tree's blob.
+    pub fn of_tree(blob: &[u8]) -> Self {
+        let annotations = TreeNames::of(blob).iter().flat_map(TreeNames::notes).collect();
+        Self { annotations, ..Self::of(media_type::TREE, blob) }
+    }
+
+    /// What an image, or an artifact that hangs this tree on one, is annotated with.
+    pub fn tree_notes(&self) -> BTreeMap<String, String> {
+        let mut notes = self.annotations.clone();
+        notes.insert(TREE_ANNOTATION.to_owned(), self.digest.to_string());
+        notes.insert(TREE_BYTES_ANNOTATION.to_owned(), self.size.to_string());
+        notes
     }
 
     /// A descriptor of the bytes of a moved record, which says where the frames of `pack` are now.

@@ -35,6 +35,6 @@ pub use profile::{
 pub use recipe::{Pieces, Recipe, RecipeError, RecipePiece};
 pub use tar::{EntryKind, Piece, Segment, TarEntry, TarError, TarSource, path_parts, read_tar};
 pub use tree::{
-    Entries, Entry, Extent, Extents, FileKind, HOLE, Ino, Inode, NO_XATTRS, TREE_BYTES_MAX, Tree, TreeError,
-    Xattr, pack_tree, unpack_tree, unpack_tree_into,
+    Entries, Entry, Extent, Extents, FileKind, FlatSink, HOLE, Ino, Inode, NO_XATTRS, TREE_BYTES_MAX, Tree,
+    TreeContents, TreeError, TreeNames, TreeUnpacking, Xattr, pack_tree, pack_tree_whole, unpack_tree,
 };

@@ -11,18 +11,23 @@ mod inode;
 mod layout;
 mod transport;
 
+use std::sync::{Arc, OnceLock};
+
 use bytes::Bytes;
 use lamina_chunk::{Frame, FrameId, PackId, Place};
 
 pub(crate) use encode::{NewInode, TreeBuilder};
 pub use inode::{FileKind, Ino, Inode};
 use layout::{
-    ENTRY_BYTES, EXTENT_BYTES, INODE_BYTES, Layout, PACK_BYTES, PLACE_BYTES, Section, u32_at, u64_at,
+    ENTRY_BYTES, EXTENT_BYTES, ID_BYTES, INODE_BYTES, Layout, PACK_BYTES, PLACE_BYTES, Section, u32_at,
+    u64_at,
 };
 pub use layout::{HOLE, NO_XATTRS};
-pub use transport::{TREE_BYTES_MAX, pack_tree, unpack_tree, unpack_tree_into};
+pub use transport::{
+    FlatSink, TREE_BYTES_MAX, TreeContents, TreeNames, TreeUnpacking, pack_tree, pack_tree_whole, unpack_tree,
+};
 
-/// Why bytes are not a tree, or not this part of one. Another try with the same bytes will not help.
+/// Why bytes are not a tree, or not this part of one. Another try with the same bytes will not help, but for the last one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum TreeError {
     /// The magic is missing or of another version, a needed feature is unknown, or the lengths contradict.
@@ -40,13 +45,20 @@ pub enum TreeError {
     /// The compressed form does not decompress to what it says.
     #[error("the tree's compressed form is damaged")]
     Compressed,
+    /// Where the bytes of files are has not come yet: the tree was opened with [`Tree::open_names`]. The one error after which another
+    /// try may help.
+    #[error("where the bytes of files are has not come yet")]
+    Coming,
 }
 
 /// An image's file system. Cheap to clone: the bytes are shared.
 #[derive(Clone, Debug)]
 pub struct Tree {
+    /// All of it, or at least the names.
     bytes: Bytes,
     layout: Layout,
+    /// All of it, where that has come.
+    contents: Arc<OnceLock<Bytes>>,
 }
 
 /// One name in a directory.
@@ -79,13 +91,37 @@ pub struct Extent {
 impl Tree {
     /// Takes the bytes of a flat tree, from an mmap or memory. Cost: the same for every tree.
     pub fn open(bytes: Bytes) -> Result<Self, TreeError> {
-        let layout = Layout::read(&bytes)?;
-        Ok(Self { bytes, layout })
+        let tree = Self::open_names(bytes.clone())?;
+        let _ = tree.contents.set(bytes);
+        Ok(tree)
     }
 
-    /// The flat bytes.
+    /// The same where only what a [`TreeNames`] is of is there yet: names and inodes. Whatever asks for extents and frames gets
+    /// [`TreeError::Coming`] until [`set_contents`](Self::set_contents) was called.
+    pub fn open_names(bytes: Bytes) -> Result<Self, TreeError> {
+        let layout = Layout::read(&bytes)?;
+        Ok(Self { bytes, layout, contents: Arc::default() })
+    }
+
+    /// Takes all of a tree of which the names were there. *Errors*: it is another tree. Cost: names and inodes are compared.
+    pub fn set_contents(&self, bytes: Bytes) -> Result<(), TreeError> {
+        let Layout { extents, xattrs, .. } = self.layout;
+        let names = |bytes: &Bytes| [bytes.slice(..extents.start), bytes.slice(xattrs.start..)];
+        if Layout::read(&bytes)? != self.layout || names(&bytes) != names(&self.bytes) {
+            return Err(TreeError::Header);
+        }
+        let _ = self.contents.set(bytes);
+        Ok(())
+    }
+
+    /// The flat bytes. Before the contents have come only the names are right.
     pub fn as_bytes(&self) -> &Bytes {
-        &self.bytes
+        self.contents.get().unwrap_or(&self.bytes)
+    }
+
+    /// Whether extents and frames are there.
+    pub fn has_contents(&self) -> bool {
+        self.contents.get().is_some()
     }
 
     /// How many inodes there are. They are numbered from 1, the root.
@@ -108,10 +144,10 @@ impl Tree {
         self.layout.xattrs.count > 0
     }
 
-    /// The packs that the frames lie in.
+    /// The packs that the frames lie in; none before the contents have come.
     pub fn packs(&self) -> impl Iterator<Item = PackId> + '_ {
         (0..self.layout.packs.count).filter_map(|number| {
-            let record = self.record(self.layout.packs, number, PACK_BYTES, "pack").ok()?;
+            let record = record(self.contents.get()?, self.layout.packs, number, PACK_BYTES, "pack").ok()?;
             Some(PackId::from_bytes(record.try_into().ok()?))
         })
     }
@@ -119,7 +155,7 @@ impl Tree {
     /// The attributes of an inode.
     pub fn inode(&self, ino: Ino) -> Result<Inode, TreeError> {
         let number = ino.index().ok_or(TreeError::Bounds("inode", ino.0))?;
-        Inode::read(self.record(self.layout.inodes, number, INODE_BYTES, "inode")?)
+        Inode::read(record(&self.bytes, self.layout.inodes, number, INODE_BYTES, "inode")?)
     }
 
     /// Finds a name in a directory. Cost: a binary search, no allocation.
@@ -216,28 +252,14 @@ impl Tree {
 
     /// The name of a frame and its place.
     pub fn frame(&self, number: u32) -> Result<(FrameId, Place), TreeError> {
-        let id = self.record(self.layout.ids, number, 32, "frame")?;
-        let place = self.record(self.layout.places, number, PLACE_BYTES, "place")?;
-        let pack = self.record(self.layout.packs, u32_at(place, 0), PACK_BYTES, "pack")?;
+        let bytes = self.contents.get().ok_or(TreeError::Coming)?;
+        let id = record(bytes, self.layout.ids, number, ID_BYTES, "frame")?;
+        let place = record(bytes, self.layout.places, number, PLACE_BYTES, "place")?;
+        let pack = record(bytes, self.layout.packs, u32_at(place, 0), PACK_BYTES, "pack")?;
         let frame =
             Frame { offset: u32_at(place, 4), sealed_len: u32_at(place, 8), plain_len: u32_at(place, 12) };
         let pack = PackId::from_bytes(pack.try_into().expect("32 bytes"));
         Ok((FrameId::from_bytes(id.try_into().expect("32 bytes")), Place { pack, frame }))
-    }
-
-    fn record(
-        &self,
-        section: Section,
-        number: u32,
-        width: usize,
-        what: &'static str,
-    ) -> Result<&[u8], TreeError> {
-        let out = TreeError::Bounds(what, u64::from(number));
-        if number >= section.count {
-            return Err(out);
-        }
-        let start = section.start + number as usize * width;
-        self.bytes.get(start..start + width).ok_or(out)
     }
 
     fn span(&self, section: Section, start: u32, len: u32, what: &'static str) -> Result<&[u8], TreeError> {
@@ -248,6 +270,22 @@ impl Tree {
         let start = section.start + start as usize;
         self.bytes.get(start..start + len as usize).ok_or(out)
     }
+}
+
+/// Record `number` of a section of records.
+fn record<'a>(
+    bytes: &'a [u8],
+    section: Section,
+    number: u32,
+    width: usize,
+    what: &'static str,
+) -> Result<&'a [u8], TreeError> {
+    let out = TreeError::Bounds(what, u64::from(number));
+    if number >= section.count {
+        return Err(out);
+    }
+    let start = section.start + number as usize * width;
+    bytes.get(start..start + width).ok_or(out)
 }
 
 /// The names in one directory.
@@ -273,7 +311,7 @@ impl<'a> Entries<'a> {
     pub fn at(&self, position: u32) -> Result<Entry<'a>, TreeError> {
         assert!(position < self.count, "entry {position} of {}", self.count);
         let number = self.start.checked_add(position).ok_or(TreeError::Bounds("entry", position.into()))?;
-        let record = self.tree.record(self.tree.layout.entries, number, ENTRY_BYTES, "entry")?;
+        let record = record(&self.tree.bytes, self.tree.layout.entries, number, ENTRY_BYTES, "entry")?;
         let (name_at, ino) = (u32_at(record, 0), Ino::from_index(u32_at(record, 4)));
         let name_len = u32::from(u16::from_le_bytes([record[8], record[9]]));
         let name = self.tree.span(self.tree.layout.names, name_at, name_len, "name")?;
@@ -302,7 +340,8 @@ impl Extents<'_> {
     fn raw(&self, position: u32) -> Result<(u64, u32, u32), TreeError> {
         let out = TreeError::Bounds("extent", position.into());
         let number = self.inode.data_start.checked_add(position).ok_or(out)?;
-        let record = self.tree.record(self.tree.layout.extents, number, EXTENT_BYTES, "extent")?;
+        let bytes = self.tree.contents.get().ok_or(TreeError::Coming)?;
+        let record = record(bytes, self.tree.layout.extents, number, EXTENT_BYTES, "extent")?;
         Ok((u64_at(record, 0), u32_at(record, 8), u32_at(record, 12)))
     }
 

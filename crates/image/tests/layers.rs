@@ -5,8 +5,8 @@ use std::io::Read;
 use bytes::Bytes;
 use header::header;
 use lamina_image::{
-    Digest, FileKind, IngestError, IngestOptions, Ino, LayerInput, Progress, Recipe, Tree, derive_tree,
-    ingest, pack_tree, unpack_tree,
+    Digest, FileKind, IngestError, IngestOptions, Ino, LayerInput, Progress, Recipe, Tree, TreeError,
+    TreeNames, TreeUnpacking, derive_tree, ingest, pack_tree, pack_tree_whole, unpack_tree,
 };
 use memory::{Memory, find, noise, take_in};
 
@@ -63,6 +63,7 @@ fn image(layers: Vec<Vec<u8>>) -> (Memory, Tree) {
     let recipes = take_in(&sink, layers).unwrap();
     let flat = derive_tree(&recipes).unwrap();
     assert_eq!(unpack_tree(&pack_tree(&flat)).unwrap(), flat);
+    assert_eq!(unpack_tree(&pack_tree_whole(&flat)).unwrap(), flat, "as it was packed before");
     (sink, Tree::open(Bytes::from(flat)).unwrap())
 }
 
@@ -268,6 +269,63 @@ fn a_bomb_is_refused_at_its_limit() {
     let options = IngestOptions { tar_bytes_max: 100 << 20, ..IngestOptions::default() };
     let error = ingest(vec![input], &Memory::default(), options, &Progress::default()).unwrap_err();
     assert!(error.to_string().contains("limit"), "{error}");
+}
+
+#[test]
+fn a_tree_of_which_the_names_have_come_answers_all_but_where_files_are() {
+    let (_, whole) = image(vec![Tar::new().file("d/f", &noise(400_000, 6)).dir("e").done()]);
+    let blob = pack_tree(whole.as_bytes());
+    let names = TreeNames::of(&blob).unwrap();
+    let (mut part, rest) = blob.split_at(usize::try_from(names.bytes).unwrap());
+    assert_eq!(Digest::of(part), names.digest);
+    assert_eq!(TreeNames::noted_in(&names.notes().into()), Some(names));
+    let begun = TreeUnpacking::begin(&mut part).unwrap();
+    let mut flat = vec![0; usize::try_from(begun.flat_len()).unwrap()];
+    let contents = begun.unpack_names(part, &mut flat[..]).unwrap();
+
+    let tree = Tree::open_names(Bytes::from(flat.clone())).unwrap();
+    let dir = tree.lookup(Ino::ROOT, b"d").unwrap().unwrap();
+    let file = tree.lookup(dir, b"f").unwrap().unwrap();
+    assert_eq!(tree.inode(file).unwrap(), whole.inode(file).unwrap());
+    assert!(!tree.has_contents());
+    assert_eq!(tree.extents(file, 0, 1).err(), Some(TreeError::Coming));
+    assert_eq!(tree.frame(0), Err(TreeError::Coming));
+    assert_eq!(tree.packs().count(), 0);
+
+    contents.unpack(rest, &mut flat[..]).unwrap();
+    let (_, other) = image(vec![Tar::new().dir("e").done()]);
+    assert_eq!(tree.set_contents(other.as_bytes().clone()), Err(TreeError::Header));
+    tree.set_contents(Bytes::from(flat)).unwrap();
+    assert_eq!(tree.as_bytes(), whole.as_bytes());
+    let extents = |tree: &Tree| tree.extents(file, 0, u64::MAX).unwrap().collect::<Vec<_>>();
+    assert_eq!(extents(&tree), extents(&whole));
+    assert_eq!(tree.frame(0), whole.frame(0));
+}
+
+#[test]
+fn a_tree_that_is_cut_off_or_goes_on_is_refused() {
+    let (_, tree) = image(vec![Tar::new().file("d/f", &noise(400_000, 6)).done()]);
+    for blob in [pack_tree(tree.as_bytes()), pack_tree_whole(tree.as_bytes())] {
+        for len in 0..blob.len() {
+            assert!(unpack_tree(&blob[..len]).is_err(), "{len} of {} bytes", blob.len());
+        }
+        assert_eq!(unpack_tree(&[&blob[..], b"more"].concat()), Err(TreeError::Compressed));
+    }
+}
+
+#[test]
+fn what_a_blob_claims_beyond_the_bound_is_refused_before_anything_is_unpacked() {
+    let (in_parts, large) = (1 << 63, (2 << 30) + 1);
+    for [flat, names] in
+        [[large, 0], [in_parts | large, 100], [in_parts | 100, large + 16], [in_parts | 100, 15]]
+    {
+        let blob = [u64::to_le_bytes(flat), u64::to_le_bytes(names)].concat();
+        let refused = TreeUnpacking::begin(&blob[..]).unwrap_err().into_inner().unwrap();
+        let wanted = if names == 15 { TreeError::Header } else { TreeError::TooLarge("its length") };
+        assert_eq!(*refused.downcast::<TreeError>().unwrap(), wanted, "{flat:x} {names:x}");
+        let noted = TreeNames { digest: Digest::of(b""), bytes: large }.notes();
+        assert_eq!(TreeNames::noted_in(&noted.into()), None);
+    }
 }
 
 #[test]

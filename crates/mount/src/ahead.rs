@@ -11,6 +11,7 @@ use lru::LruCache;
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 
+use crate::contents::Contents;
 use crate::metrics::{Counters, add, one};
 use crate::order::{Order, Touch, want};
 use crate::small::SmallFiles;
@@ -44,10 +45,15 @@ impl Space {
     }
 
     /// Lays the frames in the background, unless that was asked for before. Until it is done nothing is read ahead here.
-    fn seek(&self, handle: &Handle, tree: &Arc<Tree>, lay: fn(&Tree) -> Order) {
+    fn seek(&self, handle: &Handle, (tree, contents): (&Arc<Tree>, &Contents), lay: fn(&Tree) -> Order) {
         if !self.sought.swap(true, Ordering::Relaxed) {
-            let (laid, tree) = (self.order.clone(), tree.clone());
-            handle.spawn_blocking(move || laid.set(lay(&tree)));
+            // whoever brings the contents stops where nobody has the tree any more
+            let (laid, tree, contents) = (self.order.clone(), Arc::downgrade(tree), contents.clone());
+            handle.spawn(async move {
+                contents.come().await;
+                let Some(tree) = tree.upgrade().filter(|tree| tree.has_contents()) else { return };
+                let _ = tokio::task::spawn_blocking(move || laid.set(lay(&tree))).await;
+            });
         }
     }
 
@@ -67,6 +73,7 @@ impl Space {
 /// The readahead of one mount.
 pub(crate) struct Ahead {
     pub(crate) tree: Arc<Tree>,
+    pub(crate) contents: Contents,
     pub(crate) cache: Arc<Cache>,
     pub(crate) source: Arc<dyn Source>,
     pub(crate) counters: Arc<Counters>,
@@ -89,17 +96,18 @@ pub(crate) struct Ahead {
 impl Ahead {
     /// Starts to sort the frames in the background.
     pub(crate) fn new(
-        tree: Arc<Tree>,
+        (tree, contents): (Arc<Tree>, Contents),
         cache: Arc<Cache>,
         source: Arc<dyn Source>,
         config: MountConfig,
         handle: Handle,
     ) -> Self {
         let (packs, paths) = (Space::new(config.pack_ramp), Space::new(config.path_ramp));
-        packs.seek(&handle, &tree, Order::of_packs);
+        packs.seek(&handle, (&tree, &contents), Order::of_packs);
         let (counters, window, files) = (Arc::default(), OnceLock::new(), LruCache::new(FILES_MAX));
         Self {
             tree,
+            contents,
             cache,
             source,
             counters,
@@ -204,7 +212,7 @@ impl Ahead {
             run = run.max(here);
         }
         if run >= self.config.dense_run_bytes {
-            self.paths.seek(&self.handle, &self.tree, Order::of_paths);
+            self.paths.seek(&self.handle, (&self.tree, &self.contents), Order::of_paths);
         }
         if let Some(window) = self.window.get() {
             window.note(run);

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use lamina_cache::{CacheError, Class, Want};
 use lamina_chunk::Chunk;
 use lamina_image::{Ino, TreeError};
+use tokio::time::timeout;
 
 use crate::ahead::Ahead;
 use crate::bits::Bits;
@@ -121,6 +122,17 @@ impl Files {
         }
     }
 
+    /// Waits for the tree's contents. *Errors*: they did not come in time.
+    pub(crate) async fn contents(&self) -> Result<(), FsError> {
+        let begun = Instant::now();
+        let Ahead { tree, contents, counters, cache, .. } = &*self.ahead;
+        // nobody may be bringing them any more
+        let _ = timeout(cache.deadline(), contents.come()).await;
+        one(&counters.reads_waited);
+        add(&counters.read_wait_us_total, us_since(begun));
+        if tree.has_contents() { Ok(()) } else { Err(TreeError::Coming.into()) }
+    }
+
     /// Takes note of a read that the boot pack did not have: fetches ahead, and records it. What comes in a long stream is not
     /// recorded, since readahead brings it as fast as a boot pack would. Whether it belongs
     /// to a stream that is read ahead across files.
@@ -151,6 +163,9 @@ impl Files {
             return Ok(bytes);
         }
         self.recorder.read(ino, offset, size, Instant::now());
+        if !self.ahead.tree.has_contents() {
+            self.contents().await?;
+        }
         match self.read_frames(ino, offset, size)? {
             (Answer::Later(unread), _) => self.complete(unread).await,
             (Answer::Now(bytes), _) => Ok(bytes),

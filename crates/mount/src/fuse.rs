@@ -196,6 +196,59 @@ impl Fuse {
         }
     }
 
+    /// Answers a read of `size` bytes at an offset of a file.
+    fn answer(files: &Files, handle: &Handle, (ino, offset, size): (Ino, u64, u32), reply: ReplyData) {
+        match files.read(ino, offset, size) {
+            Ok((Answer::Now(bytes), touched)) => {
+                let note = || touched.as_ref().map(|touched| files.note(ino, offset, size, touched));
+                // what is recorded is so in the order of the reads: the reader's next may come while this one is noted
+                let is_recording = files.recorder.is_recording();
+                let before = is_recording.then(note).flatten();
+                let head = (offset == 0).then(|| bytes.clone());
+                Self::send(files, ino, Ok(bytes), reply);
+                let in_stream = if is_recording { before } else { note() };
+                if let (Some(touched), Some(in_stream)) = (&touched, in_stream) {
+                    files.store_rest(ino, offset, size, touched, in_stream);
+                    // who reads file after file does not load them
+                    let head = head.filter(|_| !in_stream);
+                    head.iter().for_each(|head| files.loading.note(ino, head));
+                }
+            }
+            Ok((Answer::Later(unread), touched)) => {
+                let touched = touched.unwrap_or_default();
+                let in_stream = files.note(ino, offset, size, &touched);
+                let files = files.clone();
+                if offset > 0 && !in_stream {
+                    files.loading.missed(ino);
+                }
+                handle.spawn(async move {
+                    let answer = files.complete(unread).await;
+                    let head = answer.as_ref().ok().filter(|_| offset == 0 && !in_stream).cloned();
+                    Self::send(&files, ino, answer, reply);
+                    head.iter().for_each(|head| files.loading.note(ino, head));
+                    files.store_rest(ino, offset, size, &touched, in_stream);
+                });
+            }
+            Ok((Answer::Soon(soon), _)) => {
+                let files = files.clone();
+                handle.spawn(async move {
+                    let answer = files.soon(ino, offset, size, soon).await;
+                    Self::send(&files, ino, answer, reply);
+                });
+            }
+            Err(FsError::Tree(TreeError::Coming)) => {
+                let (files, again) = (files.clone(), handle.clone());
+                handle.spawn(async move {
+                    match files.contents().await {
+                        Ok(()) => Self::answer(&files, &again, (ino, offset, size), reply),
+                        Err(error) => Self::send(&files, ino, Err(error), reply),
+                    }
+                });
+            }
+            Err(error) => Self::send(files, ino, Err(error), reply),
+        }
+    }
+
     fn send(files: &Files, ino: Ino, answer: Result<bytes::Bytes, FsError>, reply: ReplyData) {
         let counters = &files.ahead.counters;
         match answer {
@@ -350,48 +403,8 @@ impl Filesystem for Fuse {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        let ino = Ino(ino.0);
         one(&self.files.ahead.counters.reads);
-        match self.files.read(ino, offset, size) {
-            Ok((Answer::Now(bytes), touched)) => {
-                let note = || touched.as_ref().map(|touched| self.files.note(ino, offset, size, touched));
-                // what is recorded is so in the order of the reads: the reader's next may come while this one is noted
-                let is_recording = self.files.recorder.is_recording();
-                let before = is_recording.then(note).flatten();
-                let head = (offset == 0).then(|| bytes.clone());
-                Self::send(&self.files, ino, Ok(bytes), reply);
-                let in_stream = if is_recording { before } else { note() };
-                if let (Some(touched), Some(in_stream)) = (&touched, in_stream) {
-                    self.files.store_rest(ino, offset, size, touched, in_stream);
-                    // who reads file after file does not load them
-                    let head = head.filter(|_| !in_stream);
-                    head.iter().for_each(|head| self.files.loading.note(ino, head));
-                }
-            }
-            Ok((Answer::Later(unread), touched)) => {
-                let touched = touched.unwrap_or_default();
-                let in_stream = self.files.note(ino, offset, size, &touched);
-                let files = self.files.clone();
-                if offset > 0 && !in_stream {
-                    self.files.loading.missed(ino);
-                }
-                self.handle.spawn(async move {
-                    let answer = files.complete(unread).await;
-                    let head = answer.as_ref().ok().filter(|_| offset == 0 && !in_stream).cloned();
-                    Self::send(&files, ino, answer, reply);
-                    head.iter().for_each(|head| files.loading.note(ino, head));
-                    files.store_rest(ino, offset, size, &touched, in_stream);
-                });
-            }
-            Ok((Answer::Soon(soon), _)) => {
-                let files = self.files.clone();
-                self.handle.spawn(async move {
-                    let answer = files.soon(ino, offset, size, soon).await;
-                    Self::send(&files, ino, answer, reply);
-                });
-            }
-            Err(error) => Self::send(&self.files, ino, Err(error), reply),
-        }
+        Self::answer(&self.files, &self.handle, (Ino(ino.0), offset, size), reply);
     }
 
     fn opendir(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {

@@ -14,6 +14,7 @@ mod bits;
 mod boot;
 mod bound;
 mod config;
+mod contents;
 mod elf;
 mod error;
 mod fs;
@@ -36,6 +37,7 @@ mod window;
 
 pub use boot::{BootFailure, BootStream};
 pub use config::{MountConfig, Record};
+pub use contents::Contents;
 pub use error::MountError;
 pub use metrics::MountSnapshot;
 pub use mount::{Kept, Mount};

@@ -21,6 +21,7 @@ use crate::ahead::Ahead;
 use crate::bits::Bits;
 use crate::boot::{Boot, BootFailure, BootStream, Booting};
 use crate::config::Record;
+use crate::contents::Contents;
 use crate::fs::Files;
 use crate::fuse::{Agreed, Fuse};
 use crate::loading::Loading;
@@ -68,11 +69,12 @@ pub struct Kept {
 }
 
 impl Mount {
-    /// Mounts `tree`. When it returns, the mount answers. Waiting reads run on `handle`.
+    /// Mounts `tree`. When it returns, the mount answers. Waiting reads run on `handle`. Of a tree of which only the names are here
+    /// `contents` says when the rest is: reads wait for that.
     ///
     /// Blocks for some milliseconds, never for the network. *Errors* leave nothing mounted.
     pub fn start(
-        tree: Arc<Tree>,
+        (tree, contents): (Arc<Tree>, Contents),
         cache: Arc<Cache>,
         source: Arc<dyn Source>,
         config: MountConfig,
@@ -88,7 +90,7 @@ impl Mount {
         let connection = point.mount(&config.name, root_mode)?;
         let mut started = Started { point: Some(point) };
         let passthrough = config.passthrough.then(|| Passthrough::new(&tree, &cache));
-        let (parts, fuse) = Parts::new(tree, cache, source, config, handle, passthrough);
+        let (parts, fuse) = Parts::new((tree, contents), cache, source, config, handle, passthrough);
         let session = Session::from_fd(fuse, connection, SessionACL::All, parts.loops())
             .map_err(|cause| parts.failed(cause))?;
         parts.connect_passthrough(&session);
@@ -115,7 +117,7 @@ impl Mount {
         let point = MountPoint::taken(config.mountpoint.clone());
         let device = Device { major: terms.major_dev, minor: terms.minor_dev };
         let passthrough = config.passthrough.then(|| Passthrough::resumed(&tree, &cache, opens, &terms));
-        let (parts, fuse) = Parts::new(tree, cache, source, config, handle, passthrough);
+        let (parts, fuse) = Parts::new((tree, Contents::here()), cache, source, config, handle, passthrough);
         let session = resume::session(fuse, connection.as_fd(), &terms, parts.loops())
             .map_err(|cause| parts.failed(cause))?;
         parts.connect_passthrough(&session);
@@ -225,6 +227,11 @@ impl Mount {
         frames
     }
 
+    /// Returns once the tree has its contents.
+    pub async fn contents(&self) {
+        self.ahead.contents.come().await;
+    }
+
     /// The image's files.
     pub fn tree(&self) -> &Arc<Tree> {
         &self.ahead.tree
@@ -286,7 +293,7 @@ struct Parts {
 
 impl Parts {
     fn new(
-        tree: Arc<Tree>,
+        tree: (Arc<Tree>, Contents),
         cache: Arc<Cache>,
         source: Arc<dyn Source>,
         config: MountConfig,

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use lamina_cache::{Cache, CacheConfig, Source};
 use lamina_image::{CommandKey, Digest, Platform, Tree};
-use lamina_mount::{BootStream, Mount, MountConfig, MountError, Record, Terms};
+use lamina_mount::{BootStream, Contents, Mount, MountConfig, MountError, Record, Terms};
 use lamina_wire::proto::{MountRecord, MountRequest, MountResponse, UnmountResponse};
 use lamina_wire::{ClientConfig, Reference};
 use parking_lot::Mutex;
@@ -83,7 +83,7 @@ pub struct Node {
     /// Whether another program is to take this one's place.
     pub(crate) replaced: AtomicBool,
     /// Trees that are mounted: two mounts of an image share one.
-    pub(crate) loaded: Mutex<BTreeMap<Digest, std::sync::Weak<Tree>>>,
+    pub(crate) loaded: Mutex<BTreeMap<Digest, (std::sync::Weak<Tree>, Contents)>>,
     /// Mounts, and requests that are being answered: what keeps the daemon from ending.
     count: watch::Sender<usize>,
 }
@@ -191,9 +191,12 @@ impl Node {
         self.count.subscribe()
     }
 
-    /// Whether a mount is being made now.
+    /// Whether a mount is being made now, or has not all of its tree: the next daemon would have to ask for that before it could answer
+    /// anything.
     pub(crate) fn is_mounting(&self) -> bool {
-        !self.reserved.lock().is_empty()
+        let is_coming =
+            |tree: &std::sync::Weak<Tree>| tree.upgrade().is_some_and(|tree| !tree.has_contents());
+        !self.reserved.lock().is_empty() || self.loaded.lock().values().any(|(tree, _)| is_coming(tree))
     }
 
     pub(crate) fn cache(&self) -> Arc<Cache> {
@@ -283,13 +286,17 @@ impl Node {
         // a boot pack is the registry's word, so an image that must be bound does without
         let boot = !request.no_boot && !request.record && !request.require_bound;
         let boot = boot.then(|| starting.find_boot());
-        let tree = self.tree(asked, found).await?;
+        let (tree, contents) = match request.passthrough {
+            // what is open past the node is never asked for again
+            true => (self.tree(asked, found).await?, Contents::here()),
+            false => self.tree_names(asked, found).await?,
+        };
         let config = self.mount_config(&asked.reference, &request);
         let source: Arc<dyn Source> = Arc::new(KeptSource(kept));
         // behind the tree, which the mount waits for
         let boot = boot.map(|found| Starting::stream_boot(found, Arc::clone(&source)));
         let (cache, handle) = (Arc::clone(&self.cache), Handle::current());
-        let start = blocking(move || Mount::start(tree, cache, source, config, handle));
+        let start = blocking(move || Mount::start((tree, contents), cache, source, config, handle));
         let mount = Arc::new(start.instrument(debug_span!("attach")).await?);
         self.hold(number, &mount);
         record = MountRecord { mounted: true, ..with_terms(record, &mount.terms()) };

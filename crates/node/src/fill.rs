@@ -313,6 +313,10 @@ impl Node {
         let (bytes_per_s, lazy) = (request.fill_bytes_per_s, request.require_lazy);
         tokio::spawn(async move {
             let filling = async {
+                tokio::select! {
+                    () = mount.contents() => {}
+                    () = job.until_cancelled() => return job.set(State::Cancelled),
+                }
                 if policy != Policy::Bulk {
                     start_is_over(&mount).await;
                 }

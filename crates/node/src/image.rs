@@ -1,7 +1,7 @@
 //! From a reference to a manifest and its tree's digest.
 
 use lamina_image::{
-    Descriptor, Digest, Document, MANIFEST_BYTES_MAX, Manifest, Platform, Process, media_type, parse_config,
+    Digest, Document, MANIFEST_BYTES_MAX, Manifest, Platform, Process, TreeNames, media_type, parse_config,
 };
 use lamina_wire::{Client, Reference, Version};
 
@@ -14,6 +14,8 @@ pub struct Found {
     pub manifest: Digest,
     /// Its tree's digest.
     pub tree: Digest,
+    /// What the tree's blob begins with, where that was said.
+    pub names: Option<TreeNames>,
     /// Whether the manifest itself names the tree. Otherwise the registry said so.
     pub bound: bool,
     /// How many requests it took.
@@ -31,13 +33,14 @@ pub async fn find_image(
     let (digest, manifest, requests) = find_manifest(client, reference, platform).await?;
     let wrong = |error| NodeError::Document { reference: reference.to_string(), error };
     if let Some(tree) = manifest.bound_tree().map_err(wrong)? {
-        return Ok(Found { manifest: digest, tree, bound: true, requests });
+        let names = TreeNames::noted_in(&manifest.annotations);
+        return Ok(Found { manifest: digest, tree, names, bound: true, requests });
     }
     if require_bound {
         return Err(NodeError::NotBound(reference.to_string()));
     }
-    let tree = referred_tree(client, reference, digest, &manifest).await?;
-    Ok(Found { manifest: digest, tree, bound: false, requests: requests + 1 })
+    let (tree, names) = referred_tree(client, reference, digest, &manifest).await?;
+    Ok(Found { manifest: digest, tree, names, bound: false, requests: requests + 1 })
 }
 
 /// The manifest of an image, its digest, and how many requests it took: two where the reference is an index of several platforms.
@@ -90,10 +93,10 @@ async fn referred_tree(
     reference: &Reference,
     digest: Digest,
     manifest: &Manifest,
-) -> Result<Digest, NodeError> {
+) -> Result<(Digest, Option<TreeNames>), NodeError> {
     let referrers = client.referrers(&reference.repository, digest, media_type::TREE).await?;
-    if let Some(tree) = referrers.iter().find_map(Descriptor::hung_tree) {
-        return Ok(tree);
+    if let Some((hung, tree)) = referrers.iter().find_map(|one| Some((one, one.hung_tree()?))) {
+        return Ok((tree, TreeNames::noted_in(&hung.annotations)));
     }
     let why = match manifest.is_image() {
         false => format!(": it is an artifact of type {}", manifest.config.media_type),

@@ -46,7 +46,7 @@ impl Known {
             return None;
         }
         let (manifest, tree) = (entry.manifest.parse().ok()?, entry.tree.parse().ok()?);
-        Some(Found { manifest, tree, bound: entry.bound, requests: 0 })
+        Some(Found { manifest, tree, names: None, bound: entry.bound, requests: 0 })
     }
 
     /// Remembers what `reference` means, under its digest as well. A failure costs a request later, and nothing else.
@@ -82,7 +82,7 @@ mod tests {
     fn an_image_is_found_again_by_its_tag_and_by_its_digest() {
         let (_directory, known) = known();
         let (manifest, tree) = (Digest::of(b"manifest"), Digest::of(b"tree"));
-        let found = Found { manifest, tree, bound: true, requests: 2 };
+        let found = Found { manifest, tree, names: None, bound: true, requests: 2 };
         let tag: Reference = "localhost:5000/a:t".parse().expect("a reference");
         let digest: Reference = format!("localhost:5000/a@{manifest}").parse().expect("a reference");
         known.remember(&tag, &found);
@@ -96,7 +96,13 @@ mod tests {
     #[test]
     fn a_damaged_file_is_an_unknown_image() {
         let (_directory, known) = known();
-        let found = Found { manifest: Digest::of(b"m"), tree: Digest::of(b"t"), bound: false, requests: 1 };
+        let found = Found {
+            manifest: Digest::of(b"m"),
+            tree: Digest::of(b"t"),
+            names: None,
+            bound: false,
+            requests: 1,
+        };
         let tag: Reference = "localhost:5000/a:t".parse().expect("a reference");
         known.remember(&tag, &found);
         for damage in [&b""[..], b"{}", b"\xff\xfe", b"{\"reference\":\"localhost:5000/a:t\"}"] {

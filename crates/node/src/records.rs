@@ -106,7 +106,7 @@ pub(crate) fn image_record(reference: &str, found: &Found) -> ImageRecord {
 /// A record's image, which took no request.
 pub(crate) fn found(record: &ImageRecord) -> Option<Found> {
     let (manifest, tree) = (record.manifest.parse().ok()?, record.tree.parse().ok()?);
-    Some(Found { manifest, tree, bound: record.bound, requests: 0 })
+    Some(Found { manifest, tree, names: None, bound: record.bound, requests: 0 })
 }
 
 fn save(path: &Path, message: &[u8]) -> io::Result<()> {
@@ -153,7 +153,7 @@ mod tests {
     use super::*;
 
     fn image() -> Found {
-        Found { manifest: Digest::of(b"m"), tree: Digest::of(b"t"), bound: true, requests: 2 }
+        Found { manifest: Digest::of(b"m"), tree: Digest::of(b"t"), names: None, bound: true, requests: 2 }
     }
 
     fn record(directory: &str) -> MountRecord {

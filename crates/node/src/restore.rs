@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
+use lamina_image::TreeError;
 use lamina_mount::{Kept, Mount, MountError, Record, Terms};
 use lamina_wire::proto::MountRecord;
 use tokio::runtime::Handle;
@@ -285,5 +286,9 @@ impl Remembered {
 
 /// Whether it may help to try again: a registry may come back.
 fn is_passing(error: &NodeError) -> bool {
-    matches!(error, NodeError::Wire(error) if error.is_passing())
+    match error {
+        NodeError::Wire(error) => error.is_passing(),
+        NodeError::Tree { error, .. } => *error == TreeError::Coming,
+        _ => false,
+    }
 }

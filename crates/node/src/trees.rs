@@ -7,12 +7,13 @@
 //! given back some time after a mount: it stays in the page cache, but is not counted as this process's memory any more.
 
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Read, Write};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 
 use bytes::Bytes;
-use lamina_image::{Digest, Tree, TreeError, unpack_tree, unpack_tree_into};
+use lamina_image::{Digest, FlatSink, Hasher, Tree, TreeError, TreeNames, TreeUnpacking, unpack_tree};
 use memmap2::{Mmap, UncheckedAdvice};
 use parking_lot::Mutex;
 
@@ -20,8 +21,6 @@ use crate::NodeError;
 
 /// What stands behind the flat bytes.
 const HASH_BYTES: usize = 32;
-/// Bytes of a tree that are written together.
-const WRITE_BYTES: usize = 256 << 10;
 
 /// The directory of trees.
 #[derive(Clone, Debug)]
@@ -62,25 +61,69 @@ impl Trees {
         }
     }
 
-    /// Unpacks a blob while it comes, and keeps it. `blob` must end in an error where it is not what the digest names. Blocks.
+    /// Unpacks a blob while it comes, and keeps it. `blob` must end in an error where it is not what the digest names. Where it is
+    /// known what the blob begins with, `early` gets the tree as soon as that has come and was right; its contents are there when this
+    /// returns. Blocks.
     ///
     /// *Errors*: those of `blob`; and the disk's, after which [`Trees::store`] does without one.
-    pub(crate) fn receive(&self, digest: Digest, mut blob: impl Read) -> io::Result<Tree> {
+    pub(crate) fn receive(
+        &self,
+        digest: Digest,
+        names: Option<TreeNames>,
+        mut blob: impl Read,
+        early: impl FnOnce(Arc<Tree>),
+    ) -> io::Result<Arc<Tree>> {
         let file = tempfile::Builder::new().prefix(".tmp").tempfile_in(&self.directory)?;
-        let mut hashed =
-            Hashed { file: BufWriter::with_capacity(WRITE_BYTES, file), hasher: blake3::Hasher::new() };
-        unpack_tree_into(&mut blob, &mut hashed)?;
+        let mut flat = FlatFile(file.as_file());
+        let len_is = |len: u64| file.as_file().set_len(len + HASH_BYTES as u64);
+        let mut begun = None;
+        let len = match names {
+            None => {
+                let packed = TreeUnpacking::begin(&mut blob)?;
+                let len = packed.flat_len();
+                len_is(len)?;
+                packed.unpack(&mut blob, &mut flat)?;
+                len
+            }
+            Some(names) => {
+                let mut part = Hashed {
+                    bytes: (&mut blob).take(names.bytes),
+                    hasher: Hasher::new(names.digest.algorithm()),
+                };
+                let packed = TreeUnpacking::begin(&mut part)?;
+                if packed.names_len() != Some(names.bytes) {
+                    return Err(other_names());
+                }
+                let len = packed.flat_len();
+                len_is(len)?;
+                let contents = packed.unpack_names(&mut part, &mut flat)?;
+                // what was unpacked is shown to nobody before this
+                if part.hasher.finish() != names.digest {
+                    return Err(other_names());
+                }
+                let tree = self.tree(Mapped::of(file.as_file())?, Tree::open_names).ok_or_else(damaged)?;
+                let tree = Arc::new(tree);
+                begun = Some(Arc::clone(&tree));
+                early(tree);
+                contents.unpack(&mut blob, &mut flat)?;
+                len
+            }
+        };
         // only the end of the blob tells whether it is the right one
         if io::copy(&mut blob, &mut io::sink())? != 0 {
             return Err(io::Error::new(io::ErrorKind::InvalidData, TreeError::Compressed));
         }
-        let Hashed { mut file, hasher } = hashed;
-        file.write_all(hasher.finalize().as_bytes())?;
-        let file = file.into_inner().map_err(io::IntoInnerError::into_error)?;
-        // what was hashed while it was written is not hashed again
-        let tree = self.tree(Mapped::of(file.as_file())?).ok_or_else(damaged)?;
+        let mapped = Mapped::of(file.as_file())?;
+        let (bytes, _) = mapped.0.split_last_chunk::<HASH_BYTES>().ok_or_else(damaged)?;
+        file.as_file().write_all_at(blake3::hash(bytes).as_bytes(), len)?;
+        let tree = self.tree(mapped, Tree::open).ok_or_else(damaged)?;
         file.persist(self.path(digest)).map_err(|error| error.error)?;
-        Ok(tree)
+        match begun {
+            None => Ok(Arc::new(tree)),
+            Some(begun) => {
+                begun.set_contents(tree.as_bytes().clone()).map_err(io::Error::other).map(|()| begun)
+            }
+        }
     }
 
     /// Unpacks a verified blob, keeps it, and gives it back from the disk's page cache: memory holds it only for a
@@ -117,13 +160,13 @@ impl Trees {
         if blake3::hash(flat).as_bytes() != hash {
             return Err(damaged());
         }
-        Ok(self.tree(mapped))
+        Ok(self.tree(mapped, Tree::open))
     }
 
     /// The tree before the hash, if it is one.
-    fn tree(&self, mapped: Mapped) -> Option<Tree> {
+    fn tree(&self, mapped: Mapped, open: impl FnOnce(Bytes) -> Result<Tree, TreeError>) -> Option<Tree> {
         let (len, map) = (mapped.0.len().checked_sub(HASH_BYTES)?, Arc::downgrade(&mapped.0));
-        let tree = Tree::open(Bytes::from_owner(mapped).slice(..len)).ok()?;
+        let tree = open(Bytes::from_owner(mapped).slice(..len)).ok()?;
         let mut mapped = self.mapped.lock();
         mapped.retain(|map| map.strong_count() > 0);
         mapped.push(map);
@@ -135,7 +178,7 @@ impl Trees {
     pub(crate) fn let_go(&self) {
         for map in self.mapped.lock().iter().filter_map(Weak::upgrade) {
             #[expect(unsafe_code, reason = "of memory that is no file's this would lose what was written")]
-            // SAFETY: it maps a file that nobody changes, to be read only: the same bytes come again
+            // SAFETY: it maps a file, to be read only, of which nobody changes what was read: the same bytes come again
             let given_back = unsafe { map.unchecked_advise(UncheckedAdvice::DontNeed) };
             if let Err(error) = given_back {
                 tracing::debug!(%error, "the pages of a tree stay");
@@ -144,22 +187,31 @@ impl Trees {
     }
 }
 
-/// Writes and hashes.
-struct Hashed {
-    file: BufWriter<tempfile::NamedTempFile>,
-    hasher: blake3::Hasher,
+/// Hashes what is read of it.
+struct Hashed<R> {
+    bytes: R,
+    hasher: Hasher,
 }
 
-impl Write for Hashed {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let written = self.file.write(bytes)?;
-        self.hasher.update(&bytes[..written]);
-        Ok(written)
+impl<R: Read> Read for Hashed<R> {
+    fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
+        let read = self.bytes.read(to)?;
+        self.hasher.update(&to[..read]);
+        Ok(read)
     }
+}
 
-    fn flush(&mut self) -> io::Result<()> {
-        self.file.flush()
+/// A tree's file, which is long enough.
+struct FlatFile<'a>(&'a File);
+
+impl FlatSink for FlatFile<'_> {
+    fn write_at(&mut self, at: u64, bytes: &[u8]) -> io::Result<()> {
+        self.0.write_all_at(bytes, at)
     }
+}
+
+fn other_names() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, "its names are not what they should be")
 }
 
 fn damaged() -> io::Error {
@@ -173,7 +225,7 @@ impl Mapped {
     fn of(file: &File) -> io::Result<Self> {
         #[expect(unsafe_code, reason = "mapping a file is unsafe because others could truncate it")]
         // SAFETY: files in this directory are written under another name, renamed, and never written again; the
-        // directory belongs to this daemon alone
+        // directory belongs to this daemon alone. Of one that is still being written nothing is read but its names, which are there
         let map = unsafe { Mmap::map(file)? };
         Ok(Self(Arc::new(map)))
     }
@@ -247,23 +299,44 @@ mod tests {
     fn a_tree_that_comes_is_there_once_all_of_it_was_right() {
         let (directory, trees, digest) = stored();
         let blob = pack_tree(&derive_tree(&[] as &[Recipe]).unwrap());
+        let names = TreeNames::of(&blob).unwrap();
+        let wrong_names = TreeNames { digest: Digest::of(b"others"), ..names };
         fs::remove_file(trees.path(digest)).unwrap();
-        for len in 0..blob.len() {
-            assert!(trees.receive(digest, &blob[..len]).is_err(), "{len} bytes");
+        // whether the tree was given away early, and what became of it
+        let receive = |names, blob: &mut dyn Read| {
+            let mut early = None;
+            let received =
+                trees.receive(digest, names, blob, |tree| early = Some((tree.has_contents(), tree)));
+            (early, received)
+        };
+        for noted in [None, Some(names), Some(wrong_names)] {
+            for len in 0..blob.len() {
+                let (early, received) = receive(noted, &mut &blob[..len]);
+                assert!(received.is_err(), "{len} bytes");
+                assert_eq!(early.is_some(), noted == Some(names) && len as u64 >= names.bytes, "{len} bytes");
+                assert!(early.is_none_or(|(had, tree)| !had && !tree.has_contents()));
+            }
+            let more = [&blob[..], b"more"].concat();
+            receive(noted, &mut &more[..]).1.expect_err("too long");
+            let error = receive(noted, &mut blob.chain(Wrong)).1.expect_err("wrong at its end");
+            let text = if noted == Some(wrong_names) { "names" } else { "not what the digest names" };
+            assert!(error.to_string().contains(text), "{error}");
+            assert!(trees.load(digest).is_none());
         }
-        trees.receive(digest, &[&blob[..], b"more"].concat()[..]).expect_err("too long");
         struct Wrong;
         impl Read for Wrong {
             fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
                 Err(io::Error::other("not what the digest names"))
             }
         }
-        let error = trees.receive(digest, blob.chain(Wrong)).expect_err("wrong at its end");
-        assert_eq!(error.to_string(), "not what the digest names");
-        assert!(trees.load(digest).is_none());
-        assert_eq!(trees.receive(digest, &blob[..]).unwrap().inodes(), 1);
-        assert_eq!(trees.load(digest).unwrap().inodes(), 1);
-        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1, "nothing half written stays");
+        for noted in [None, Some(names)] {
+            let (early, received) = receive(noted, &mut &blob[..]);
+            let tree = received.unwrap();
+            assert!(tree.has_contents() && tree.inodes() == 1);
+            assert!(early.is_none_or(|(had, early)| !had && Arc::ptr_eq(&early, &tree)));
+            assert_eq!(trees.load(digest).unwrap().inodes(), 1);
+            assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1, "nothing half written stays");
+        }
     }
 
     #[test]

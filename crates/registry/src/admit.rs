@@ -5,12 +5,12 @@
 //! An image that is passed on can be seen before: it is checked once all of it has come. Until then its tree is the
 //! upstream's word, and one that is found false is taken out.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use lamina_image::{
-    Descriptor, Digest, Manifest, RECIPE_ANNOTATION, Recipe, TREE_BYTES_MAX, derive_tree, media_type,
-    parse_config, unpack_tree,
+    Descriptor, Digest, Manifest, RECIPE_ANNOTATION, Recipe, TREE_BYTES_MAX, TREE_NAMES_ANNOTATION,
+    TREE_NAMES_BYTES_ANNOTATION, derive_tree, parse_config, unpack_tree,
 };
 use lamina_store::{Blob, ImageRecord, ImageState, LayerRecord, Proof, Repo, StoreError};
 
@@ -63,14 +63,13 @@ impl Api {
             layers.push(self.admit_layer(layer, *diff_id, &proof).await?);
         }
         let recipes = layers.iter().map(|layer| Arc::clone(&layer.recipe)).collect();
-        let size = self.check_tree(tree, recipes).await?;
+        let tree = self.check_tree(tree, names_noted(manifest), recipes).await?;
         let invalid = |text| ApiError::ManifestInvalid(text);
         self.store.conclude(&proof).await.map_err(|error| refusal(error, invalid))?;
         for layer in &layers {
             self.store.know_layer(&layer.record, None).await?;
         }
-        self.link(repo, tree, layers.iter().map(|layer| (layer.record.recipe, &layer.recipe))).await?;
-        let tree = Descriptor::named(media_type::TREE, tree, size);
+        self.link(repo, tree.digest, layers.iter().map(|layer| (layer.record.recipe, &layer.recipe))).await?;
         let (state, finished_at) = (ImageState::Done, Some(now));
         Ok(Some(ImageRecord { state, tree: Some(tree), finished_at, ..ImageRecord::queued(now) }))
     }
@@ -132,10 +131,15 @@ impl Api {
         }
     }
 
-    /// Compares the client's tree with the one that the recipes make. Gives the length of its blob in bytes.
-    async fn check_tree(&self, tree: Digest, recipes: Vec<Arc<Recipe>>) -> Result<u64, ApiError> {
+    /// Compares the client's tree with the one that the recipes make, and what the manifest tells of its names with what they are.
+    async fn check_tree(
+        &self,
+        tree: Digest,
+        names: BTreeMap<String, String>,
+        recipes: Vec<Arc<Recipe>>,
+    ) -> Result<Descriptor, ApiError> {
         let invalid = |text: String| ApiError::ManifestInvalid(format!("tree {tree}: {text}"));
-        let Some(Blob::Stored { size }) = self.store.take_blob(tree).await? else {
+        let Some(Blob::Stored { .. }) = self.store.take_blob(tree).await? else {
             return Err(absent("the tree", tree));
         };
         let blob = self.store.small_blob(tree, TREE_BYTES_MAX).await?;
@@ -143,14 +147,26 @@ impl Api {
             let recipes: Vec<Recipe> = recipes.iter().map(|recipe| Recipe::clone(recipe)).collect();
             let derived = derive_tree(&recipes).map_err(|error| error.to_string())?;
             let claimed = unpack_tree(&blob).map_err(|error| error.to_string())?;
-            Ok(derived == claimed)
+            Ok((derived == claimed, Descriptor::of_tree(&blob)))
         });
         match same.await.expect("deriving a tree does not panic") {
-            Ok(true) => Ok(size),
-            Ok(false) => Err(invalid("it is not the tree that the recipes of the layers make".to_owned())),
+            Ok((true, tree)) if names.is_empty() || names == tree.annotations => Ok(tree),
+            Ok((true, _)) => {
+                Err(invalid(format!("{TREE_NAMES_ANNOTATION} is not what its blob begins with")))
+            }
+            Ok((false, _)) => {
+                Err(invalid("it is not the tree that the recipes of the layers make".to_owned()))
+            }
             Err(text) => Err(invalid(text)),
         }
     }
+}
+
+/// What a manifest tells of the names in its tree.
+fn names_noted(manifest: &Manifest) -> BTreeMap<String, String> {
+    let is_of_names = |note: &str| [TREE_NAMES_ANNOTATION, TREE_NAMES_BYTES_ANNOTATION].contains(&note);
+    let noted = manifest.annotations.iter().filter(|(note, _)| is_of_names(note));
+    noted.map(|(note, text)| (note.clone(), text.clone())).collect()
 }
 
 fn absent(what: &'static str, digest: Digest) -> ApiError {

@@ -8,8 +8,7 @@ use bytes::Bytes;
 use lamina_chunk::{Frame, PackId};
 use lamina_image::{
     Algorithm, Descriptor, Digest, Document, ImageConfig, LAYERS_MAX, LayerInput, Manifest, Progress, Recipe,
-    TREE_ANNOTATION, TREE_BYTES_ANNOTATION, TREE_BYTES_MAX, Tree, derive_tree, ingest, media_type, pack_tree,
-    parse_config, unpack_tree,
+    TREE_BYTES_MAX, Tree, derive_tree, ingest, media_type, pack_tree, parse_config, unpack_tree,
 };
 use lamina_store::{Blob, BlobReader, ImageRecord, LayerCounts, LayerRecord, Repo, StoreError, StoreSink};
 use tokio::runtime::Handle;
@@ -81,8 +80,8 @@ impl Converter {
         let tree = tokio::task::spawn_blocking(move || derive_tree(&recipes).map(|flat| pack_tree(&flat)));
         let tree =
             Bytes::from(tree.await.expect("deriving a tree does not panic").map_err(|error| wrong(&error))?);
-        let tree =
-            Descriptor::named(media_type::TREE, self.store.put_blob(tree.clone()).await?, tree.len() as u64);
+        self.store.put_blob(tree.clone()).await?;
+        let tree = Descriptor::of_tree(&tree);
         let media_type = manifest.media_type.as_deref().unwrap_or(media_type::OCI_MANIFEST);
         let subject = Descriptor::named(media_type, digest, bytes.len() as u64);
         let artifact = self.put_artifact(subject, &tree, &layers).await?;
@@ -224,10 +223,7 @@ impl Converter {
         }
         // an image of more packs than a manifest may list names the first of them: the tree names them all
         blobs.truncate(LAYERS_MAX);
-        let annotations = BTreeMap::from([
-            (TREE_ANNOTATION.to_owned(), tree.digest.to_string()),
-            (TREE_BYTES_ANNOTATION.to_owned(), tree.size.to_string()),
-        ]);
+        let annotations = tree.tree_notes();
         Artifact { kind: media_type::TREE, subject, blobs, annotations }.write(&self.store).await
     }
 

@@ -5,8 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use lamina_image::{
-    Descriptor, Digest, Manifest, Platform, RECIPE_ANNOTATION, Recipe, TREE_ANNOTATION,
-    TREE_BYTES_ANNOTATION, media_type,
+    Descriptor, Digest, Manifest, Platform, RECIPE_ANNOTATION, Recipe, TREE_ANNOTATIONS, media_type,
 };
 
 use crate::source::SourceImage;
@@ -32,7 +31,7 @@ pub(super) struct Shape {
 pub(super) fn write_documents(
     image: &SourceImage,
     recipes: &[Recipe],
-    (tree, tree_len): (Digest, usize),
+    tree: &Descriptor,
     platform: &Platform,
     shape: Shape,
 ) -> Result<Documents> {
@@ -61,8 +60,8 @@ pub(super) fn write_documents(
     });
     let original = image.manifest.as_ref().map(|(_, _, manifest)| manifest);
     let mut annotations = original.map_or_else(BTreeMap::new, |manifest| manifest.annotations.clone());
-    annotations.insert(TREE_ANNOTATION.into(), tree.to_string());
-    annotations.insert(TREE_BYTES_ANNOTATION.into(), tree_len.to_string());
+    annotations.retain(|note, _| !TREE_ANNOTATIONS.contains(&note.as_str()));
+    annotations.extend(tree.tree_notes());
     let manifest = Manifest {
         schema_version: 2,
         media_type: Some(media_type::OCI_MANIFEST.into()),

@@ -10,10 +10,7 @@ use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use lamina_chunk::{ChunkId, ChunkPlace, FOOTER_BYTES, PACK_BYTES_MAX, PackFooter, PackId};
-use lamina_image::{
-    Descriptor, Digest, Document, LAYERS_MAX, Manifest, Recipe, TREE_ANNOTATION, TREE_BYTES_ANNOTATION,
-    media_type,
-};
+use lamina_image::{Descriptor, Digest, Document, LAYERS_MAX, Manifest, Recipe, media_type};
 use lamina_wire::{Client, KnownLayer, Reference, Version};
 use parking_lot::Mutex;
 
@@ -98,10 +95,10 @@ impl Earlier {
     pub(super) fn artifacts(
         &self,
         subject: &Descriptor,
-        (tree, tree_len): (Digest, usize),
+        tree: &Descriptor,
         recipes: &[Recipe],
     ) -> Result<Vec<Artifact>> {
-        let mut blobs = vec![Descriptor::named(media_type::TREE, tree, tree_len as u64)];
+        let mut blobs = vec![tree.clone()];
         let (mut seen, mut named) = (BTreeSet::new(), BTreeSet::new());
         for recipe in recipes {
             let digest = Digest::of(recipe.blob());
@@ -115,15 +112,11 @@ impl Earlier {
             let len = packs.get(&pack).with_context(|| format!("nobody knows the length of pack {pack}"))?;
             blobs.push(Descriptor::named(media_type::PACK, pack, *len));
         }
-        let annotations = BTreeMap::from([
-            (TREE_ANNOTATION.to_owned(), tree.to_string()),
-            (TREE_BYTES_ANNOTATION.to_owned(), tree_len.to_string()),
-        ]);
         let artifact = |blobs: &[Descriptor]| Artifact {
             kind: media_type::TREE,
             subject: subject.clone(),
             blobs: blobs.to_vec(),
-            annotations: annotations.clone(),
+            annotations: tree.tree_notes(),
         };
         Ok(blobs.chunks(LAYERS_MAX).map(artifact).collect())
     }

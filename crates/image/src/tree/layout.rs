@@ -93,7 +93,15 @@ impl Layout {
     }
 
     pub(super) fn read(bytes: &[u8]) -> Result<Self, TreeError> {
-        let header = bytes.get(..HEADER_BYTES).ok_or(TreeError::Header)?;
+        let layout = Self::read_header(bytes.first_chunk().ok_or(TreeError::Header)?)?;
+        if layout.len != bytes.len() {
+            return Err(TreeError::Header);
+        }
+        Ok(layout)
+    }
+
+    /// What a header says, whatever is behind it.
+    pub(super) fn read_header(header: &[u8; HEADER_BYTES]) -> Result<Self, TreeError> {
         let refused_features = u32_at(header, 12);
         if header[..8] != MAGIC
             || refused_features != 0
@@ -111,11 +119,10 @@ impl Layout {
             xattr_bytes: u32_at(header, 40),
             name_bytes: u32_at(header, 44),
         };
-        let layout = Self::of(counts, u64_at(header, 48));
-        if layout.len != bytes.len() || counts.inodes == 0 {
+        if counts.inodes == 0 {
             return Err(TreeError::Header);
         }
-        Ok(layout)
+        Ok(Self::of(counts, u64_at(header, 48)))
     }
 }
 

@@ -1,49 +1,346 @@
-//! A tree as a blob: the flat bytes as one zstd frame behind their length.
+//! A tree as a blob, in two parts: the names, which a mount begins with, and the contents, which say where the files' bytes are.
+//!
+//! Records of one kind differ in few of their bytes, so each block of them is stored column by column: the first bytes of all its
+//! records, then the second ones. Of 40,000 files that makes the names 0.6 times as long, and the whole blob 0.8 times.
+//!
+//! Before there were parts a blob was the flat bytes as one frame. Such blobs are read, and not written any more.
 
-use std::io::{self, Read, Write};
+use std::collections::BTreeMap;
+use std::io::{self, BufRead, Read, Write};
 
 use super::TreeError;
+use super::layout::{
+    ENTRY_BYTES, EXTENT_BYTES, HEADER_BYTES, ID_BYTES, INODE_BYTES, Layout, PACK_BYTES, PLACE_BYTES, Section,
+};
+use crate::{Digest, TREE_NAMES_ANNOTATION, TREE_NAMES_BYTES_ANNOTATION};
 
 /// No flat tree is longer: 2 GiB, some ten million files.
 pub const TREE_BYTES_MAX: u64 = 2 << 30;
 
-/// Level 3 gives all that higher ones give here: half of a tree is hashes.
+/// Level 3 gives all that higher ones give here: most of a tree is hashes.
 const LEVEL: i32 = 3;
+/// In the length before a blob's frames: it is in parts.
+const IN_PARTS: u64 = 1 << 63;
+/// What stands before the frame of the names: the flat tree's length, and the length of all up to the end of that frame.
+const LENGTHS_BYTES: usize = 16;
+/// So many records are stored column by column, together: more gain nothing, and a reader has to hold them.
+const BLOCK: usize = 8192;
 
-/// Compresses a flat tree for the registry: its length as a little-endian 64-bit word, then one zstd frame.
-/// Whether two trees are the same is told by the flat bytes: zstd may compress better one day.
+/// The part of a tree's blob that a mount begins with, which the blob begins with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TreeNames {
+    /// Of these bytes.
+    pub digest: Digest,
+    /// How many they are.
+    pub bytes: u64,
+}
+
+impl TreeNames {
+    /// Those of a blob; `None` where it is in one part, or says something else than what it is.
+    pub fn of(blob: &[u8]) -> Option<Self> {
+        let (lengths, _) = blob.split_first_chunk::<LENGTHS_BYTES>()?;
+        let bytes = Lengths::read(lengths)?.names;
+        let part = blob.get(..usize::try_from(bytes).ok()?)?;
+        Some(Self { digest: Digest::of(part), bytes })
+    }
+
+    /// Those that the annotations of an image, or of an artifact that hangs a tree on one, tell of; `None` where they tell of none that
+    /// could be.
+    pub fn noted_in(annotations: &BTreeMap<String, String>) -> Option<Self> {
+        let digest = annotations.get(TREE_NAMES_ANNOTATION)?.parse().ok()?;
+        let bytes = annotations.get(TREE_NAMES_BYTES_ANNOTATION)?.parse().ok()?;
+        Some(Self { digest, bytes }).filter(|names| names.bytes <= TREE_BYTES_MAX)
+    }
+
+    /// What [`noted_in`](Self::noted_in) reads.
+    pub fn notes(&self) -> [(String, String); 2] {
+        [
+            (TREE_NAMES_ANNOTATION.to_owned(), self.digest.to_string()),
+            (TREE_NAMES_BYTES_ANNOTATION.to_owned(), self.bytes.to_string()),
+        ]
+    }
+}
+
+/// Takes the bytes of a flat tree, in any order, each once.
+pub trait FlatSink {
+    /// Takes those from position `at`. Positions that are never written are zeros.
+    ///
+    /// # Errors
+    /// Where they cannot be kept.
+    fn write_at(&mut self, at: u64, bytes: &[u8]) -> io::Result<()>;
+}
+
+/// Into memory. It must be as long as the tree.
+impl FlatSink for [u8] {
+    fn write_at(&mut self, at: u64, bytes: &[u8]) -> io::Result<()> {
+        let at = usize::try_from(at).expect("within memory");
+        self[at..at + bytes.len()].copy_from_slice(bytes);
+        Ok(())
+    }
+}
+
+/// Compresses a flat tree for the registry. Whether two trees are the same is told by the flat bytes: zstd may compress better one
+/// day.
+///
+/// # Panics
+/// Where `flat` is no tree.
 pub fn pack_tree(flat: &[u8]) -> Vec<u8> {
-    let mut blob = (flat.len() as u64).to_le_bytes().to_vec();
-    let mut encoder = zstd::Encoder::new(&mut blob, LEVEL).expect("a level zstd knows");
-    encoder.write_all(flat).and_then(|()| encoder.finish().map(drop)).expect("a Vec takes every byte");
+    let layout = Layout::read(flat).expect("a tree");
+    let mut blob = vec![0; LENGTHS_BYTES];
+    let mut encoder = encoder(&mut blob);
+    write(&mut encoder, &flat[..HEADER_BYTES]);
+    names_of(&layout).iter().for_each(|kind| kind.pack(flat, &mut encoder));
+    encoder.finish().expect("a Vec takes every byte");
+    let lengths = Lengths { flat: flat.len() as u64, names: blob.len() as u64 };
+    blob[..LENGTHS_BYTES].copy_from_slice(&lengths.to_bytes());
+    let mut encoder = self::encoder(&mut blob);
+    contents_of(&layout).iter().for_each(|kind| kind.pack(flat, &mut encoder));
+    encoder.finish().expect("a Vec takes every byte");
     blob
 }
 
-/// The flat tree in a blob. The claimed length is only believed up to [`TREE_BYTES_MAX`], and memory grows with
-/// what really comes.
-pub fn unpack_tree(blob: &[u8]) -> Result<Vec<u8>, TreeError> {
-    let mut flat = Vec::new();
-    let wrong = |error: io::Error| error.into_inner()?.downcast::<TreeError>().ok();
-    unpack_tree_into(blob, &mut flat)
-        .map_err(|error| wrong(error).map_or(TreeError::Compressed, |it| *it))?;
-    Ok(flat)
+/// The same in one part, as it was done before there were parts: only this makes such a blob again, with the digest it had.
+pub fn pack_tree_whole(flat: &[u8]) -> Vec<u8> {
+    let mut blob = (flat.len() as u64).to_le_bytes().to_vec();
+    let mut encoder = encoder(&mut blob);
+    write(&mut encoder, flat);
+    encoder.finish().expect("a Vec takes every byte");
+    blob
 }
 
-/// The same from a blob that is still coming, written to `flat` as it comes: its length, in bytes. Memory does not grow with it.
-///
-/// # Errors
-/// What `blob` and `flat` say; and `InvalidData` around a [`TreeError`] for what is no tree's blob.
-pub fn unpack_tree_into(mut blob: impl Read, flat: &mut impl Write) -> io::Result<u64> {
-    let wrong = |error: TreeError| io::Error::new(io::ErrorKind::InvalidData, error);
-    let mut len = [0; 8];
-    blob.read_exact(&mut len)?;
-    let len = u64::from_le_bytes(len);
-    if len > TREE_BYTES_MAX {
-        return Err(wrong(TreeError::TooLarge("its length")));
+/// The flat tree in a blob. The claimed length is only believed up to [`TREE_BYTES_MAX`], and the kernel gives memory only for what
+/// really comes.
+pub fn unpack_tree(blob: &[u8]) -> Result<Vec<u8>, TreeError> {
+    let unpacked = || {
+        let mut blob = blob;
+        let begun = TreeUnpacking::begin(&mut blob)?;
+        // of zeros: pages that nobody writes to are not there
+        let mut flat = vec![0; usize::try_from(begun.flat_len()).expect("2 GiB at most")];
+        begun.unpack(&mut blob, &mut flat[..])?;
+        Ok(flat)
+    };
+    let wrong = |error: io::Error| error.into_inner()?.downcast::<TreeError>().ok();
+    unpacked().map_err(|error| wrong(error).map_or(TreeError::Compressed, |it| *it))
+}
+
+/// A blob that is being unpacked, of which nothing but its beginning was read.
+#[derive(Debug)]
+pub struct TreeUnpacking {
+    flat: u64,
+    /// How many bytes the frame of the names takes; `None` where there are no parts.
+    names: Option<u64>,
+}
+
+impl TreeUnpacking {
+    /// Reads the lengths that `blob` begins with.
+    ///
+    /// # Errors
+    /// What `blob` says; and `InvalidData` around a [`TreeError`] for what is no tree's blob. So it is with the others.
+    pub fn begin(mut blob: impl Read) -> io::Result<Self> {
+        let mut lengths = [0; LENGTHS_BYTES];
+        let (first, second) = lengths.split_at_mut(LENGTHS_BYTES / 2);
+        blob.read_exact(first)?;
+        let flat = u64::from_le_bytes(first.try_into().expect("8 bytes"));
+        if flat & IN_PARTS == 0 {
+            return Self { flat, names: None }.checked();
+        }
+        blob.read_exact(second)?;
+        let lengths = Lengths::read(&lengths).ok_or_else(|| wrong(TreeError::Header))?;
+        Self { flat: lengths.flat, names: Some(lengths.names - LENGTHS_BYTES as u64) }.checked()
     }
-    let mut decoder = zstd::Decoder::new(blob)?.take(len + 1);
-    match io::copy(&mut decoder, flat)? {
-        written if written == len => Ok(len),
-        _ => Err(wrong(TreeError::Compressed)),
+
+    fn checked(self) -> io::Result<Self> {
+        let is_large = self.flat.max(self.names.unwrap_or(0)) > TREE_BYTES_MAX;
+        if is_large { Err(wrong(TreeError::TooLarge("its length"))) } else { Ok(self) }
     }
+
+    /// How many bytes of the blob are the names, counted from its first; `None` where it is in one part.
+    pub fn names_len(&self) -> Option<u64> {
+        Some(self.names? + LENGTHS_BYTES as u64)
+    }
+
+    /// How long the flat tree is, in bytes.
+    pub fn flat_len(&self) -> u64 {
+        self.flat
+    }
+
+    /// Unpacks all of it: `blob` goes on where it was left, up to its end. Memory does not grow with it.
+    pub fn unpack(self, mut blob: impl Read, flat: &mut (impl FlatSink + ?Sized)) -> io::Result<()> {
+        let Some(names) = self.names else { return self.unpack_whole(blob, flat) };
+        self.unpack_names((&mut blob).take(names), flat)?.unpack(blob, flat)
+    }
+
+    /// Unpacks the names: `part` is what a [`TreeNames`] is of, up to its end, but for what [`begin`](Self::begin) has read of it.
+    /// Memory does not grow with it.
+    pub fn unpack_names(
+        self,
+        part: impl Read,
+        flat: &mut (impl FlatSink + ?Sized),
+    ) -> io::Result<TreeContents> {
+        let mut frame = zstd::Decoder::new(part)?.single_frame();
+        let mut header = [0; HEADER_BYTES];
+        frame.read_exact(&mut header)?;
+        let layout = Layout::read_header(&header).map_err(wrong)?;
+        if layout.len as u64 != self.flat {
+            return Err(wrong(TreeError::Header));
+        }
+        flat.write_at(0, &header)?;
+        names_of(&layout).iter().try_for_each(|kind| kind.unpack(&mut frame, flat))?;
+        must_end(frame)?;
+        Ok(TreeContents(layout))
+    }
+
+    /// A blob in one part.
+    fn unpack_whole(self, blob: impl Read, flat: &mut (impl FlatSink + ?Sized)) -> io::Result<()> {
+        let mut frame = zstd::Decoder::new(blob)?.single_frame();
+        Kind::bytes(Section { start: 0, count: u32::try_from(self.flat).expect("2 GiB at most") })
+            .unpack(&mut frame, flat)?;
+        must_end(frame)
+    }
+}
+
+/// What is left of a blob of which the names have been unpacked.
+#[derive(Debug)]
+pub struct TreeContents(Layout);
+
+impl TreeContents {
+    /// Unpacks them: `blob` is what comes behind the names, up to its end. Memory does not grow with it.
+    ///
+    /// # Errors
+    /// As of [`TreeUnpacking::begin`].
+    pub fn unpack(self, blob: impl Read, flat: &mut (impl FlatSink + ?Sized)) -> io::Result<()> {
+        let mut frame = zstd::Decoder::new(blob)?.single_frame();
+        contents_of(&self.0).iter().try_for_each(|kind| kind.unpack(&mut frame, flat))?;
+        must_end(frame)
+    }
+}
+
+/// What a blob in parts begins with, each in bytes.
+struct Lengths {
+    /// Of the flat tree.
+    flat: u64,
+    /// Of everything up to the end of the frame of the names.
+    names: u64,
+}
+
+impl Lengths {
+    fn to_bytes(&self) -> [u8; LENGTHS_BYTES] {
+        let mut bytes = [0; LENGTHS_BYTES];
+        let (flat, names) = bytes.split_at_mut(LENGTHS_BYTES / 2);
+        flat.copy_from_slice(&(self.flat | IN_PARTS).to_le_bytes());
+        names.copy_from_slice(&self.names.to_le_bytes());
+        bytes
+    }
+
+    /// `None` where it is in one part, or cannot be.
+    fn read(bytes: &[u8; LENGTHS_BYTES]) -> Option<Self> {
+        let (flat, names) = bytes.split_at(LENGTHS_BYTES / 2);
+        let word = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().expect("8 bytes"));
+        let (flat, names) = (word(flat), word(names));
+        let is_sound = flat & IN_PARTS != 0 && names >= LENGTHS_BYTES as u64;
+        is_sound.then_some(Self { flat: flat & !IN_PARTS, names })
+    }
+}
+
+/// Records of one kind, as a blob has them.
+struct Kind {
+    section: Section,
+    /// Bytes of a record.
+    width: usize,
+}
+
+/// What is in the names, in the order of the blob.
+fn names_of(layout: &Layout) -> [Kind; 4] {
+    let Layout { inodes, entries, xattrs, names, .. } = *layout;
+    [
+        Kind { section: inodes, width: INODE_BYTES },
+        Kind { section: entries, width: ENTRY_BYTES },
+        Kind::bytes(xattrs),
+        Kind::bytes(names),
+    ]
+}
+
+/// What is in the contents, in the order of the blob. Hashes have no columns.
+fn contents_of(layout: &Layout) -> [Kind; 4] {
+    let Layout { extents, ids, places, packs, .. } = *layout;
+    let hashes = |section: Section, width: usize| {
+        let count = u32::try_from(section.count as usize * width).expect("within 2 GiB");
+        Kind::bytes(Section { count, ..section })
+    };
+    [
+        Kind { section: extents, width: EXTENT_BYTES },
+        hashes(ids, ID_BYTES),
+        Kind { section: places, width: PLACE_BYTES },
+        hashes(packs, PACK_BYTES),
+    ]
+}
+
+impl Kind {
+    /// Bytes that are stored as they are.
+    fn bytes(section: Section) -> Self {
+        Self { section, width: 1 }
+    }
+
+    /// How long each block is, in bytes; the last may be shorter.
+    fn block(&self) -> usize {
+        BLOCK * if self.width == 1 { INODE_BYTES } else { self.width }
+    }
+
+    fn pack(&self, flat: &[u8], blob: &mut impl Write) {
+        let bytes = &flat[self.section.start..][..self.section.count as usize * self.width];
+        let mut columns = Vec::with_capacity(self.block().min(bytes.len()));
+        for block in bytes.chunks(self.block()) {
+            if self.width == 1 {
+                write(blob, block);
+                continue;
+            }
+            columns.clear();
+            for column in 0..self.width {
+                columns.extend(block[column..].iter().step_by(self.width));
+            }
+            write(blob, &columns);
+        }
+    }
+
+    fn unpack(&self, blob: &mut impl Read, flat: &mut (impl FlatSink + ?Sized)) -> io::Result<()> {
+        let mut left = self.section.count as usize * self.width;
+        let (mut at, mut columns, mut block) = (self.section.start as u64, Vec::new(), Vec::new());
+        while left > 0 {
+            let len = left.min(self.block());
+            columns.resize(len, 0);
+            blob.read_exact(&mut columns)?;
+            if self.width == 1 {
+                flat.write_at(at, &columns)?;
+            } else {
+                block.resize(len, 0);
+                // a plain walk with a stride: of what was tried in its place, tile by tile and word by word, all took twice as long
+                for (column, bytes) in columns.chunks(len / self.width).enumerate() {
+                    for (to, byte) in block[column..].iter_mut().step_by(self.width).zip(bytes) {
+                        *to = *byte;
+                    }
+                }
+                flat.write_at(at, &block)?;
+            }
+            (at, left) = (at + len as u64, left - len);
+        }
+        Ok(())
+    }
+}
+
+fn encoder(blob: &mut Vec<u8>) -> zstd::Encoder<'static, &mut Vec<u8>> {
+    zstd::Encoder::new(blob, LEVEL).expect("a level zstd knows")
+}
+
+fn write(to: &mut impl Write, bytes: &[u8]) {
+    to.write_all(bytes).expect("a Vec takes every byte");
+}
+
+fn wrong(error: TreeError) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, error)
+}
+
+/// Checks that a frame ends here, and what it comes from with it.
+fn must_end(mut frame: zstd::Decoder<'_, impl BufRead>) -> io::Result<()> {
+    let is_more = frame.read(&mut [0])? != 0 || !frame.finish().fill_buf()?.is_empty();
+    if is_more { Err(wrong(TreeError::Compressed)) } else { Ok(()) }
 }

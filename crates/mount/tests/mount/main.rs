@@ -17,11 +17,51 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use lamina_image::Ino;
-use lamina_mount::{MountConfig, MountError, Record};
+use lamina_image::{Ino, Tree};
+use lamina_mount::{Contents, MountConfig, MountError, Record};
 use rig::{Layer, Packs, Rig, is_mounted, noise, until};
 use rustix::mount::{MountFlags, UnmountFlags};
 use tar::EntryType;
+
+/// A rig whose mount has nothing but the tree's names, and what says that the rest has come.
+fn named_only(file: &[u8]) -> (Rig, tokio::sync::watch::Sender<bool>) {
+    let mut rig = Rig::new(Layer::new().file("d/file", file).link(EntryType::Symlink, "link", "d/file"));
+    rig.mount().unmount(false).expect("unmounted");
+    rig.ended();
+    let names = Tree::open_names(rig.tree.as_bytes().clone()).expect("a tree");
+    rig.tree = std::sync::Arc::new(names);
+    let (come, contents) = Contents::coming();
+    let config = MountConfig { record: Record::Start, ..MountConfig::new(rig.path("")) };
+    rig.mount = Some(rig.start_with((rig.tree.clone(), contents), config).expect("mounted"));
+    assert_eq!(fs::metadata(rig.path("link")).expect("names are there").len(), file.len() as u64);
+    assert_eq!(fs::read_dir(rig.path("d")).expect("listed").count(), 1);
+    (rig, come)
+}
+
+#[test]
+fn before_the_contents_of_the_tree_have_come_names_are_answered_and_reads_wait() {
+    let file = noise(300_000, 3);
+    let (rig, come) = named_only(&file);
+    let path = rig.path("link");
+    let reader = std::thread::spawn(move || fs::read(path));
+    until("a read waits", || rig.mount().snapshot().reads > 0);
+    assert!(!reader.is_finished());
+    rig.tree.set_contents(rig.tree.as_bytes().clone()).expect("the same tree");
+    come.send_replace(true);
+    assert!(reader.join().expect("no panic").expect("read") == file);
+    assert!(
+        rig.mount().end_start().is_some_and(|trace| !trace.runs.is_empty()),
+        "it is recorded all the same"
+    );
+}
+
+#[test]
+fn where_the_contents_of_the_tree_do_not_come_reads_fail_and_do_not_hang() {
+    let (rig, come) = named_only(&noise(300_000, 3));
+    drop(come);
+    let error = fs::read(rig.path("d/file")).expect_err("nobody knows where it is");
+    assert_eq!(error.raw_os_error(), Some(rustix::io::Errno::IO.raw_os_error()));
+}
 
 #[test]
 fn every_attribute_is_the_images() {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use lamina_cache::{Cache, CacheConfig};
 use lamina_image::Ino;
-use lamina_mount::{Mount, MountConfig};
+use lamina_mount::{Contents, Mount, MountConfig};
 use memmap2::Mmap;
 use rustix::mount::{MountFlags, UnmountFlags};
 
@@ -54,7 +54,8 @@ impl Passthrough {
         // there is room for whole files beside what is read, but not beside all of the image
         config.pack_ramp.run_min = u64::MAX;
         let (tree, packs, handle) = (rig.tree.clone(), rig.packs.clone(), rig.runtime.handle().clone());
-        let mount = Mount::start(tree, cache.clone(), packs, config, handle).expect("mounted");
+        let mount =
+            Mount::start((tree, Contents::here()), cache.clone(), packs, config, handle).expect("mounted");
         Self { mount: Some(mount), cache, rig, mounted, _directory: directory }
     }
 

@@ -18,7 +18,7 @@ use lamina_image::{
     BootPack, ChunkSink, Digest, IngestOptions, Ino, LayerInput, Profile, Progress, SinkError, Trace,
     TraceRun, Tree, build_boot, derive_tree, ingest,
 };
-use lamina_mount::{BootFailure, BootStream, Mount, MountConfig, MountError, Record};
+use lamina_mount::{BootFailure, BootStream, Contents, Mount, MountConfig, MountError, Record};
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 
@@ -185,8 +185,16 @@ impl Rig {
     }
 
     pub(crate) fn start(&self, config: MountConfig) -> Result<Mount, MountError> {
+        self.start_with((self.tree.clone(), Contents::here()), config)
+    }
+
+    pub(crate) fn start_with(
+        &self,
+        tree: (Arc<Tree>, Contents),
+        config: MountConfig,
+    ) -> Result<Mount, MountError> {
         let handle = self.runtime.handle().clone();
-        Mount::start(self.tree.clone(), self.cache.clone(), self.packs.clone(), config, handle)
+        Mount::start(tree, self.cache.clone(), self.packs.clone(), config, handle)
     }
 
     /// The same, mounted anew, to record its start.

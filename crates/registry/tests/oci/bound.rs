@@ -7,8 +7,8 @@ use bytes::Bytes;
 use http::{Method, StatusCode};
 use lamina_chunk::{ChunkId, ChunkPlace, PackBuilder, PackId, PackRecord, Sealed};
 use lamina_image::{
-    ChunkSink, Descriptor, Digest, IngestOptions, LayerInput, Progress, RECIPE_ANNOTATION, Recipe, SinkError,
-    TREE_ANNOTATION, TREE_BYTES_ANNOTATION, derive_tree, ingest, media_type, pack_tree,
+    ChunkSink, Descriptor, Digest, IngestOptions, LayerInput, Manifest, Progress, RECIPE_ANNOTATION, Recipe,
+    SinkError, TREE_ANNOTATION, TREE_BYTES_ANNOTATION, TreeNames, derive_tree, ingest, media_type, pack_tree,
 };
 use lamina_store::ImageState;
 use lamina_testkit::noise;
@@ -221,6 +221,39 @@ async fn a_recipe_that_lies_about_a_place_is_refused() {
     bound.tree = pack_tree(&derive_tree(&recipes).unwrap()).into();
     bound.recipes = recipes.iter().map(|recipe| recipe.blob().clone()).collect();
     bound.refused(&registry).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_manifest_tells_of_the_names_in_its_tree_must_be_true() {
+    let registry = Registry::start().await;
+    let bound = Bound::new(&tars());
+    let bytes = bound.push_blobs(&registry).await;
+    let names = TreeNames::of(&bound.tree).unwrap();
+    let wrong = TreeNames { digest: Digest::of(b"others"), ..names };
+    let longer = TreeNames { bytes: names.bytes + 1, ..names };
+    let [digest, len] = names.notes();
+    let junk = (digest.0.clone(), "junk".to_owned());
+    let told = [
+        &wrong.notes()[..],
+        &longer.notes(),
+        &[digest],
+        std::slice::from_ref(&len),
+        &[junk, len.clone()],
+        &names.notes(),
+    ];
+    for (nth, notes) in told.into_iter().enumerate() {
+        let is_true = nth == 5;
+        let mut manifest: Manifest = serde_json::from_slice(&bytes).unwrap();
+        manifest.annotations.extend(notes.iter().cloned());
+        let bytes = serde_json::to_vec(&manifest).unwrap();
+        let reply = registry.put_manifest("app", "v1", media_type::OCI_MANIFEST, &bytes).await;
+        if is_true {
+            reply.expect(StatusCode::CREATED);
+        } else {
+            let message = reply.refused(StatusCode::BAD_REQUEST, "MANIFEST_INVALID");
+            assert!(message.contains("dev.lamina.tree.names"), "{message}");
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use lamina_chunk::PackId;
-use lamina_image::{Digest, Recipe, derive_tree, pack_tree};
+use lamina_image::{Digest, Recipe, derive_tree, pack_tree, pack_tree_whole};
 
 use super::follow::{Follow, Link};
 use super::{Found, FsckReport, Wrong};
@@ -267,10 +267,16 @@ impl Keeper {
         for recipe in digests {
             recipes.push(store.recipe(recipe).await?);
         }
-        let made =
-            tokio::task::spawn_blocking(move || derive_tree(&recipes).ok().map(|flat| pack_tree(&flat)));
-        let made = made.await.expect("deriving a tree does not panic").map(Bytes::from);
-        match made.filter(|made| Digest::of(made) == *digest) {
+        let wanted = *digest;
+        let made = tokio::task::spawn_blocking(move || {
+            let flat = derive_tree(&recipes).ok()?;
+            // as trees are packed now, and as they were
+            [pack_tree, pack_tree_whole]
+                .iter()
+                .map(|pack| pack(&flat))
+                .find(|made| Digest::of(made) == wanted)
+        });
+        match made.await.expect("deriving a tree does not panic").map(Bytes::from) {
             Some(made) => store.put_blob(made).await.map(|_| true),
             None => Ok(false),
         }
