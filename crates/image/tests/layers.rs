@@ -323,8 +323,10 @@ fn what_a_blob_claims_beyond_the_bound_is_refused_before_anything_is_unpacked() 
         let refused = TreeUnpacking::begin(&blob[..]).unwrap_err().into_inner().unwrap();
         let wanted = if names == 15 { TreeError::Header } else { TreeError::TooLarge("its length") };
         assert_eq!(*refused.downcast::<TreeError>().unwrap(), wanted, "{flat:x} {names:x}");
-        let noted = TreeNames { digest: Digest::of(b""), bytes: large }.notes();
-        assert_eq!(TreeNames::noted_in(&noted.into()), None);
+    }
+    for bytes in [0, 15, large] {
+        let noted = TreeNames { digest: Digest::of(b""), bytes }.notes();
+        assert_eq!(TreeNames::noted_in(&noted.into()), None, "{bytes}");
     }
 }
 

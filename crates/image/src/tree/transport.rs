@@ -5,6 +5,7 @@
 //!
 //! Before there were parts a blob was the flat bytes as one frame. Such blobs are read, and not written any more.
 
+use std::array;
 use std::collections::BTreeMap;
 use std::io::{self, BufRead, Read, Write};
 
@@ -23,6 +24,8 @@ const LEVEL: i32 = 3;
 const IN_PARTS: u64 = 1 << 63;
 /// What stands before the frame of the names: the flat tree's length, and the length of all up to the end of that frame.
 const LENGTHS_BYTES: usize = 16;
+/// So many columns of so many records fit into words.
+const SQUARE: usize = size_of::<u64>();
 /// So many records are stored column by column, together: more gain nothing, and a reader has to hold them.
 const BLOCK: usize = 8192;
 
@@ -49,7 +52,8 @@ impl TreeNames {
     pub fn noted_in(annotations: &BTreeMap<String, String>) -> Option<Self> {
         let digest = annotations.get(TREE_NAMES_ANNOTATION)?.parse().ok()?;
         let bytes = annotations.get(TREE_NAMES_BYTES_ANNOTATION)?.parse().ok()?;
-        Some(Self { digest, bytes }).filter(|names| names.bytes <= TREE_BYTES_MAX)
+        let could_be = LENGTHS_BYTES as u64..=TREE_BYTES_MAX;
+        Some(Self { digest, bytes }).filter(|names| could_be.contains(&names.bytes))
     }
 
     /// What [`noted_in`](Self::noted_in) reads.
@@ -313,18 +317,54 @@ impl Kind {
                 flat.write_at(at, &columns)?;
             } else {
                 block.resize(len, 0);
-                // a plain walk with a stride: of what was tried in its place, tile by tile and word by word, all took twice as long
-                for (column, bytes) in columns.chunks(len / self.width).enumerate() {
-                    for (to, byte) in block[column..].iter_mut().step_by(self.width).zip(bytes) {
-                        *to = *byte;
-                    }
-                }
+                self.rows(&columns, &mut block);
                 flat.write_at(at, &block)?;
             }
             (at, left) = (at + len as u64, left - len);
         }
         Ok(())
     }
+
+    /// Makes records of the columns of one block. Eight columns and eight records at a time, each line of the cache is read and written
+    /// once; byte by byte that takes four times as long.
+    fn rows(&self, columns: &[u8], block: &mut [u8]) {
+        let (width, count) = (self.width, columns.len() / self.width);
+        let wide = width / SQUARE * SQUARE;
+        for first in (0..wide).step_by(SQUARE) {
+            let square: [&[[u8; SQUARE]]; SQUARE] =
+                array::from_fn(|column| columns[(first + column) * count..][..count].as_chunks::<SQUARE>().0);
+            for (number, records) in block.chunks_exact_mut(SQUARE * width).enumerate() {
+                let bytes = transposed(array::from_fn(|column| square[column][number]));
+                for (record, bytes) in records.chunks_exact_mut(width).zip(bytes) {
+                    record[first..first + SQUARE].copy_from_slice(&bytes);
+                }
+            }
+        }
+        // what is not in a square
+        let even = count / SQUARE * SQUARE;
+        for (column, bytes) in columns.chunks_exact(count).enumerate() {
+            let from = if column < wide { even } else { 0 };
+            for (record, byte) in block[from * width..].chunks_exact_mut(width).zip(&bytes[from..]) {
+                record[column] = *byte;
+            }
+        }
+    }
+}
+
+/// Columns become rows. A word is eight bytes, so it takes three rounds, each of which changes places within pairs of words: halves,
+/// then quarters, then single bytes.
+fn transposed(square: [[u8; SQUARE]; SQUARE]) -> [[u8; SQUARE]; SQUARE] {
+    let mut words = square.map(u64::from_le_bytes);
+    let rounds =
+        [(4, 32, 0x0000_0000_ffff_ffff), (2, 16, 0x0000_ffff_0000_ffff), (1, 8, 0x00ff_00ff_00ff_00ff)];
+    for (apart, bits, low) in rounds {
+        for upper in (0..SQUARE).filter(|word| word & apart == 0) {
+            let (above, below) = (words[upper], words[upper + apart]);
+            words[upper] = (above & low) | ((below & low) << bits);
+            words[upper + apart] = ((above >> bits) & low) | (below & !low);
+        }
+    }
+    words.map(u64::to_le_bytes)
 }
 
 fn encoder(blob: &mut Vec<u8>) -> zstd::Encoder<'static, &mut Vec<u8>> {
@@ -343,4 +383,25 @@ fn wrong(error: TreeError) -> io::Error {
 fn must_end(mut frame: zstd::Decoder<'_, impl BufRead>) -> io::Result<()> {
     let is_more = frame.read(&mut [0])? != 0 || !frame.finish().fill_buf()?.is_empty();
     if is_more { Err(wrong(TreeError::Compressed)) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_made_of_columns_whatever_their_number_and_width() {
+        for width in [INODE_BYTES, ENTRY_BYTES, EXTENT_BYTES, PLACE_BYTES, 7, 9] {
+            for count in (1..=17).chain([BLOCK - 1, BLOCK]) {
+                let columns: Vec<u8> = (0..width * count).map(|at| (at * 31 + at / 251) as u8).collect();
+                let kind = Kind { section: Section { start: 0, count: count as u32 }, width };
+                let mut block = vec![0; columns.len()];
+                kind.rows(&columns, &mut block);
+                let row = |record: usize| (0..width).map(move |column| (record, column));
+                let expected =
+                    (0..count).flat_map(row).map(|(record, column)| columns[column * count + record]);
+                assert!(block.iter().copied().eq(expected), "{count} records of {width} bytes");
+            }
+        }
+    }
 }
