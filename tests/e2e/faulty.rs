@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use lamina_testkit::image::Image;
 use lamina_testkit::mounts::mounted_on;
 use lamina_testkit::noise;
@@ -47,9 +47,12 @@ fn is_error(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A tree is asked for, or the config.
-fn is_blob(request: &Request) -> bool {
-    request.line.starts_with("GET") && request.line.contains("/blobs/") && !request.ranged
+/// Tells whether the tree of an image is asked for, and not only its names.
+fn asks_for_tree(rig: &Rig) -> Result<impl Fn(&Request) -> bool + Send + Sync + use<>> {
+    let tree = rig.json(&["inspect", &rig.name("a:t")])?["tree"].clone();
+    let path = format!("/blobs/{}", tree.as_str().context("the tree's digest")?);
+    let is_names = |request: &Request| String::from_utf8_lossy(&request.head).contains("bytes=0-");
+    Ok(move |request: &Request| request.line.contains(&path) && !is_names(request))
 }
 
 #[test]
@@ -57,8 +60,9 @@ fn a_tree_that_breaks_off_behind_its_names_is_mounted_and_comes_once_somebody_ha
     let rig = pushed()?;
     let (asked, away) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(true)));
     let (count, is_away) = (Arc::clone(&asked), Arc::clone(&away));
+    let asks_for_tree = asks_for_tree(&rig)?;
     let proxy = Proxy::start(&rig.address, move |request| {
-        match (is_blob(request) && is_away.load(Ordering::SeqCst))
+        match (asks_for_tree(request) && is_away.load(Ordering::SeqCst))
             .then(|| count.fetch_add(1, Ordering::SeqCst))
         {
             Some(0) => Fault::Cut,
@@ -85,8 +89,9 @@ fn a_tree_that_never_comes_is_asked_for_no_more_once_nothing_shows_it() -> Resul
     let rig = pushed()?;
     let asked = Arc::new(AtomicUsize::new(0));
     let count = Arc::clone(&asked);
+    let asks_for_tree = asks_for_tree(&rig)?;
     let proxy = Proxy::start(&rig.address, move |request| {
-        match is_blob(request).then(|| count.fetch_add(1, Ordering::SeqCst)) {
+        match asks_for_tree(request).then(|| count.fetch_add(1, Ordering::SeqCst)) {
             Some(0) => Fault::Cut,
             Some(_) => Fault::Status(503),
             None => Fault::None,
@@ -137,7 +142,8 @@ fn documents_other_than_those_asked_for_mount_nothing() -> Result<()> {
 #[test]
 fn of_a_tree_that_is_wrong_behind_its_names_nothing_is_read() -> Result<()> {
     let rig = pushed()?;
-    let proxy = Proxy::start(&rig.address, |request| match is_blob(request) {
+    let asks_for_tree = asks_for_tree(&rig)?;
+    let proxy = Proxy::start(&rig.address, move |request| match asks_for_tree(request) {
         true => Fault::Flip,
         false => Fault::None,
     })?;

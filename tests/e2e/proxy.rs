@@ -2,8 +2,8 @@
 
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use anyhow::{Context, Result};
 use lamina_testkit::process::until;
@@ -33,11 +33,18 @@ pub(crate) enum Fault {
 pub(crate) struct Request {
     /// `GET /v2/…`
     pub(crate) line: String,
-    /// Whether it asks for a range: of a pack, since nothing else is asked for so.
+    /// Whether it asks for a range, of anything but a tree: of a pack.
     pub(crate) ranged: bool,
     /// All of it, the same whenever the same is asked.
     pub(crate) head: Vec<u8>,
     body: Vec<u8>,
+}
+
+/// Digests of trees that were seen in documents.
+type Trees = Mutex<Vec<String>>;
+
+fn lock(trees: &Trees) -> MutexGuard<'_, Vec<String>> {
+    trees.lock().expect("no thread panics with it")
 }
 
 type Policy = dyn Fn(&Request) -> Fault + Send + Sync;
@@ -59,12 +66,13 @@ impl Proxy {
         let faults = Arc::new(AtomicUsize::new(0));
         let (policy, counter, upstream): (Arc<Policy>, _, _) =
             (Arc::new(policy), Arc::clone(&faults), upstream.to_owned());
+        let trees = Arc::<Trees>::default();
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
-                let (policy, counter, upstream) =
-                    (Arc::clone(&policy), Arc::clone(&counter), upstream.clone());
+                let (policy, counter, upstream, trees) =
+                    (Arc::clone(&policy), Arc::clone(&counter), upstream.clone(), Arc::clone(&trees));
                 // a client that goes away ends its thread with an error
-                std::thread::spawn(move || serve(stream, &upstream, &*policy, &counter));
+                std::thread::spawn(move || serve(stream, &upstream, &*policy, &counter, &trees));
             }
         });
         Ok(Self { address, faults })
@@ -99,9 +107,16 @@ impl Proxy {
 }
 
 /// One connection, one request.
-fn serve(stream: TcpStream, upstream: &str, policy: &Policy, faults: &AtomicUsize) -> Result<()> {
+fn serve(
+    stream: TcpStream,
+    upstream: &str,
+    policy: &Policy,
+    faults: &AtomicUsize,
+    trees: &Trees,
+) -> Result<()> {
     let mut reader = BufReader::new(stream.try_clone()?);
-    let request = read_request(&mut reader)?;
+    let mut request = read_request(&mut reader)?;
+    request.ranged &= !lock(trees).iter().any(|tree| request.line.contains(tree));
     let fault = policy(&request);
     let mut stream = stream;
     if fault != Fault::None {
@@ -123,6 +138,7 @@ fn serve(stream: TcpStream, upstream: &str, policy: &Policy, faults: &AtomicUsiz
         }
         Fault::None | Fault::Cut | Fault::Flip | Fault::FlipFirst => {
             let mut answer = ask(upstream, &request)?;
+            lock(trees).extend(trees_named_in(&answer));
             let head = find(&answer, b"\r\n\r\n").context("an answer without an end of its head")? + 4;
             match fault {
                 Fault::Cut => answer.truncate(head + (answer.len() - head) / 2),
@@ -174,6 +190,13 @@ fn ask(upstream: &str, request: &Request) -> Result<Vec<u8>> {
         Err(error) if error.kind() != ErrorKind::ConnectionReset => Err(error.into()),
         _ => Ok(answer),
     }
+}
+
+/// The digests of trees that manifests and artifacts name.
+fn trees_named_in(answer: &[u8]) -> Vec<String> {
+    let text = String::from_utf8_lossy(answer);
+    let named = text.split("\"dev.lamina.tree\":\"").skip(1);
+    named.filter_map(|rest| Some(rest.split_once('"')?.0.to_owned())).collect()
 }
 
 fn find(bytes: &[u8], wanted: &[u8]) -> Option<usize> {

@@ -256,18 +256,28 @@ impl BootHead {
 }
 
 impl BootFrame {
-    /// Opens and verifies a frame: its plaintext, in which its runs lie.
-    pub fn open(&self, sealed: &[u8]) -> Result<Bytes, BootError> {
+    /// Opens and verifies a frame: its plaintext, in which its runs lie, in the place of what `plain` had.
+    pub fn open_into(&self, sealed: &[u8], plain: &mut Vec<u8>) -> Result<(), BootError> {
         let damaged =
             || BootError::Damaged("frame at byte", usize::try_from(self.offset).unwrap_or(usize::MAX));
         if sealed.len() != self.sealed_len as usize || *blake3::hash(sealed).as_bytes() != self.hash {
             return Err(damaged());
         }
+        plain.clear();
         if self.sealed_len == self.plain_len {
-            return Ok(Bytes::copy_from_slice(sealed));
+            plain.extend_from_slice(sealed);
+            return Ok(());
         }
-        let plain = zstd::bulk::decompress(sealed, self.plain_len as usize).map_err(|_| damaged())?;
-        if plain.len() == self.plain_len as usize { Ok(Bytes::from(plain)) } else { Err(damaged()) }
+        plain.reserve_exact(self.plain_len as usize);
+        let mut decompressor = zstd::bulk::Decompressor::new().map_err(|_| damaged())?;
+        let written = decompressor.decompress_to_buffer(sealed, plain).map_err(|_| damaged())?;
+        if written == self.plain_len as usize { Ok(()) } else { Err(damaged()) }
+    }
+
+    /// The same into memory of its own.
+    pub fn open(&self, sealed: &[u8]) -> Result<Bytes, BootError> {
+        let mut plain = Vec::new();
+        self.open_into(sealed, &mut plain).map(|()| Bytes::from(plain))
     }
 }
 

@@ -286,6 +286,20 @@ fn a_boot_pack_that_is_cut_off_gives_the_frames_before_and_no_more() {
 }
 
 #[test]
+fn a_frame_is_opened_into_the_memory_of_another_one() {
+    let image = image();
+    let boot = build(image, &profile(&[], &[(0, 0, 256), (5, 0, 25)])).unwrap();
+    let table = table(image, &boot).unwrap();
+    let [first, last] = &table.frames[..] else { panic!("two frames") };
+    let mut plain = Vec::new();
+    first.open_into(&sealed(&boot, &table, 0), &mut plain).unwrap();
+    let (at, longer) = (plain.as_ptr(), plain.len());
+    last.open_into(&sealed(&boot, &table, 1), &mut plain).unwrap();
+    assert!(plain == last.open(&sealed(&boot, &table, 1)).unwrap() && plain.len() < longer);
+    assert_eq!(plain.as_ptr(), at);
+}
+
+#[test]
 fn a_boot_pack_of_another_tree_is_of_another_image() {
     let boot = build(image(), &profile(&[], &[(1, 0, 1)])).unwrap();
     let other = BootHead::parse(&boot[..BOOT_HEAD_BYTES], Digest::of(b"another"));

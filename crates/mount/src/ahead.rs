@@ -10,6 +10,7 @@ use lamina_image::{Ino, Tree};
 use lru::LruCache;
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
+use tokio::sync::Notify;
 
 use crate::contents::Contents;
 use crate::metrics::{Counters, add, one};
@@ -89,6 +90,8 @@ pub(crate) struct Ahead {
     small_sought: AtomicBool,
     /// Whether what will be needed comes by itself, so that guessing only delays it.
     lean: AtomicBool,
+    /// Somebody reads more in one stream than programs do when they start.
+    overtakes: Notify,
     /// Whether nobody reads any more.
     over: AtomicBool,
 }
@@ -120,6 +123,7 @@ impl Ahead {
             small: Arc::default(),
             small_sought: AtomicBool::new(false),
             lean: AtomicBool::new(false),
+            overtakes: Notify::new(),
             over: AtomicBool::new(false),
         }
     }
@@ -146,6 +150,12 @@ impl Ahead {
     /// Whether to read nothing ahead from now on.
     pub(crate) fn set_lean(&self, lean: bool) {
         self.lean.store(lean, Ordering::Relaxed);
+    }
+
+    /// Returns once somebody has read more in one stream than programs do when they start; at once where that was before. For one who
+    /// waits, once.
+    pub(crate) async fn overtakes(&self) {
+        self.overtakes.notified().await;
     }
 
     /// Reads nothing ahead any more: the mount has ended.
@@ -213,6 +223,9 @@ impl Ahead {
         }
         if run >= self.config.dense_run_bytes {
             self.paths.seek(&self.handle, (&self.tree, &self.contents), Order::of_paths);
+        }
+        if run >= self.config.path_ramp.run_min {
+            self.overtakes.notify_one();
         }
         if let Some(window) = self.window.get() {
             window.note(run);

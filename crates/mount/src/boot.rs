@@ -26,6 +26,7 @@ use tokio::time::timeout;
 pub(crate) use self::run::Booting;
 pub use self::stream::BootStream;
 
+mod buffers;
 mod known;
 mod run;
 mod stream;
@@ -51,6 +52,9 @@ pub enum BootFailure {
     /// It does not come.
     #[error("the boot pack does not come: {0}")]
     Source(#[from] SourceError),
+    /// More is read in one stream than programs read when they start, so what comes before it is asked for is only in the way.
+    #[error("more is read in one stream than a start does")]
+    Overtaken,
     /// The mount is gone, or the kernel takes no pages.
     #[error("the kernel takes no pages")]
     Refused,

@@ -52,7 +52,7 @@ pub struct MountConfig {
     /// fetching them, so its bound is what a 1 Gbit/s link carries in a second.
     pub pack_ramp: Ramp,
     /// Readahead across files in the order of their paths, in bytes of frames, besides that along packs. Its `run_min` is more than
-    /// programs read so when they start.
+    /// programs read so when they start: whoever does read it, of whatever order, is not helped by a boot pack any more.
     pub path_ramp: Ramp,
 }
 

@@ -127,7 +127,7 @@ impl Files {
         let begun = Instant::now();
         let Ahead { tree, contents, counters, cache, .. } = &*self.ahead;
         // nobody may be bringing them any more
-        let _ = timeout(cache.deadline(), contents.come()).await;
+        let _ = timeout(cache.deadline(), contents.need()).await;
         one(&counters.reads_waited);
         add(&counters.read_wait_us_total, us_since(begun));
         if tree.has_contents() { Ok(()) } else { Err(TreeError::Coming.into()) }

@@ -37,7 +37,7 @@ mod window;
 
 pub use boot::{BootFailure, BootStream};
 pub use config::{MountConfig, Record};
-pub use contents::Contents;
+pub use contents::{Bringing, Contents};
 pub use error::MountError;
 pub use metrics::MountSnapshot;
 pub use mount::{Kept, Mount};

@@ -202,15 +202,20 @@ impl Mount {
         let mut ended = self.ended.clone();
         let done = tokio::select! {
             done = booting.run(stream) => done,
+            () = self.ahead.overtakes() => Err(BootFailure::Overtaken),
             _ = ended.wait_for(|ended| *ended) => Err(BootFailure::Refused),
         };
+        if matches!(done, Err(BootFailure::Overtaken)) {
+            self.boot.end_listing();
+        }
         counters.boot_us.store(us_since(begun), Ordering::Relaxed);
         // what is missing from now on is not in it: a boot pack of other starts must not make this one slow
         self.ahead.set_lean(false);
         if !self.recorder.is_recording() {
             self.ahead.settle_window(self.config.read_ahead_kb);
         }
-        counters.boot_failed.store(done.is_err().into(), Ordering::Relaxed);
+        let failed = !matches!(done, Ok(()) | Err(BootFailure::Overtaken));
+        counters.boot_failed.store(failed.into(), Ordering::Relaxed);
         done
     }
 
@@ -227,9 +232,12 @@ impl Mount {
         frames
     }
 
-    /// Returns once the tree has its contents.
-    pub async fn contents(&self) {
-        self.ahead.contents.come().await;
+    /// Returns once the tree has its contents; where they are `needed`, nothing goes before them any more.
+    pub async fn contents(&self, needed: bool) {
+        match needed {
+            true => self.ahead.contents.need().await,
+            false => self.ahead.contents.come().await,
+        }
     }
 
     /// The image's files.

@@ -7,15 +7,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use futures_util::future::join_all;
 use lamina_cache::{Cache, CacheConfig, Source};
 use lamina_image::{CommandKey, Digest, Platform, Tree};
-use lamina_mount::{BootStream, Contents, Mount, MountConfig, MountError, Record, Terms};
+use lamina_mount::{Contents, Mount, MountConfig, MountError, Record, Terms};
 use lamina_wire::proto::{MountRecord, MountRequest, MountResponse, UnmountResponse};
 use lamina_wire::{ClientConfig, Reference};
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tracing::field::Empty;
 use tracing::{Instrument, Span, debug_span, info_span, warn};
@@ -30,7 +30,8 @@ use crate::records::{Records, image_record};
 use crate::resolve::{Resolved, resolve};
 use crate::sources::{Hosts, Mirrors, Sources};
 use crate::spans::{Within, failed};
-use crate::start::{Chosen, Report, Starting};
+use crate::start::{Chosen, ComingBoot, Report, Starting};
+use crate::tree::Turns;
 use crate::trees::Trees;
 use crate::{Found, KeptTraces, NodeError};
 
@@ -199,6 +200,13 @@ impl Node {
         !self.reserved.lock().is_empty() || self.loaded.lock().values().any(|(tree, _)| is_coming(tree))
     }
 
+    /// Has the contents of all trees come first now, and waits for them, for no longer than `within`.
+    pub(crate) async fn need_contents(&self, within: Duration) {
+        let coming: Vec<Contents> =
+            self.loaded.lock().values().map(|(_, contents)| contents.clone()).collect();
+        let _ = timeout(within, join_all(coming.iter().map(Contents::need))).await;
+    }
+
     pub(crate) fn cache(&self) -> Arc<Cache> {
         Arc::clone(&self.cache)
     }
@@ -242,6 +250,7 @@ impl Node {
         let span = Span::current();
         asked.sources.within.begin(span.clone());
         let Asked { sources, reference, .. } = &asked;
+        sources.spare();
         let (platform, deadline) = (&self.config.platform, self.config.cache.deadline);
         let resolved = resolve(sources, &self.known, reference, platform, request.require_bound, deadline);
         let Resolved { found, offline } = resolved.await?;
@@ -285,16 +294,24 @@ impl Node {
         let (starting, kept) = self.starting(asked, found, &request)?;
         // a boot pack is the registry's word, so an image that must be bound does without
         let boot = !request.no_boot && !request.record && !request.require_bound;
-        let boot = boot.then(|| starting.find_boot());
+        let source: Arc<dyn Source> = Arc::new(KeptSource(kept));
+        // the tree's names go before it, since the mount waits for them, and its contents behind it
+        let (turns, behind_names, before_contents) = Turns::new();
+        let boot = match boot {
+            true => Starting::stream_boot(
+                starting.find_boot(),
+                Arc::clone(&source),
+                behind_names,
+                before_contents,
+            ),
+            false => ComingBoot::none(),
+        };
         let (tree, contents) = match request.passthrough {
             // what is open past the node is never asked for again
-            true => (self.tree(asked, found).await?, Contents::here()),
-            false => self.tree_names(asked, found).await?,
+            true => (self.tree(asked, found, turns).await?, Contents::here()),
+            false => self.tree_names(asked, found, turns).await?,
         };
         let config = self.mount_config(&asked.reference, &request);
-        let source: Arc<dyn Source> = Arc::new(KeptSource(kept));
-        // behind the tree, which the mount waits for
-        let boot = boot.map(|found| Starting::stream_boot(found, Arc::clone(&source)));
         let (cache, handle) = (Arc::clone(&self.cache), Handle::current());
         let start = blocking(move || Mount::start((tree, contents), cache, source, config, handle));
         let mount = Arc::new(start.instrument(debug_span!("attach")).await?);
@@ -386,7 +403,7 @@ impl Node {
         mut mounted: Mounted,
         report: Option<Option<Report>>,
         starting: Starting,
-        boot: Option<JoinHandle<Option<BootStream>>>,
+        boot: ComingBoot,
     ) {
         // nobody who only unmounts waits for a registry
         let known = report.clone().flatten();

@@ -33,6 +33,7 @@ use crate::daemon::Asked;
 use crate::resolve::resolve;
 use crate::sources::Sources;
 use crate::spans::Within;
+use crate::tree::Turns;
 use crate::{Found, Node, NodeError};
 
 /// Asked for at once, in bytes of frames: several requests of the largest range, so that a link stays full, and little enough
@@ -295,7 +296,7 @@ impl Node {
         let found = resolve(&sources, &self.known, reference, platform, false, deadline).await?.found;
         sources.are_of(found.manifest);
         let mut asked = Asked { reference: reference.clone(), sources: sources.clone(), requests: 0 };
-        let tree = self.tree(&mut asked, &found).await?;
+        let tree = self.tree(&mut asked, &found, Turns::alone()).await?;
         Ok((found, tree, sources))
     }
 
@@ -314,7 +315,7 @@ impl Node {
         tokio::spawn(async move {
             let filling = async {
                 tokio::select! {
-                    () = mount.contents() => {}
+                    () = mount.contents(policy == Policy::Bulk) => {}
                     () = job.until_cancelled() => return job.set(State::Cancelled),
                 }
                 if policy != Policy::Bulk {

@@ -29,6 +29,7 @@ mod stats;
 mod traces;
 mod tree;
 mod trees;
+mod turn;
 mod upgrade;
 
 pub use client::{ControlError, Controller};

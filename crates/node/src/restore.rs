@@ -20,7 +20,8 @@ use crate::daemon::{Mounted, blocking};
 use crate::line::{MOUNT, OPENS};
 use crate::records::found;
 use crate::spans::failed;
-use crate::start::Report;
+use crate::start::{ComingBoot, Report};
+use crate::tree::Turns;
 use crate::{Found, Node, NodeError};
 
 /// How many mounts are restored at once: each reads a tree and some more.
@@ -232,7 +233,7 @@ impl Node {
         let request = record.request.clone().unwrap_or_default();
         let terms = Remembered::of(record).expect("looked at").terms;
         let mut asked = self.ask(&request)?;
-        let tree = self.tree(&mut asked, image).await?;
+        let tree = self.tree(&mut asked, image, Turns::alone()).await?;
         let (mut starting, kept) = self.starting(&asked, image, &request)?;
         starting.until_unmount = false;
         let mut config = self.mount_config(&asked.reference, &request);
@@ -257,7 +258,7 @@ impl Node {
         let chosen = Arc::clone(&starting.chosen);
         let within = starting.within.clone();
         let mounted = Mounted { mount, number, record, report: None, restored: RESUMED, chosen, within };
-        self.keep(mounted, report, starting, None);
+        self.keep(mounted, report, starting, ComingBoot::none());
         Ok(())
     }
 }

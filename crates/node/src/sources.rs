@@ -155,6 +155,13 @@ impl Sources {
         self.hosts.last().expect("the registry is one").client()
     }
 
+    /// Has a connection to spare for whoever is asked first: a mount soon wants two things at once.
+    pub(crate) fn spare(&self) {
+        if let Some(first) = self.hosts.iter().find(|host| !host.is_away()) {
+            first.spare();
+        }
+    }
+
     /// Which image they are asked for, by the digest of its manifest: what hangs on it may say where packs went.
     pub(crate) fn are_of(&self, image: Digest) {
         self.moved.are_of(image);

@@ -15,6 +15,7 @@ use tracing::{Instrument, Span, debug, info, info_span, warn};
 use crate::KeptTraces;
 use crate::boot_files::KeptBoot;
 use crate::spans::{Within, failed};
+use crate::turn::{Turn, TurnGuard};
 
 /// A start that has read nothing new for so long is over.
 const QUIET: Duration = Duration::from_secs(5);
@@ -22,6 +23,8 @@ const QUIET: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_millis(500);
 /// A start that had a boot pack and missed fewer pages has nothing to tell.
 const MISSED_PAGES_MIN: u64 = 64;
+/// A program that has got its boot pack needs both link and processor for itself for so long.
+const AFTER_BOOT: Duration = Duration::from_secs(1);
 /// A registry that does not take a trace in this time does without.
 const REPORT: Duration = Duration::from_secs(60);
 
@@ -55,6 +58,16 @@ pub(crate) struct Starting {
     pub(crate) chosen: Arc<OnceLock<Chosen>>,
     /// What its fetches are part of, until it is over.
     pub(crate) within: Within,
+}
+
+/// The boot pack of a mount, if it is to have one, on its way.
+pub(crate) struct ComingBoot(Option<JoinHandle<Option<(BootStream, TurnGuard)>>>);
+
+impl ComingBoot {
+    /// It has none.
+    pub(crate) fn none() -> Self {
+        Self(None)
+    }
 }
 
 /// A boot pack for a start.
@@ -95,29 +108,35 @@ impl Starting {
         tokio::spawn(find.instrument(span))
     }
 
-    /// Begins to fetch what was found, away from whoever mounts the image.
+    /// Begins to fetch what was found, away from whoever mounts the image, once `behind` is over. `before` goes on until the start has
+    /// had all of it, or there is none.
     pub(crate) fn stream_boot(
         found: JoinHandle<Option<BootPack>>,
         source: Arc<dyn Source>,
-    ) -> JoinHandle<Option<BootStream>> {
-        tokio::spawn(async move {
+        behind: Turn,
+        before: TurnGuard,
+    ) -> ComingBoot {
+        let stream = tokio::spawn(async move {
             let pack = found.await.ok().flatten()?;
-            Some(BootStream::start(pack, source))
-        })
+            behind.over().await;
+            Some((BootStream::start(pack, source), before))
+        });
+        ComingBoot(Some(stream))
     }
 
     /// Sees a start through: boots, waits until it is over, and tells the registry what it touched.
-    pub(crate) async fn see(self, mount: Arc<Mount>, boot: Option<JoinHandle<Option<BootStream>>>) -> Report {
+    pub(crate) async fn see(self, mount: Arc<Mount>, boot: ComingBoot) -> Report {
         let booted = async {
-            let stream = match boot {
+            let stream = match boot.0 {
                 Some(boot) => boot.await.ok().flatten(),
                 None => None,
             };
-            let Some(stream) = stream else { return self.within.end_boot() };
+            let Some((stream, before)) = stream else { return self.within.end_boot() };
             let (pack, span) = (stream.pack(), self.within.boot());
             let booted = mount.boot(stream).instrument(span.clone()).await;
             match &booted {
                 Ok(()) => info!(boot = %pack.blob, bytes = pack.bytes, "booted"),
+                Err(error @ BootFailure::Overtaken) => info!(boot = %pack.blob, %error, "stopped booting"),
                 Err(error) => {
                     failed(&span, error);
                     warn!(boot = %pack.blob, %error, "starting without the boot pack");
@@ -125,6 +144,13 @@ impl Starting {
             }
             self.within.end_boot();
             drop(span);
+            if booted.is_ok() {
+                // nobody waits for what comes next, and the start goes on with what has come
+                tokio::spawn(async move {
+                    sleep(AFTER_BOOT).await;
+                    drop(before);
+                });
+            }
             self.keep(pack, booted).await;
         };
         tokio::join!(booted, self.over(&mount));
@@ -143,7 +169,7 @@ impl Starting {
                 kept.forget(blob);
                 Ok(())
             }
-            Err(BootFailure::Source(_) | BootFailure::Refused) => {
+            Err(BootFailure::Source(_) | BootFailure::Refused | BootFailure::Overtaken) => {
                 kept.give_up(blob);
                 Ok(())
             }

@@ -1,15 +1,18 @@
 //! An image's tree: loaded, on disk, or from whoever has the image.
 
-use std::io;
-use std::sync::Arc;
+use std::io::{self, Read as _};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use futures_util::TryStreamExt;
+use bytes::Bytes;
+use futures_util::stream::{BoxStream, poll_fn};
+use futures_util::{StreamExt, TryStreamExt};
 use lamina_image::{Digest, Tree, TreeError, TreeNames};
 use lamina_mount::Contents;
-use lamina_wire::{Client, Reference};
-use tokio::sync::oneshot;
-use tokio::task::JoinHandle;
+use lamina_wire::{Client, Reference, WireError};
+use parking_lot::Mutex;
+use tokio::sync::mpsc;
+use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout};
 use tokio_util::io::{StreamReader, SyncIoBridge};
 use tracing::field::Empty;
@@ -18,13 +21,18 @@ use tracing::{Instrument, Span, debug_span};
 use crate::daemon::{Asked, blocking};
 use crate::sources::Sources;
 use crate::spans::failed;
-use crate::trees::Trees;
+use crate::trees::{Named, Trees};
+use crate::turn::{Turn, TurnGuard, turn};
 use crate::{Found, Node, NodeError};
 
 /// A tree's blob over 1 GiB is refused: some ten million files.
 const TREE_BLOB_BYTES_MAX: u64 = 1 << 30;
 /// A tree that takes longer to come is given up: the largest one over 100 Mbit/s.
 const TREE: Duration = Duration::from_secs(90);
+/// A host that has not begun to send names by then is asked for all of the tree, as one without them is.
+const NAMES_HEAD: Duration = Duration::from_secs(5);
+/// Pieces that have come and are not unpacked yet; a piece is some 10 to 100 KiB.
+const HELD_PIECES: usize = 64;
 /// What broke off is asked for again so soon, and then later and later, up to the second.
 const AGAIN_MIN: Duration = Duration::from_millis(100);
 const AGAIN_MAX: Duration = Duration::from_secs(2);
@@ -35,10 +43,15 @@ impl Node {
     /// The tree of an image, all of it. Mounts that show the same one share it.
     ///
     /// *Errors*: also where its contents do not come in time though its names did.
-    pub(crate) async fn tree(&self, asked: &mut Asked, found: &Found) -> Result<Arc<Tree>, NodeError> {
+    pub(crate) async fn tree(
+        &self,
+        asked: &mut Asked,
+        found: &Found,
+        turns: Turns,
+    ) -> Result<Arc<Tree>, NodeError> {
         let found = Found { names: None, ..found.clone() };
-        let (tree, contents) = self.tree_names(asked, &found).await?;
-        let _ = timeout(TREE, contents.come()).await;
+        let (tree, contents) = self.tree_names(asked, &found, turns).await?;
+        let _ = timeout(TREE, contents.need()).await;
         if !tree.has_contents() {
             return Err(NodeError::Tree { reference: asked.reference.to_string(), error: TreeError::Coming });
         }
@@ -50,13 +63,19 @@ impl Node {
         &self,
         asked: &mut Asked,
         found: &Found,
+        turns: Turns,
     ) -> Result<(Arc<Tree>, Contents), NodeError> {
         let span = debug_span!("tree", digest = %found.tree, from = Empty, otel.status_description = Empty);
-        let tree = self.find_tree(asked, found).instrument(span.clone()).await;
+        let tree = self.find_tree(asked, found, turns).instrument(span.clone()).await;
         tree.inspect_err(|error| failed(&span, error))
     }
 
-    async fn find_tree(&self, asked: &mut Asked, found: &Found) -> Result<(Arc<Tree>, Contents), NodeError> {
+    async fn find_tree(
+        &self,
+        asked: &mut Asked,
+        found: &Found,
+        turns: Turns,
+    ) -> Result<(Arc<Tree>, Contents), NodeError> {
         let span = Span::current();
         let from = |what: &str| {
             span.record("from", what);
@@ -69,6 +88,8 @@ impl Node {
             return Ok((tree, contents.clone()));
         }
         let trees = self.trees.clone();
+        // what comes over the link does not wait for the disk
+        let turns = Some(turns).filter(|_| !trees.has(digest));
         let (tree, contents) = match blocking(move || Ok::<_, NodeError>(trees.load(digest))).await? {
             Some(tree) => {
                 from("disk");
@@ -79,7 +100,8 @@ impl Node {
                 asked.requests += 1;
                 let Asked { sources, reference, .. } = asked;
                 let wanted = Wanted { trees: self.trees.clone(), reference: reference.clone(), digest };
-                wanted.receive(sources, found.names).await?
+                let names = found.names.filter(|names| names.bytes <= TREE_BLOB_BYTES_MAX);
+                wanted.receive(sources, names, turns.unwrap_or_else(Turns::alone)).await?
             }
         };
         let mut loaded = self.loaded.lock();
@@ -89,6 +111,30 @@ impl Node {
     }
 }
 
+/// When the parts of a tree come, where the boot pack comes over the same link.
+pub(crate) struct Turns {
+    /// Goes on until the names have come.
+    names: TurnGuard,
+    /// What goes before the contents, as long as nobody needs these.
+    before_contents: Turn,
+}
+
+impl Turns {
+    /// With what comes between names and contents: when that may begin, and until when it goes on.
+    pub(crate) fn new() -> (Self, Turn, TurnGuard) {
+        let ((names, behind_names), (before, before_contents)) = (turn(), turn());
+        (Self { names, before_contents }, behind_names, before)
+    }
+
+    /// Where nothing else comes.
+    pub(crate) fn alone() -> Self {
+        Self::new().0
+    }
+}
+
+/// What comes, for a thread that may block.
+type PieceReader = SyncIoBridge<StreamReader<BoxStream<'static, io::Result<Bytes>>, Bytes>>;
+
 /// A tree that is not here.
 #[derive(Clone)]
 struct Wanted {
@@ -97,96 +143,165 @@ struct Wanted {
     digest: Digest,
 }
 
-/// A tree of which the names have come.
-struct Begun {
-    tree: Arc<Tree>,
-    /// What brings the rest, where that is not here.
-    rest: Option<JoinHandle<io::Result<Arc<Tree>>>>,
-}
-
 impl Wanted {
     /// Receives it from whoever has it, up to its names where it is known what they are; then the rest comes in the background.
     async fn receive(
         self,
         sources: &Sources,
         names: Option<TreeNames>,
+        Turns { names: turn, before_contents }: Turns,
     ) -> Result<(Arc<Tree>, Contents), NodeError> {
+        let turn = Mutex::new(Some(turn));
         let ask = |client: Client| {
-            let this = self.clone();
+            let (this, turn) = (self.clone(), &turn);
             async move {
-                match this.begin(&client, names).await {
-                    Some(begun) => Ok(begun),
-                    None => Ok(Begun { tree: Arc::new(this.whole(&client).await?), rest: None }),
-                }
+                let named = match names {
+                    Some(names) => this.names(&client, names, turn).await?,
+                    None => None,
+                };
+                Ok(match named {
+                    Some((tree, named)) => (tree, Some(named)),
+                    None => (this.whole(&client).await?, None),
+                })
             }
         };
-        let Begun { tree, rest } = sources.ask(TREE, ask).await?;
-        let Some(rest) = rest else { return Ok((tree, Contents::here())) };
-        let (come, contents) = Contents::coming();
+        let (tree, named) = sources.ask(TREE, ask).await?;
+        // where whole trees came, or their names from somewhere else
+        drop(turn);
+        let tree = Arc::new(tree);
+        let Some(named) = named else { return Ok((tree, Contents::here())) };
+        let (bringing, contents) = Contents::coming();
         let (wanted, sources) = (Arc::downgrade(&tree), sources.clone());
         tokio::spawn(async move {
-            if let Ok(Ok(Ok(_))) = timeout(TREE, rest).await {
-                come.send_replace(true);
-                return;
+            tokio::select! {
+                () = before_contents.over() => {}
+                () = bringing.needed() => {}
             }
-            tracing::warn!(tree = %self.digest, "a tree broke off behind its names; it is asked for again");
-            for wait in pauses() {
-                sleep(wait).await;
-                let Some(tree) = wanted.upgrade() else { return };
-                let whole = sources.ask(TREE, |client| self.again(client)).await;
-                match whole.map(|whole| tree.set_contents(whole.as_bytes().clone())) {
-                    Ok(Ok(())) => {
-                        come.send_replace(true);
-                        return;
-                    }
-                    // it was what the digest names, so it will be the same again
-                    Ok(Err(error)) => {
-                        tracing::error!(tree = %self.digest, %error, "a tree is not the one whose names came; its files cannot be read");
-                        return;
-                    }
-                    Err(NodeError::Wire(error)) if error.is_passing() => {
-                        tracing::debug!(tree = %self.digest, %error, "a tree does not come");
-                    }
-                    Err(error) => {
-                        tracing::warn!(tree = %self.digest, %error, "a tree does not come");
-                        sleep(DEFINITE).await;
-                    }
-                }
+            if self.bring(&wanted, &sources, named).await {
+                bringing.done();
             }
         });
         Ok((tree, contents))
     }
 
-    async fn again(&self, client: Client) -> Result<Tree, NodeError> {
-        self.whole(&client).await
+    /// Brings the contents to a tree of which the names are here, for as long as somebody has it. Whether it has them now.
+    async fn bring(self, wanted: &Weak<Tree>, sources: &Sources, named: Named) -> bool {
+        let Some(tree) = wanted.upgrade() else { return false };
+        match timeout(TREE, self.contents(sources, tree, named)).await {
+            Ok(Ok(())) => return true,
+            Ok(Err(error)) => {
+                tracing::warn!(tree = %self.digest, %error, "a tree broke off behind its names")
+            }
+            Err(_) => tracing::warn!(tree = %self.digest, "a tree stays away behind its names"),
+        }
+        for wait in pauses() {
+            sleep(wait).await;
+            let Some(tree) = wanted.upgrade() else { return false };
+            let whole = |client: Client| {
+                let this = self.clone();
+                async move { this.whole(&client).await }
+            };
+            let whole = sources.ask(TREE, whole).await;
+            match whole.map(|whole| tree.set_contents(whole.as_bytes().clone())) {
+                Ok(Ok(())) => return true,
+                // it was what the digest names, so it will be the same again
+                Ok(Err(error)) => {
+                    tracing::error!(tree = %self.digest, %error, "a tree is not the one whose names came; its files cannot be read");
+                    return false;
+                }
+                Err(NodeError::Wire(error)) if error.is_passing() => {
+                    tracing::debug!(tree = %self.digest, %error, "a tree does not come");
+                }
+                Err(error) => {
+                    tracing::warn!(tree = %self.digest, %error, "a tree does not come");
+                    sleep(DEFINITE).await;
+                }
+            }
+        }
+        false
+    }
+
+    /// Unpacks its names while they come, and takes their turn as soon as they begin to; `None` where it is worth asking the same host for
+    /// all of it. *Errors*: it is not there, or does not have it.
+    async fn names(
+        &self,
+        client: &Client,
+        names: TreeNames,
+        turn: &Mutex<Option<TurnGuard>>,
+    ) -> Result<Option<(Tree, Named)>, NodeError> {
+        // there is another way, which has retries
+        let client = client.with_tries(1);
+        let part = client.blob_range_stream(&self.reference.repository, self.digest, 0..names.bytes);
+        let part = match timeout(NAMES_HEAD, part).await {
+            Ok(Ok(part)) => part,
+            Ok(Err(error @ WireError::Unreachable { .. })) => return Err(error.into()),
+            Ok(Err(error)) if error.is_not_found() => return Err(error.into()),
+            Ok(Err(_)) | Err(_) => return Ok(None),
+        };
+        let (trees, digest, turn) = (self.trees.clone(), self.digest, turn.lock().take());
+        let received = received(part, turn, move |part| trees.receive_names(digest, names, part)).await;
+        Ok(received.inspect_err(|error| tracing::debug!(tree = %digest, %error, "names did not come")).ok())
+    }
+
+    /// Unpacks what is behind the names of `tree` while it comes.
+    async fn contents(&self, sources: &Sources, tree: Arc<Tree>, named: Named) -> io::Result<()> {
+        let from = named.bytes();
+        let ask = |client: Client| async move {
+            Ok(client.blob_rest_stream(&self.reference.repository, self.digest, from).await?)
+        };
+        let rest = sources.ask(TREE, ask).await.map_err(io::Error::other)?;
+        let (trees, max) = (self.trees.clone(), TREE_BLOB_BYTES_MAX - from);
+        received(rest, None, move |rest| trees.receive_contents(&tree, named, rest.take(max))).await
+    }
+
+    /// All of it.
+    async fn whole(&self, client: &Client) -> Result<Tree, NodeError> {
+        match self.unpacked(client).await {
+            Some(tree) => Ok(tree),
+            None => self.stored(client).await,
+        }
     }
 
     /// Unpacks it while it comes; `None` if anything goes wrong.
-    async fn begin(&self, client: &Client, names: Option<TreeNames>) -> Option<Begun> {
+    async fn unpacked(&self, client: &Client) -> Option<Tree> {
         let blob = client.blob_stream(&self.reference.repository, self.digest).await.ok()?;
         if blob.len.is_none_or(|len| len > TREE_BLOB_BYTES_MAX) {
             return None;
         }
-        let reader = SyncIoBridge::new(StreamReader::new(blob.bytes.map_err(io::Error::other)));
         let (trees, digest) = (self.trees.clone(), self.digest);
-        let (early, begun) = oneshot::channel();
-        let receive = move || {
-            let received = trees.receive(digest, names, reader, |tree| drop(early.send(tree)));
-            received.inspect_err(|error| tracing::debug!(tree = %digest, %error, "a tree did not come"))
-        };
-        let rest = tokio::task::spawn_blocking(receive);
-        match begun.await {
-            Ok(tree) => Some(Begun { tree, rest: Some(rest) }),
-            Err(_) => Some(Begun { tree: rest.await.ok()?.ok()?, rest: None }),
-        }
+        let received = received(blob.bytes, None, move |blob| trees.receive(digest, blob)).await;
+        received.inspect_err(|error| tracing::debug!(tree = %digest, %error, "a tree did not come")).ok()
     }
 
-    /// All of it, with retries, with an error that says why, and without a disk if there is no other way.
-    async fn whole(&self, client: &Client) -> Result<Tree, NodeError> {
+    /// With retries, with an error that says why, and without a disk if there is no other way.
+    async fn stored(&self, client: &Client) -> Result<Tree, NodeError> {
         let blob = client.blob(&self.reference.repository, self.digest, TREE_BLOB_BYTES_MAX).await?;
         let (trees, name, digest) = (self.trees.clone(), self.reference.to_string(), self.digest);
         blocking(move || trees.store(&name, digest, &blob)).await
     }
+}
+
+/// Has `receive` read what comes, on a thread that may block; `turn` is over when all has come, though it may not all be read yet.
+/// Dropping this ends what `receive` reads, and so that thread.
+async fn received<T: Send + 'static>(
+    mut bytes: BoxStream<'static, Result<Bytes, WireError>>,
+    turn: Option<TurnGuard>,
+    receive: impl FnOnce(PieceReader) -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    let (sender, mut pieces) = mpsc::channel(HELD_PIECES);
+    let pieces = poll_fn(move |cx| pieces.poll_recv(cx)).map_err(io::Error::other).boxed();
+    let reader = SyncIoBridge::new(StreamReader::new(pieces));
+    let receiving = spawn_blocking(move || receive(reader));
+    let forward = async move {
+        while let Some(piece) = bytes.next().await {
+            if sender.send(piece).await.is_err() {
+                break;
+            }
+        }
+        drop(turn);
+    };
+    let ((), received) = tokio::join!(forward, receiving);
+    received.expect("receiving does not panic")
 }
 
 /// How long to wait before each try to bring what readers wait for, for ever.

@@ -7,15 +7,18 @@
 //! given back some time after a mount: it stays in the page cache, but is not counted as this process's memory any more.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 
 use bytes::Bytes;
-use lamina_image::{Digest, FlatSink, Hasher, Tree, TreeError, TreeNames, TreeUnpacking, unpack_tree};
+use lamina_image::{
+    Digest, FlatSink, Hasher, Tree, TreeContents, TreeError, TreeNames, TreeUnpacking, unpack_tree,
+};
 use memmap2::{Mmap, UncheckedAdvice};
 use parking_lot::Mutex;
+use tempfile::NamedTempFile;
 
 use crate::NodeError;
 
@@ -47,6 +50,11 @@ impl Trees {
         self.directory.join(format!("{}.tree", digest.hex()))
     }
 
+    /// Whether there is one, sound or not. Asks the disk for a name only.
+    pub(crate) fn has(&self, digest: Digest) -> bool {
+        self.path(digest).exists()
+    }
+
     /// The tree, if it is here and sound. A damaged one is removed. Blocks.
     pub(crate) fn load(&self, digest: Digest) -> Option<Tree> {
         let path = self.path(digest);
@@ -61,69 +69,61 @@ impl Trees {
         }
     }
 
-    /// Unpacks a blob while it comes, and keeps it. `blob` must end in an error where it is not what the digest names. Where it is
-    /// known what the blob begins with, `early` gets the tree as soon as that has come and was right; its contents are there when this
-    /// returns. Blocks.
+    /// Unpacks a blob while it comes, and keeps it if it is what the digest names. Blocks.
     ///
     /// *Errors*: those of `blob`; and the disk's, after which [`Trees::store`] does without one.
-    pub(crate) fn receive(
+    pub(crate) fn receive(&self, digest: Digest, blob: impl Read) -> io::Result<Tree> {
+        let mut blob = Hashed { bytes: blob, hasher: Hasher::new(digest.algorithm()) };
+        let packed = TreeUnpacking::begin(&mut blob)?;
+        let file = self.begin(packed.flat_len())?;
+        packed.unpack(&mut blob, &mut FlatFile(file.as_file()))?;
+        blob.must_end_as(digest)?;
+        let tree = self.tree(Mapped::of(file.as_file())?, Tree::open).ok_or_else(damaged)?;
+        self.keep(file, digest, tree.as_bytes())?;
+        Ok(tree)
+    }
+
+    /// Unpacks the names that a blob begins with while they come: `part` is what `names` is of. Blocks.
+    ///
+    /// *Errors*: those of `part`, and of the disk; and names that are not what they should be.
+    pub(crate) fn receive_names(
         &self,
         digest: Digest,
-        names: Option<TreeNames>,
-        mut blob: impl Read,
-        early: impl FnOnce(Arc<Tree>),
-    ) -> io::Result<Arc<Tree>> {
-        let file = tempfile::Builder::new().prefix(".tmp").tempfile_in(&self.directory)?;
-        let mut flat = FlatFile(file.as_file());
-        let len_is = |len: u64| file.as_file().set_len(len + HASH_BYTES as u64);
-        let mut begun = None;
-        let len = match names {
-            None => {
-                let packed = TreeUnpacking::begin(&mut blob)?;
-                let len = packed.flat_len();
-                len_is(len)?;
-                packed.unpack(&mut blob, &mut flat)?;
-                len
-            }
-            Some(names) => {
-                let mut part = Hashed {
-                    bytes: (&mut blob).take(names.bytes),
-                    hasher: Hasher::new(names.digest.algorithm()),
-                };
-                let packed = TreeUnpacking::begin(&mut part)?;
-                if packed.names_len() != Some(names.bytes) {
-                    return Err(other_names());
-                }
-                let len = packed.flat_len();
-                len_is(len)?;
-                let contents = packed.unpack_names(&mut part, &mut flat)?;
-                // what was unpacked is shown to nobody before this
-                if part.hasher.finish() != names.digest {
-                    return Err(other_names());
-                }
-                let tree = self.tree(Mapped::of(file.as_file())?, Tree::open_names).ok_or_else(damaged)?;
-                let tree = Arc::new(tree);
-                begun = Some(Arc::clone(&tree));
-                early(tree);
-                contents.unpack(&mut blob, &mut flat)?;
-                len
-            }
-        };
-        // only the end of the blob tells whether it is the right one
-        if io::copy(&mut blob, &mut io::sink())? != 0 {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, TreeError::Compressed));
+        names: TreeNames,
+        part: impl Read,
+    ) -> io::Result<(Tree, Named)> {
+        // the blob's digest is over these bytes as well
+        if names.digest.algorithm() != digest.algorithm() {
+            return Err(other_names());
         }
-        let mapped = Mapped::of(file.as_file())?;
-        let (bytes, _) = mapped.0.split_last_chunk::<HASH_BYTES>().ok_or_else(damaged)?;
-        file.as_file().write_all_at(blake3::hash(bytes).as_bytes(), len)?;
-        let tree = self.tree(mapped, Tree::open).ok_or_else(damaged)?;
-        file.persist(self.path(digest)).map_err(|error| error.error)?;
-        match begun {
-            None => Ok(Arc::new(tree)),
-            Some(begun) => {
-                begun.set_contents(tree.as_bytes().clone()).map_err(io::Error::other).map(|()| begun)
-            }
+        let mut part = Hashed { bytes: part.take(names.bytes), hasher: Hasher::new(digest.algorithm()) };
+        let packed = TreeUnpacking::begin(&mut part)?;
+        if packed.names_len() != Some(names.bytes) {
+            return Err(other_names());
         }
+        let file = self.begin(packed.flat_len())?;
+        let contents = packed.unpack_names(&mut part, &mut FlatFile(file.as_file()))?;
+        // what was unpacked is shown to nobody before this
+        if part.hasher.clone().finish() != names.digest {
+            return Err(other_names());
+        }
+        let tree = self.tree(Mapped::of(file.as_file())?, Tree::open_names).ok_or_else(damaged)?;
+        Ok((tree, Named { digest, file, contents, bytes: names.bytes, hasher: part.hasher }))
+    }
+
+    /// Unpacks what comes behind the names of `tree`, which `named` is of, and keeps the tree, which has its contents then. `rest` is
+    /// the blob from the first byte behind the names. Blocks.
+    ///
+    /// *Errors*: as of [`receive_names`](Self::receive_names); with the names, what came is not what the digest names.
+    pub(crate) fn receive_contents(&self, tree: &Tree, named: Named, rest: impl Read) -> io::Result<()> {
+        let Named { digest, file, contents, hasher, .. } = named;
+        let mut rest = Hashed { bytes: rest, hasher };
+        contents.unpack(&mut rest, &mut FlatFile(file.as_file()))?;
+        rest.must_end_as(digest)?;
+        // the file's, and mapped: what was written behind the names is there
+        let flat = tree.as_bytes().clone();
+        self.keep(file, digest, &flat)?;
+        tree.set_contents(flat).map_err(io::Error::other)
     }
 
     /// Unpacks a verified blob, keeps it, and gives it back from the disk's page cache: memory holds it only for a
@@ -133,8 +133,13 @@ impl Trees {
         let flat = Bytes::from(unpack_tree(blob).map_err(wrong)?);
         let in_memory = Tree::open(flat.clone()).map_err(wrong)?;
         let path = self.path(digest);
-        let kept = self.keep(&path, &flat).and_then(|()| self.map(&path));
-        match kept {
+        let kept = || {
+            let file = self.begin(flat.len() as u64)?;
+            file.as_file().write_all_at(&flat, 0)?;
+            self.keep(file, digest, &flat)?;
+            self.map(&path)
+        };
+        match kept() {
             Ok(Some(tree)) => Ok(tree),
             // without a disk the mount still works, from memory
             Ok(None) => Err(wrong(TreeError::Header)),
@@ -145,11 +150,17 @@ impl Trees {
         }
     }
 
-    fn keep(&self, path: &Path, flat: &[u8]) -> io::Result<()> {
-        let mut file = tempfile::Builder::new().prefix(".tmp").tempfile_in(&self.directory)?;
-        file.write_all(flat)?;
-        file.write_all(blake3::hash(flat).as_bytes())?;
-        file.persist(path).map_err(|error| error.error)?;
+    /// A file for a flat tree of `len` bytes, which has no name yet that anybody would look for.
+    fn begin(&self, len: u64) -> io::Result<NamedTempFile> {
+        let file = tempfile::Builder::new().prefix(".tmp").tempfile_in(&self.directory)?;
+        file.as_file().set_len(len + HASH_BYTES as u64)?;
+        Ok(file)
+    }
+
+    /// Keeps a file that has all of the tree with this digest, which is `flat`.
+    fn keep(&self, file: NamedTempFile, digest: Digest, flat: &[u8]) -> io::Result<()> {
+        file.as_file().write_all_at(blake3::hash(flat).as_bytes(), flat.len() as u64)?;
+        file.persist(self.path(digest)).map_err(|error| error.error)?;
         Ok(())
     }
 
@@ -187,10 +198,39 @@ impl Trees {
     }
 }
 
+/// A tree on its way to its file, of which the names have come.
+#[derive(Debug)]
+pub(crate) struct Named {
+    digest: Digest,
+    file: NamedTempFile,
+    contents: TreeContents,
+    /// How many bytes of the blob that took.
+    bytes: u64,
+    /// Over these.
+    hasher: Hasher,
+}
+
+impl Named {
+    /// How many bytes of the blob have come.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+}
+
 /// Hashes what is read of it.
 struct Hashed<R> {
     bytes: R,
     hasher: Hasher,
+}
+
+impl<R: Read> Hashed<R> {
+    /// Checks that nothing more comes, and that what came is what the digest names.
+    fn must_end_as(mut self, digest: Digest) -> io::Result<()> {
+        match self.read(&mut [0])? == 0 && self.hasher.finish() == digest {
+            true => Ok(()),
+            false => Err(io::Error::new(io::ErrorKind::InvalidData, "it is not what the digest names")),
+        }
+    }
 }
 
 impl<R: Read> Read for Hashed<R> {
@@ -225,7 +265,8 @@ impl Mapped {
     fn of(file: &File) -> io::Result<Self> {
         #[expect(unsafe_code, reason = "mapping a file is unsafe because others could truncate it")]
         // SAFETY: files in this directory are written under another name, renamed, and never written again; the
-        // directory belongs to this daemon alone. Of one that is still being written nothing is read but its names, which are there
+        // directory belongs to this daemon alone. Of one that is still being written nothing is read but its names, which are there:
+        // a tree looks at its contents only once it was given them
         let map = unsafe { Mmap::map(file)? };
         Ok(Self(Arc::new(map)))
     }
@@ -239,7 +280,7 @@ impl AsRef<[u8]> for Mapped {
 
 #[cfg(test)]
 mod tests {
-    use lamina_image::{Recipe, derive_tree, pack_tree};
+    use lamina_image::{Algorithm, Recipe, derive_tree, pack_tree};
 
     use super::*;
 
@@ -299,44 +340,59 @@ mod tests {
     fn a_tree_that_comes_is_there_once_all_of_it_was_right() {
         let (directory, trees, digest) = stored();
         let blob = pack_tree(&derive_tree(&[] as &[Recipe]).unwrap());
-        let names = TreeNames::of(&blob).unwrap();
-        let wrong_names = TreeNames { digest: Digest::of(b"others"), ..names };
         fs::remove_file(trees.path(digest)).unwrap();
-        // whether the tree was given away early, and what became of it
-        let receive = |names, blob: &mut dyn Read| {
-            let mut early = None;
-            let received =
-                trees.receive(digest, names, blob, |tree| early = Some((tree.has_contents(), tree)));
-            (early, received)
-        };
-        for noted in [None, Some(names), Some(wrong_names)] {
-            for len in 0..blob.len() {
-                let (early, received) = receive(noted, &mut &blob[..len]);
-                assert!(received.is_err(), "{len} bytes");
-                assert_eq!(early.is_some(), noted == Some(names) && len as u64 >= names.bytes, "{len} bytes");
-                assert!(early.is_none_or(|(had, tree)| !had && !tree.has_contents()));
-            }
-            let more = [&blob[..], b"more"].concat();
-            receive(noted, &mut &more[..]).1.expect_err("too long");
-            let error = receive(noted, &mut blob.chain(Wrong)).1.expect_err("wrong at its end");
-            let text = if noted == Some(wrong_names) { "names" } else { "not what the digest names" };
-            assert!(error.to_string().contains(text), "{error}");
+        for len in 0..blob.len() {
+            assert!(trees.receive(digest, &blob[..len]).is_err(), "{len} bytes");
+        }
+        trees.receive(digest, &[&blob[..], b"more"].concat()[..]).expect_err("too long");
+        for at in 0..blob.len() {
+            let mut flipped = blob.clone();
+            flipped[at] ^= 1;
+            trees.receive(digest, &flipped[..]).expect_err("another byte");
+        }
+        assert!(trees.load(digest).is_none());
+        assert_eq!(trees.receive(digest, &blob[..]).unwrap().inodes(), 1);
+        assert_eq!(trees.load(digest).unwrap().inodes(), 1);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1, "nothing half written stays");
+    }
+
+    #[test]
+    fn a_tree_in_two_parts_shows_its_names_once_these_were_right_and_is_kept_once_all_of_it_was() {
+        let (directory, trees, digest) = stored();
+        let blob = pack_tree(&derive_tree(&[] as &[Recipe]).unwrap());
+        let names = TreeNames::of(&blob).unwrap();
+        let (part, rest) = blob.split_at(usize::try_from(names.bytes).unwrap());
+        fs::remove_file(trees.path(digest)).unwrap();
+        for len in 0..part.len() {
+            assert!(trees.receive_names(digest, names, &part[..len]).is_err(), "{len} bytes");
+        }
+        let others = TreeNames { digest: Digest::of(b"others"), ..names };
+        let by_another = TreeNames { digest: Digest::by(Algorithm::Sha512, part), ..names };
+        let longer = TreeNames { bytes: names.bytes + 1, ..names };
+        for wrong in [others, by_another, longer] {
+            let error = trees.receive_names(digest, wrong, &blob[..]).expect_err("other names");
+            assert!(error.to_string().contains("names"), "{error}");
+        }
+        let named = || trees.receive_names(digest, names, part).unwrap();
+        let mut wrong: Vec<Vec<u8>> = (0..rest.len()).map(|len| rest[..len].to_vec()).collect();
+        wrong.push([rest, b"more"].concat());
+        for at in 0..rest.len() {
+            let mut flipped = rest.to_vec();
+            flipped[at] ^= 1;
+            wrong.push(flipped);
+        }
+        for wrong in wrong {
+            let (tree, named) = named();
+            assert!(trees.receive_contents(&tree, named, &wrong[..]).is_err());
+            assert!(!tree.has_contents() && tree.inodes() == 1);
             assert!(trees.load(digest).is_none());
         }
-        struct Wrong;
-        impl Read for Wrong {
-            fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
-                Err(io::Error::other("not what the digest names"))
-            }
-        }
-        for noted in [None, Some(names)] {
-            let (early, received) = receive(noted, &mut &blob[..]);
-            let tree = received.unwrap();
-            assert!(tree.has_contents() && tree.inodes() == 1);
-            assert!(early.is_none_or(|(had, early)| !had && Arc::ptr_eq(&early, &tree)));
-            assert_eq!(trees.load(digest).unwrap().inodes(), 1);
-            assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1, "nothing half written stays");
-        }
+        let (tree, named) = trees.receive_names(digest, names, &blob[..]).unwrap();
+        assert_eq!(named.bytes(), names.bytes);
+        trees.receive_contents(&tree, named, rest).unwrap();
+        assert!(tree.has_contents());
+        assert_eq!(trees.load(digest).unwrap().as_bytes(), tree.as_bytes());
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1, "nothing half written stays");
     }
 
     #[test]

@@ -21,6 +21,9 @@ const VERSION: Duration = Duration::from_secs(10);
 /// What every version of ours begins with.
 const NAME: &str = "lamina ";
 
+/// A tree that is coming is waited for so long.
+const CONTENTS: Duration = Duration::from_secs(5);
+
 impl Node {
     /// Makes `program` the next daemon; its version. This one has to end then, without unmounting: [`serve`](crate::serve) returns.
     ///
@@ -32,6 +35,7 @@ impl Node {
             return Err(refused("name it by an absolute path".to_owned()));
         }
         let version = version(program).await.map_err(refused)?;
+        self.need_contents(CONTENTS).await;
         if self.is_mounting() {
             return Err(refused("something is being mounted; try again".to_owned()));
         }

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 use backon::{ExponentialBuilder, Retryable};
 use bytes::{Bytes, BytesMut};
 use futures_util::stream::BoxStream;
-use futures_util::{StreamExt, TryStreamExt};
+use futures_util::{Stream, StreamExt, TryStreamExt, future};
 use http::{Method, Request, StatusCode, Uri, header};
 use lamina_chunk::{MOVED_BYTES_MAX, PackId};
 use lamina_image::{Digest, Hasher, MANIFEST_BYTES_MAX, media_type};
@@ -295,18 +295,41 @@ impl Client {
         self.retrying(|| self.range_once(repository, digest, range.clone())).await
     }
 
+    /// The bytes from `start` to the blob's end as they come, however many these are. Asked for again only while nothing has come. They
+    /// are not verified.
+    pub async fn blob_rest_stream(
+        &self,
+        repository: &str,
+        digest: Digest,
+        start: u64,
+    ) -> Result<BoxStream<'static, Result<Bytes, WireError>>, WireError> {
+        self.retrying(|| async { Ok(self.part(repository, digest, start, None).await?.1.boxed()) }).await
+    }
+
     async fn range_once(
         &self,
         repository: &str,
         digest: Digest,
         range: Range<u64>,
     ) -> Result<BoxStream<'static, Result<Bytes, WireError>>, WireError> {
+        let (url, bytes) = self.part(repository, digest, range.start, Some(range.end - 1)).await?;
+        Ok(exactly(url, bytes, range.end - range.start).boxed())
+    }
+
+    /// What is asked for, and its bytes from `first` on, up to `last` or the end; but where a registry ignores ranges, more than that.
+    async fn part(
+        &self,
+        repository: &str,
+        digest: Digest,
+        first: u64,
+        last: Option<u64>,
+    ) -> Result<(String, impl Stream<Item = Result<Bytes, WireError>> + use<>), WireError> {
         let url = self.blob_url(repository, digest);
-        let answer = self.following(Method::GET, &url, Some(&range)).await?;
+        let last = last.map(|last| last.to_string()).unwrap_or_default();
+        let answer = self.following(Method::GET, &url, Some(&format!("bytes={first}-{last}"))).await?;
         let answer = answer.expect(&[StatusCode::PARTIAL_CONTENT, StatusCode::OK]).await?;
-        // a registry that ignores ranges sends everything: what is not wanted is dropped
-        let from = if answer.status() == StatusCode::OK { range.start } else { 0 };
-        Ok(exactly(answer, from, range.end - range.start).boxed())
+        let skip = if answer.status() == StatusCode::OK { first } else { 0 };
+        Ok((answer.url.clone(), behind(answer.stream(), skip)))
     }
 
     /// Where the frames of a pack have gone that a Lamina registry has repacked, as [`lamina_chunk::Moved`] has the bytes.
@@ -325,19 +348,14 @@ impl Client {
     }
 
     /// A GET or HEAD that follows redirects to where the bytes really are.
-    async fn following(
-        &self,
-        method: Method,
-        url: &str,
-        range: Option<&Range<u64>>,
-    ) -> Result<Answer, WireError> {
+    async fn following(&self, method: Method, url: &str, range: Option<&str>) -> Result<Answer, WireError> {
         let mut target: Uri = url
             .parse()
             .map_err(|_| WireError::Answer { url: url.into(), reason: "this is not a URL".into() })?;
         for _ in 0..=REDIRECTS_MAX {
             let mut request = Request::builder().method(&method).uri(&target);
             if let Some(range) = range {
-                request = request.header(header::RANGE, format!("bytes={}-{}", range.start, range.end - 1));
+                request = request.header(header::RANGE, range);
             }
             let answer = self.call(request, Payload::Empty).await?;
             if !answer.status().is_redirection() {
@@ -435,34 +453,38 @@ impl Client {
     }
 }
 
-/// `len` bytes of an answer after the first `skip`; an error where it ends before. What follows is dropped, and nobody is
+/// What comes after the first `skip` bytes.
+fn behind(
+    pieces: BoxStream<'static, Result<Bytes, WireError>>,
+    mut skip: u64,
+) -> impl Stream<Item = Result<Bytes, WireError>> {
+    pieces.try_filter_map(move |mut piece| {
+        let dropped = usize::try_from(skip).unwrap_or(usize::MAX).min(piece.len());
+        skip -= dropped as u64;
+        bytes::Buf::advance(&mut piece, dropped);
+        future::ok((!piece.is_empty()).then_some(piece))
+    })
+}
+
+/// The first `len` bytes of what `url` answers; an error where it ends before. What follows is dropped, and nobody is
 /// misled by it: the bytes are verified by whoever asked.
 fn exactly(
-    answer: Answer,
-    skip: u64,
+    url: String,
+    pieces: impl Stream<Item = Result<Bytes, WireError>> + Send + 'static,
     len: u64,
-) -> impl futures_util::Stream<Item = Result<Bytes, WireError>> {
-    let url = answer.url.clone();
-    let state = (answer.stream(), skip, len);
-    futures_util::stream::try_unfold(state, move |(mut stream, mut skip, left)| {
+) -> impl Stream<Item = Result<Bytes, WireError>> + Send {
+    futures_util::stream::try_unfold((pieces.boxed(), len), move |(mut pieces, left)| {
         let url = url.clone();
         async move {
             if left == 0 {
                 return Ok(None);
             }
-            loop {
-                let Some(mut piece) = stream.try_next().await? else {
-                    return Err(WireError::Length { url, expected: len, found: len - left });
-                };
-                let dropped = usize::try_from(skip).unwrap_or(usize::MAX).min(piece.len());
-                skip -= dropped as u64;
-                bytes::Buf::advance(&mut piece, dropped);
-                piece.truncate(usize::try_from(left).unwrap_or(usize::MAX));
-                if !piece.is_empty() {
-                    let left = left - piece.len() as u64;
-                    return Ok(Some((piece, (stream, skip, left))));
-                }
-            }
+            let Some(mut piece) = pieces.try_next().await? else {
+                return Err(WireError::Length { url, expected: len, found: len - left });
+            };
+            piece.truncate(usize::try_from(left).unwrap_or(usize::MAX));
+            let left = left - piece.len() as u64;
+            Ok(Some((piece, (pieces, left))))
         }
     })
 }

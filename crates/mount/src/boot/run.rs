@@ -16,6 +16,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::{JoinHandle, spawn_blocking};
 use tracing::trace;
 
+use super::buffers::Buffers;
 use super::known::{Finishing, Known};
 use super::{Boot, BootFailure, BootStream, Coming, KEPT, Listing, OPENED};
 use crate::bits::Bits;
@@ -122,6 +123,7 @@ impl Booting<'_> {
         coming: &Arc<Coming>,
         queue: mpsc::Sender<(u32, Bytes)>,
     ) -> Result<(), BootFailure> {
+        let buffers = Arc::new(Buffers::default());
         let mut frames = coming.frames.iter();
         let mut opening = FuturesOrdered::<JoinHandle<Result<Bytes, BootError>>>::new();
         let mut number = 0;
@@ -142,7 +144,11 @@ impl Booting<'_> {
                 sealed = stream.take(len.unwrap_or(0)), if len.is_some() && opening.len() < OPENING => {
                     let (sealed, frame) = (sealed?, frames.next().expect("just seen").clone());
                     self.count(stream, before);
-                    opening.push_back(spawn_blocking(move || frame.open(&sealed)));
+                    let buffers = Arc::clone(&buffers);
+                    opening.push_back(spawn_blocking(move || {
+                        let mut plain = buffers.take();
+                        frame.open_into(&sealed, &mut plain).map(|()| buffers.share(plain))
+                    }));
                 }
                 else => return Ok(()),
             }

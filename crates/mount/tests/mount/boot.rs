@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
-use lamina_image::{BOOT_HEAD_BYTES, BootError};
+use lamina_image::{BOOT_HEAD_BYTES, BootError, Digest};
 use lamina_mount::{BootFailure, MountConfig, Record};
 
 use crate::rig::{Layer, Packs, Rig, noise, until};
@@ -177,6 +177,24 @@ fn an_unmount_ends_a_boot() {
         rig.mount().unmount(false).expect("unmounted");
         assert!(matches!(booting.join().expect("no panic"), Err(BootFailure::Refused)));
     });
+}
+
+#[test]
+fn a_boot_pack_is_no_longer_waited_for_once_files_are_read_from_end_to_end() {
+    let (medium, large) = (noise(3, 12 << 20), noise(4, 40 << 20));
+    let rig = Rig::new(Layer::new().file("medium", &medium).file("large", &large).file("small", b"small"));
+    let pack = rig.boot_pack(&["small"]);
+    *rig.packs.silent.lock() = Some(Digest::of(&pack).try_into().expect("a sha256"));
+    std::thread::scope(|scope| {
+        let booting = scope.spawn(|| rig.boot(&pack));
+        until("it asks", || rig.packs.requests.load(Ordering::SeqCst) > 0);
+        assert!(fs::read(rig.path("medium")).expect("read") == medium);
+        assert!(!booting.is_finished(), "a start reads that");
+        assert!(fs::read(rig.path("large")).expect("read") == large);
+        until("it ends", || booting.is_finished());
+        assert!(matches!(booting.join().expect("no panic"), Err(BootFailure::Overtaken)));
+    });
+    assert_eq!(rig.mount().snapshot().boot_failed, 0, "nothing was wrong with it");
 }
 
 #[test]

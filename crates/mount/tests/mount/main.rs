@@ -18,13 +18,13 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use lamina_image::{Ino, Tree};
-use lamina_mount::{Contents, MountConfig, MountError, Record};
+use lamina_mount::{Bringing, Contents, MountConfig, MountError, Record};
 use rig::{Layer, Packs, Rig, is_mounted, noise, until};
 use rustix::mount::{MountFlags, UnmountFlags};
 use tar::EntryType;
 
 /// A rig whose mount has nothing but the tree's names, and what says that the rest has come.
-fn named_only(file: &[u8]) -> (Rig, tokio::sync::watch::Sender<bool>) {
+fn named_only(file: &[u8]) -> (Rig, Bringing) {
     let mut rig = Rig::new(Layer::new().file("d/file", file).link(EntryType::Symlink, "link", "d/file"));
     rig.mount().unmount(false).expect("unmounted");
     rig.ended();
@@ -47,7 +47,7 @@ fn before_the_contents_of_the_tree_have_come_names_are_answered_and_reads_wait()
     until("a read waits", || rig.mount().snapshot().reads > 0);
     assert!(!reader.is_finished());
     rig.tree.set_contents(rig.tree.as_bytes().clone()).expect("the same tree");
-    come.send_replace(true);
+    come.done();
     assert!(reader.join().expect("no panic").expect("read") == file);
     assert!(
         rig.mount().end_start().is_some_and(|trace| !trace.runs.is_empty()),

@@ -38,6 +38,8 @@ pub(crate) struct Packs {
     pub(crate) lies: AtomicBool,
     /// Where there is one, each answer takes a permit.
     pub(crate) gate: Option<Semaphore>,
+    /// A blob of which nothing comes.
+    pub(crate) silent: Mutex<Option<PackId>>,
 }
 
 impl Packs {
@@ -76,6 +78,9 @@ impl Source for Packs {
     ) -> BoxFuture<'_, Result<Pieces, SourceError>> {
         async move {
             self.requests.fetch_add(1, Ordering::SeqCst);
+            if *self.silent.lock() == Some(pack) {
+                std::future::pending::<()>().await;
+            }
             if let Some(gate) = &self.gate {
                 gate.acquire().await.expect("open").forget();
             }

@@ -25,6 +25,9 @@ const LOOKS: [Duration; 3] =
 /// The pause between two looks: one small request a second to a host that is away.
 const LOOK_AGAIN: Duration = Duration::from_millis(400);
 
+/// A spare connection is made no more often: idle ones are kept for longer.
+const SPARED: Duration = Duration::from_secs(60);
+
 /// What a host has done, since it was first asked.
 #[derive(Debug, Default)]
 pub(crate) struct HostCounters {
@@ -77,6 +80,8 @@ pub(crate) struct Host {
     state: watch::Sender<State>,
     pace: Mutex<(Latency, Budget)>,
     fetch_seconds: FetchSeconds,
+    /// When a spare connection was last made.
+    spared: Mutex<Option<Instant>>,
     pub(crate) counters: HostCounters,
 }
 
@@ -95,8 +100,8 @@ impl Host {
     ) -> Result<Self, WireError> {
         let client = RwLock::new(Client::new(&name, config.clone())?);
         let (state, _) = watch::channel(State::Here);
-        let (pace, counters) = (Mutex::default(), HostCounters::default());
-        Ok(Self { name, config, client, state, pace, fetch_seconds, counters })
+        let (pace, spared, counters) = (Mutex::default(), Mutex::default(), HostCounters::default());
+        Ok(Self { name, config, client, state, pace, fetch_seconds, spared, counters })
     }
 
     /// `host[:port]`.
@@ -148,6 +153,19 @@ impl Host {
         self.pace.lock().0.note(took);
         let labels = fetch_labels(class, &self.name);
         self.fetch_seconds.get_or_create(&labels).observe(took.as_secs_f64());
+    }
+
+    /// Makes a connection beside the one that is being used, unless there was one lately. What finds nobody is not looked into. Inside
+    /// a tokio runtime.
+    pub(crate) fn spare(&self) {
+        let mut last = self.spared.lock();
+        if last.is_none_or(|last| last.elapsed() >= SPARED) {
+            *last = Some(Instant::now());
+            let client = self.client();
+            tokio::spawn(async move {
+                let _ = client.ping().await;
+            });
+        }
     }
 
     /// Something went wrong that may be the host's silence: looks whether it is there, unless somebody does already. Inside a
