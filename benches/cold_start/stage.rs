@@ -88,7 +88,7 @@ impl Stage {
         }
         // into an empty registry, as its numbers are quoted: beside a conversion it would share the new chunks with that
         if lazy {
-            let mut push = stage.link.server().command(&stage.lamina);
+            let mut push = stage.lamina_at_server();
             push.args(["push", &stage.image.source, &stage.lazy_ref, "--plain-http"]);
             stage.prepare("lamina push", &mut push)?;
         }
@@ -108,6 +108,11 @@ impl Stage {
     /// Waits until the registries have nothing more to do.
     pub(crate) fn settle(&self) -> Result<()> {
         self.registries.iter().try_for_each(|registry| process::wait_idle(registry.pid(), QUIET, DEADLINE))
+    }
+
+    /// A call of `lamina` where the registry is: nothing of it goes over the link.
+    pub(crate) fn lamina_at_server(&self) -> Command {
+        self.link.server().command(&self.lamina)
     }
 
     /// A call of `lamina` on the node.
