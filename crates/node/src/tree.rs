@@ -214,6 +214,7 @@ impl Wanted {
                 }
                 Err(error) => {
                     tracing::warn!(tree = %self.digest, %error, "a tree does not come");
+                    drop(tree);
                     sleep(DEFINITE).await;
                 }
             }
@@ -222,19 +223,17 @@ impl Wanted {
     }
 
     /// Unpacks its names while they come, and takes their turn as soon as they begin to; `None` where it is worth asking the same host for
-    /// all of it. *Errors*: it is not there, or does not have it.
+    /// all of it, which is done with retries. *Errors*: it does not have it.
     async fn names(
         &self,
         client: &Client,
         names: TreeNames,
         turn: &Mutex<Option<TurnGuard>>,
     ) -> Result<Option<(Tree, Named)>, NodeError> {
-        // there is another way, which has retries
         let client = client.with_tries(1);
         let part = client.blob_range_stream(&self.reference.repository, self.digest, 0..names.bytes);
         let part = match timeout(NAMES_HEAD, part).await {
             Ok(Ok(part)) => part,
-            Ok(Err(error @ WireError::Unreachable { .. })) => return Err(error.into()),
             Ok(Err(error)) if error.is_not_found() => return Err(error.into()),
             Ok(Err(_)) | Err(_) => return Ok(None),
         };
