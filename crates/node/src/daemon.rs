@@ -298,12 +298,7 @@ impl Node {
         // the tree's names go before it, since the mount waits for them, and its contents behind it
         let (turns, behind_names, before_contents) = Turns::new();
         let boot = match boot {
-            true => Starting::stream_boot(
-                starting.find_boot(),
-                Arc::clone(&source),
-                behind_names,
-                before_contents,
-            ),
+            true => starting.stream_boot(Arc::clone(&source), behind_names, before_contents),
             false => ComingBoot::none(),
         };
         let (tree, contents) = match request.passthrough {

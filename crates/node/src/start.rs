@@ -90,7 +90,7 @@ fn choose(found: &[Descriptor], tree: Digest, command: Option<&CommandKey>) -> O
 
 impl Starting {
     /// Asks for the image's boot pack, away from whoever mounts it.
-    pub(crate) fn find_boot(&self) -> JoinHandle<Option<BootPack>> {
+    fn find_boot(&self) -> JoinHandle<Option<BootPack>> {
         let this = self.clone();
         let span =
             info_span!("boot", pack = Empty, bytes = Empty, own = Empty, otel.status_description = Empty);
@@ -108,14 +108,10 @@ impl Starting {
         tokio::spawn(find.instrument(span))
     }
 
-    /// Begins to fetch what was found, away from whoever mounts the image, once `behind` is over. `before` goes on until the start has
-    /// had all of it, or there is none.
-    pub(crate) fn stream_boot(
-        found: JoinHandle<Option<BootPack>>,
-        source: Arc<dyn Source>,
-        behind: Turn,
-        before: TurnGuard,
-    ) -> ComingBoot {
+    /// Looks for the boot pack at once, and begins to fetch it, away from whoever mounts the image, once `behind` is over. `before` goes on
+    /// until the start has had all of it, or there is none.
+    pub(crate) fn stream_boot(&self, source: Arc<dyn Source>, behind: Turn, before: TurnGuard) -> ComingBoot {
+        let found = self.find_boot();
         let stream = tokio::spawn(async move {
             let pack = found.await.ok().flatten()?;
             behind.over().await;
