@@ -11,6 +11,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
 
 use bytes::Bytes;
@@ -24,6 +25,9 @@ use crate::sources::Sources;
 
 /// One that is here is read in pieces of so many bytes.
 const KEPT_PIECE_BYTES: usize = 256 << 10;
+
+/// What has come and was not written yet, at most, and a piece more.
+const UNWRITTEN_BYTES: usize = 4 << 20;
 
 /// The directory of boot packs.
 #[derive(Clone, Debug)]
@@ -57,9 +61,19 @@ impl BootFiles {
         Some(bytes.into())
     }
 
-    /// Whether a boot pack is here whole.
-    fn has(&self, pack: PackId) -> bool {
-        self.path(pack, "boot").exists()
+    /// Where one is written that is not here whole yet: for each who writes it, another place.
+    fn part(&self, pack: PackId) -> PathBuf {
+        static PARTS: AtomicU64 = AtomicU64::new(0);
+        self.path(pack, &format!("{}.part", PARTS.fetch_add(1, Ordering::Relaxed)))
+    }
+
+    /// Whether a boot pack is here whole, or at least its first `len` bytes. One that is shorter is removed.
+    fn has(&self, pack: PackId, len: u64) -> bool {
+        let Ok(found) = fs::metadata(self.path(pack, "boot")) else { return false };
+        if found.len() < len {
+            self.forget(pack);
+        }
+        found.len() >= len
     }
 
     /// Removes a boot pack that turned out to be damaged.
@@ -86,11 +100,15 @@ impl BootFiles {
     }
 }
 
-/// A boot pack that is being written.
-#[derive(Debug)]
+/// What came of a boot pack, on its way to the disk.
+#[derive(Debug, Default)]
 struct Part {
-    file: Arc<File>,
+    /// This mount's own: another one may bring the same.
+    file: Option<(Arc<File>, PathBuf)>,
     written: Vec<Range<u64>>,
+    /// What is not written yet, with the place of its first byte.
+    unwritten: Vec<(u64, Bytes)>,
+    unwritten_bytes: usize,
 }
 
 /// A registry whose boot packs are kept.
@@ -98,7 +116,8 @@ struct Part {
 pub(crate) struct KeptBoot {
     registry: Sources,
     files: BootFiles,
-    parts: Mutex<HashMap<PackId, Part>>,
+    /// `None` for those that are to stay no more, or are here.
+    parts: Mutex<HashMap<PackId, Option<Part>>>,
 }
 
 impl KeptBoot {
@@ -107,18 +126,38 @@ impl KeptBoot {
         Self { registry, files, parts: Mutex::default() }
     }
 
-    /// Writes what came. A disk that is full costs the next start its boot pack, and nothing else.
-    fn keep(&self, pack: PackId, range: Range<u64>, bytes: &[u8]) -> io::Result<()> {
-        let file = match self.parts.lock().entry(pack) {
-            std::collections::hash_map::Entry::Occupied(part) => part.get().file.clone(),
-            std::collections::hash_map::Entry::Vacant(place) => {
-                let file = Arc::new(File::create(self.files.path(pack, "part"))?);
-                place.insert(Part { file, written: Vec::new() }).file.clone()
-            }
+    /// Takes note of a piece that came at `start`. Whether it is time to write.
+    fn note(&self, pack: PackId, start: u64, piece: Bytes) -> bool {
+        let mut parts = self.parts.lock();
+        let Some(part) = parts.entry(pack).or_insert_with(|| Some(Part::default())) else { return false };
+        part.unwritten_bytes += piece.len();
+        part.unwritten.push((start, piece));
+        part.unwritten_bytes >= UNWRITTEN_BYTES
+    }
+
+    /// Writes what came and was not written yet. A disk that is full costs the next start its boot pack, and nothing else. Blocks.
+    fn write(&self, pack: PackId) -> io::Result<()> {
+        let (file, unwritten) = {
+            let mut parts = self.parts.lock();
+            let Some(Some(part)) = parts.get_mut(&pack) else { return Ok(()) };
+            part.unwritten_bytes = 0;
+            let unwritten = std::mem::take(&mut part.unwritten);
+            let file = match &part.file {
+                Some((file, _)) => Arc::clone(file),
+                None => {
+                    let path = self.files.part(pack);
+                    let file = Arc::new(File::create_new(&path)?);
+                    part.file = Some((Arc::clone(&file), path));
+                    file
+                }
+            };
+            (file, unwritten)
         };
-        file.write_all_at(bytes, range.start)?;
-        if let Some(part) = self.parts.lock().get_mut(&pack) {
-            part.written.push(range);
+        for (start, piece) in &unwritten {
+            file.write_all_at(piece, *start)?;
+        }
+        if let Some(Some(part)) = self.parts.lock().get_mut(&pack) {
+            part.written.extend(unwritten.iter().map(|(start, piece)| *start..*start + piece.len() as u64));
         }
         Ok(())
     }
@@ -141,16 +180,16 @@ impl KeptBoot {
         Pieces::new(stream::iter(starts).then(piece).boxed())
     }
 
-    /// Writes pieces that begin at `at` as they go by.
+    /// Writes pieces that begin at `at` as they go by, many at once; a small boot pack, when the start has it.
     fn keeping(self: Arc<Self>, pack: PackId, at: u64, pieces: Pieces) -> Pieces {
-        let written = move |at: &mut u64, piece: Result<Bytes, SourceError>| {
-            let (this, start) = (Arc::clone(&self), *at);
+        let noted = move |at: &mut u64, piece: Result<Bytes, SourceError>| {
+            let start = *at;
             *at += piece.as_ref().map_or(0, |piece| piece.len() as u64);
+            let full = piece.as_ref().is_ok_and(|piece| self.note(pack, start, piece.clone()));
+            let this = full.then(|| Arc::clone(&self));
             async move {
-                if let Ok(piece) = &piece {
-                    let piece = piece.clone();
-                    let range = start..start + piece.len() as u64;
-                    let written = tokio::task::spawn_blocking(move || this.keep(pack, range, &piece)).await;
+                if let Some(this) = this {
+                    let written = tokio::task::spawn_blocking(move || this.write(pack)).await;
                     if let Ok(Err(error)) = written {
                         tracing::debug!(%pack, %error, "a boot pack is not kept");
                     }
@@ -159,22 +198,23 @@ impl KeptBoot {
             }
         };
         let origin = pieces.origin;
-        Pieces::new(pieces.scan(at, written).boxed()).from(origin)
+        Pieces::new(pieces.scan(at, noted).boxed()).from(origin)
     }
 
     /// Once a boot pack of `len` bytes has come and was right: it appears whole, or not at all. Blocks.
     pub(crate) fn finish(&self, pack: PackId, len: u64) -> io::Result<()> {
-        let Some(mut part) = self.parts.lock().remove(&pack) else { return Ok(()) };
+        let rest = self.write(pack);
+        let Some(Some(mut part)) = self.parts.lock().insert(pack, None) else { return Ok(()) };
         part.written.sort_by_key(|range| range.start);
         let whole = part
             .written
             .iter()
             .fold(0, |end, range| if range.start <= end { end.max(range.end) } else { end });
-        let (unfinished, finished) = (self.files.path(pack, "part"), self.files.path(pack, "boot"));
+        let Some((_, unfinished)) = part.file else { return rest };
         if whole != len || len > self.files.bytes_max {
-            return fs::remove_file(unfinished);
+            return fs::remove_file(unfinished).and(rest);
         }
-        fs::rename(unfinished, finished)?;
+        fs::rename(unfinished, self.files.path(pack, "boot"))?;
         self.files.shrink()
     }
 
@@ -186,9 +226,23 @@ impl KeptBoot {
 
     /// Gives up what came of one that will not be here whole.
     pub(crate) fn give_up(&self, pack: PackId) {
-        if self.parts.lock().remove(&pack).is_some() {
-            let _ = fs::remove_file(self.files.path(pack, "part"));
+        if let Some(Some(part)) = self.parts.lock().insert(pack, None) {
+            part.remove();
         }
+    }
+}
+
+impl Part {
+    fn remove(self) {
+        if let Some((_, path)) = self.file {
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+impl Drop for KeptBoot {
+    fn drop(&mut self) {
+        self.parts.get_mut().drain().filter_map(|(_, part)| part).for_each(Part::remove);
     }
 }
 
@@ -227,7 +281,7 @@ impl Source for KeptSource {
             return self.0.registry.stream(pack, range, class);
         }
         async move {
-            if self.0.files.has(pack) {
+            if self.0.files.has(pack, range.end) {
                 return Ok(self.0.kept(pack, range));
             }
             let start = range.start;
@@ -264,17 +318,23 @@ mod tests {
         PackId::try_from(Digest::of(&[number])).unwrap()
     }
 
+    /// As when it is time to write.
+    fn keep(kept: &KeptBoot, pack: PackId, start: u64, bytes: &[u8]) {
+        assert!(!kept.note(pack, start, Bytes::copy_from_slice(bytes)), "little is written at the end");
+        kept.write(pack).expect("written");
+    }
+
     #[test]
     fn a_boot_pack_appears_once_it_is_whole_and_not_before() {
         let (_directory, kept) = kept(1000);
-        kept.keep(pack(1), 5..10, b"67890").expect("written");
+        keep(&kept, pack(1), 5, b"67890");
         assert_eq!(kept.files.read(pack(1), &(5..10)), None);
-        kept.keep(pack(1), 0..5, b"12345").expect("written");
+        keep(&kept, pack(1), 0, b"12345");
         kept.finish(pack(1), 10).expect("finished");
         assert_eq!(kept.files.read(pack(1), &(3..7)).as_deref(), Some(&b"4567"[..]));
         assert_eq!(kept.files.read(pack(1), &(3..11)), None, "beyond its end");
         kept.give_up(pack(1));
-        assert!(kept.files.has(pack(1)), "what was right stays right when it is not needed to the end");
+        assert!(kept.files.has(pack(1), 10), "what was right stays right when it is not needed to the end");
         kept.forget(pack(1));
         assert_eq!(kept.files.read(pack(1), &(3..7)), None);
     }
@@ -282,10 +342,10 @@ mod tests {
     #[test]
     fn one_with_a_gap_or_too_long_is_not_kept() {
         let (directory, kept) = kept(1000);
-        kept.keep(pack(1), 0..3, b"123").expect("written");
-        kept.keep(pack(1), 4..5, b"5").expect("written");
+        keep(&kept, pack(1), 0, b"123");
+        keep(&kept, pack(1), 4, b"5");
         kept.finish(pack(1), 5).expect("removed");
-        kept.keep(pack(2), 0..1001, &[1; 1001]).expect("written");
+        keep(&kept, pack(2), 0, &[1; 1001]);
         kept.finish(pack(2), 1001).expect("removed");
         assert_eq!(fs::read_dir(directory.path().join("boot")).expect("listed").count(), 0);
     }
@@ -294,16 +354,67 @@ mod tests {
     fn the_directory_never_holds_more_than_its_bound() {
         let (directory, kept) = kept(1000);
         for number in 0..5 {
-            kept.keep(pack(number), 0..400, &[number; 400]).expect("written");
+            keep(&kept, pack(number), 0, &[number; 400]);
             kept.finish(pack(number), 400).expect("finished");
         }
         assert_eq!(fs::read_dir(directory.path().join("boot")).expect("listed").count(), 2);
     }
 
     #[test]
+    fn two_who_bring_the_same_one_are_not_in_each_others_way() {
+        let (directory, one) = kept(1000);
+        let other = KeptBoot::new(one.registry.clone(), one.files.clone());
+        keep(&one, pack(1), 0, b"12345");
+        keep(&other, pack(1), 0, b"123");
+        one.note(pack(1), 5, Bytes::from_static(b"67890"));
+        other.give_up(pack(1));
+        assert!(!other.note(pack(1), 3, Bytes::from_static(b"4")), "what was given up is not taken up again");
+        one.finish(pack(1), 10).expect("finished");
+        assert_eq!(one.files.read(pack(1), &(0..10)).as_deref(), Some(&b"1234567890"[..]));
+        keep(&one, pack(2), 0, b"1");
+        drop((one, other));
+        assert_eq!(fs::read_dir(directory.path().join("boot")).expect("listed").count(), 1);
+    }
+
+    #[test]
+    fn one_that_is_shorter_than_it_should_be_is_asked_for_again() {
+        let (_directory, kept) = kept(1000);
+        fs::write(kept.files.path(pack(1), "boot"), b"123").expect("written");
+        assert!(kept.files.has(pack(1), 3));
+        assert!(!kept.files.has(pack(1), 4));
+        assert!(!kept.files.has(pack(1), 3), "it is gone");
+    }
+
+    #[test]
+    fn little_is_written_when_all_has_come_and_much_before() {
+        let (directory, kept) = kept(u64::MAX);
+        let written = || fs::read_dir(directory.path().join("boot")).expect("listed").count();
+        assert!(!kept.note(pack(1), 0, Bytes::from_static(b"123")));
+        assert_eq!(written(), 0);
+        kept.finish(pack(1), 3).expect("finished");
+        assert_eq!(kept.files.read(pack(1), &(0..3)).as_deref(), Some(&b"123"[..]));
+        assert!(kept.note(pack(2), 0, vec![1; UNWRITTEN_BYTES].into()));
+        kept.write(pack(2)).expect("written");
+        assert!(!kept.note(pack(2), UNWRITTEN_BYTES as u64, Bytes::from_static(b"4")));
+        kept.finish(pack(2), UNWRITTEN_BYTES as u64 + 1).expect("finished");
+        let end = UNWRITTEN_BYTES as u64;
+        assert_eq!(kept.files.read(pack(2), &(end - 1..end + 1)).as_deref(), Some(&[1, b'4'][..]));
+    }
+
+    #[test]
+    fn one_of_which_nothing_was_written_leaves_nothing() {
+        let (directory, kept) = kept(1000);
+        kept.note(pack(1), 0, Bytes::from_static(b"123"));
+        kept.finish(pack(1), 4).expect("given up");
+        kept.note(pack(2), 0, Bytes::from_static(b"123"));
+        kept.give_up(pack(2));
+        assert_eq!(fs::read_dir(directory.path().join("boot")).expect("listed").count(), 0);
+    }
+
+    #[test]
     fn what_a_crash_left_is_removed() {
         let (directory, kept) = kept(1000);
-        kept.keep(pack(1), 0..3, b"123").expect("written");
+        keep(&kept, pack(1), 0, b"123");
         BootFiles::open(directory.path().join("boot"), 1000).expect("opened");
         assert_eq!(fs::read_dir(directory.path().join("boot")).expect("listed").count(), 0);
     }
