@@ -41,10 +41,11 @@ fn main() -> ExitCode {
     }
     let runs = matches!(arguments.command, Command::Run(_) | Command::Inside(_));
     let failure = if runs { RUN_FAILED } else { FAILED };
-    // a holder does next to nothing, and must not be in the way; an init may have but one thread
+    // a holder does next to nothing, and must not be in the way; an init may have but one thread; who asks a daemon needs no other
     let mut runtime = match &arguments.command {
         Command::Inside(_) => tokio::runtime::Builder::new_current_thread(),
         Command::Node(node) if !node.held => tokio::runtime::Builder::new_current_thread(),
+        Command::Mount(mount) if !mount.foreground => tokio::runtime::Builder::new_current_thread(),
         _ => tokio::runtime::Builder::new_multi_thread(),
     };
     let runtime = runtime.enable_all().build();
