@@ -31,6 +31,9 @@ const TREE_BLOB_BYTES_MAX: u64 = 1 << 30;
 const TREE: Duration = Duration::from_secs(90);
 /// A host that has not begun to send names by then is asked for all of the tree, as one without them is.
 const NAMES_HEAD: Duration = Duration::from_secs(5);
+/// What is asked for so many bytes before the end of what comes first, comes behind it: over 1 Gbit/s these take a millisecond or two, as
+/// long as an answer.
+const TURN_OVER: u64 = 256 << 10;
 /// Pieces that have come and are not unpacked yet; a piece is some 10 to 100 KiB.
 const HELD_PIECES: usize = 64;
 /// What broke off is asked for again so soon, and then later and later, up to the second.
@@ -113,7 +116,7 @@ impl Node {
 
 /// When the parts of a tree come, where the boot pack comes over the same link.
 pub(crate) struct Turns {
-    /// Goes on until the names have come.
+    /// Goes on until the names have come, but for the last of them ([`TURN_OVER`]).
     names: TurnGuard,
     /// What goes before the contents, as long as nobody needs these.
     before_contents: Turn,
@@ -222,7 +225,7 @@ impl Wanted {
         false
     }
 
-    /// Unpacks its names while they come, and takes their turn as soon as they begin to; `None` where it is worth asking the same host for
+    /// Unpacks its names while they come, and has their turn end with them, as soon as they begin to; `None` where it is worth asking the same host for
     /// all of it, which is done with retries. *Errors*: it does not have it.
     async fn names(
         &self,
@@ -238,6 +241,7 @@ impl Wanted {
             Ok(Err(_)) | Err(_) => return Ok(None),
         };
         let (trees, digest, turn) = (self.trees.clone(), self.digest, turn.lock().take());
+        let turn = turn.map(|turn| (turn, names.bytes));
         let received = received(part, turn, move |part| trees.receive_names(digest, names, part)).await;
         Ok(received.inspect_err(|error| tracing::debug!(tree = %digest, %error, "names did not come")).ok())
     }
@@ -280,11 +284,11 @@ impl Wanted {
     }
 }
 
-/// Has `receive` read what comes, on a thread that may block; `turn` is over when all has come, though it may not all be read yet.
-/// Dropping this ends what `receive` reads, and so that thread.
+/// Has `receive` read what comes, on a thread that may block; the `turn`, of so many bytes, is over when all but [`TURN_OVER`] has come,
+/// though it may not all be read yet. Dropping this ends what `receive` reads, and so that thread.
 async fn received<T: Send + 'static>(
     mut bytes: BoxStream<'static, Result<Bytes, WireError>>,
-    turn: Option<TurnGuard>,
+    mut turn: Option<(TurnGuard, u64)>,
     receive: impl FnOnce(PieceReader) -> io::Result<T> + Send + 'static,
 ) -> io::Result<T> {
     let (sender, mut pieces) = mpsc::channel(HELD_PIECES);
@@ -292,7 +296,10 @@ async fn received<T: Send + 'static>(
     let reader = SyncIoBridge::new(StreamReader::new(pieces));
     let receiving = spawn_blocking(move || receive(reader));
     let forward = async move {
+        let mut come = 0;
         while let Some(piece) = bytes.next().await {
+            come += piece.as_ref().map_or(0, |piece| piece.len() as u64);
+            turn.take_if(|(_, all)| come + TURN_OVER >= *all);
             if sender.send(piece).await.is_err() {
                 break;
             }
