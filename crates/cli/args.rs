@@ -198,7 +198,7 @@ pub(crate) struct NodeSettings {
     #[arg(long, env = "LAMINA_DEADLINE", default_value_t = 30, value_name = "SECONDS",
         value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub(crate) deadline: u64,
-    /// The kernel's readahead while a start runs, in KiB [default: what measured best]
+    /// The kernel's readahead while reading is sparse, in KiB [default: what measured best]
     #[arg(long, env = "LAMINA_READ_AHEAD_KB", value_name = "KIB", value_parser = clap::value_parser!(u32).range(4..=1024))]
     pub(crate) read_ahead_kb: Option<u32>,
     /// Serve counters to Prometheus under /metrics at this address [default: nowhere]

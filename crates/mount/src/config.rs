@@ -15,6 +15,9 @@ pub enum Record {
     Exact,
 }
 
+/// The kernel's readahead where it is to ask for what is read and no more: one page.
+pub(crate) const EXACT_KB: u32 = 4;
+
 /// How to mount. [`MountConfig::new`] fills in what was measured to be good.
 #[derive(Clone, Debug)]
 pub struct MountConfig {
@@ -29,8 +32,8 @@ pub struct MountConfig {
     pub read_ahead_kb: u32,
     /// The kernel's readahead for files opened while reading is dense, in KiB.
     pub read_ahead_dense_kb: u32,
-    /// The same as `read_ahead_kb` while a start is recorded, or has a boot pack: what is read unasked blurs the trace, and what is
-    /// not in the boot pack is asked for alone.
+    /// The same as `read_ahead_kb` while a start is recorded: what is read unasked blurs the trace. It is one page while a boot pack
+    /// comes.
     pub read_ahead_start_kb: u32,
     /// Whether the kernel may read big files that are on disk as a whole by itself, without asking and with no check of ours. Such a
     /// mount records no start, since much of it is not seen here, and is asked at each open and close of a file.
@@ -57,6 +60,15 @@ pub struct MountConfig {
 }
 
 impl MountConfig {
+    /// The kernel's readahead while reading is sparse, in KiB, for a mount that records so.
+    pub(crate) fn sparse_kb(&self, record: Record) -> u32 {
+        match record {
+            Record::Off => self.read_ahead_kb,
+            Record::Start => self.read_ahead_start_kb,
+            Record::Exact => EXACT_KB,
+        }
+    }
+
     /// A mount at `mountpoint`.
     pub fn new(mountpoint: PathBuf) -> Self {
         Self {

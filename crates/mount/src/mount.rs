@@ -20,7 +20,7 @@ use tracing::{error, info};
 use crate::ahead::Ahead;
 use crate::bits::Bits;
 use crate::boot::{Boot, BootFailure, BootStream, Booting};
-use crate::config::Record;
+use crate::config::{EXACT_KB, Record};
 use crate::contents::Contents;
 use crate::fs::Files;
 use crate::fuse::{Agreed, Fuse};
@@ -34,9 +34,6 @@ use crate::resume::{self, Terms};
 use crate::trace::Recorder;
 use crate::window::Window;
 use crate::{MountConfig, MountError, MountSnapshot};
-
-/// The kernel's readahead for an exact recording: one page.
-const EXACT_KB: u32 = 4;
 
 /// An image, mounted. Dropping it unmounts it, lazily if it is in use: then programs that have files open keep them,
 /// and its threads end with the last of these.
@@ -192,7 +189,8 @@ impl Mount {
     /// it was given up; reads are answered all the while, whatever comes. Its directories may be listed until the unmount. At
     /// most once for a mount.
     pub async fn boot(&self, stream: BootStream) -> Result<(), BootFailure> {
-        self.ahead.settle_window(self.config.read_ahead_start_kb);
+        // one page, which the boot pack has or has not: of two it may have one, and then neither is answered from it
+        self.ahead.settle_window(EXACT_KB);
         self.ahead.set_lean(true);
         let begun = Instant::now();
         let Ahead { tree, counters, .. } = &*self.ahead;
@@ -211,9 +209,8 @@ impl Mount {
         counters.boot_us.store(us_since(begun), Ordering::Relaxed);
         // what is missing from now on is not in it: a boot pack of other starts must not make this one slow
         self.ahead.set_lean(false);
-        if !self.recorder.is_recording() {
-            self.ahead.settle_window(self.config.read_ahead_kb);
-        }
+        let recorded = if self.recorder.is_recording() { self.config.record } else { Record::Off };
+        self.ahead.settle_window(self.config.sparse_kb(recorded));
         let failed = !matches!(done, Ok(()) | Err(BootFailure::Overtaken));
         counters.boot_failed.store(failed.into(), Ordering::Relaxed);
         done
@@ -414,11 +411,7 @@ struct Serving {
 impl Serving {
     fn mount(self, point: MountPoint, device: Device) -> Mount {
         let config = self.config;
-        let sparse = match config.record {
-            Record::Off => config.read_ahead_kb,
-            Record::Start => config.read_ahead_start_kb,
-            Record::Exact => EXACT_KB,
-        };
+        let sparse = config.sparse_kb(config.record);
         let dense = config.read_ahead_dense_kb;
         let window = Window::new(device.read_ahead_path(), sparse, dense, config.dense_run_bytes);
         self.ahead.set_window(window);
