@@ -5,11 +5,13 @@
 //! believes a page of it, and each run against the tree before any page goes anywhere. Lengths of runs are
 //! not stored: they follow from the file's size in the tree.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, HashSet};
 
 use bytes::Bytes;
 
 use lamina_chunk::PackId;
+use zstd::bulk::Decompressor;
 
 use crate::profile::{PAGE_BYTES, PROFILE_ITEMS_MAX, PROFILE_PAGES_MAX, file_size};
 use crate::{Algorithm, BOOT_ANNOTATION, BOOT_BYTES_ANNOTATION, Digest, Ino, TREE_ANNOTATION, Tree};
@@ -24,7 +26,8 @@ const MAGIC: &[u8; 8] = b"LAMBOOT1";
 pub const BOOT_HEAD_BYTES: usize = 128;
 /// Plaintext of a frame at most: 1 MiB is some 3 ms of decompression, after which its pages are there; a
 /// smaller one would compress worse.
-const FRAME_BYTES: u64 = 1 << 20;
+pub const BOOT_FRAME_BYTES: usize = 1 << 20;
+const FRAME_BYTES: u64 = BOOT_FRAME_BYTES as u64;
 /// A run lies in one frame.
 const RUN_PAGES_MAX: u64 = FRAME_BYTES / PAGE_BYTES;
 /// Names of a table, twice those that are listed.
@@ -129,6 +132,18 @@ pub struct BootFrame {
     pub runs: std::ops::Range<usize>,
 }
 
+/// The table of a boot pack, unpacked. Its frames can be opened, while its runs mean nothing without the tree.
+#[derive(Clone, Debug)]
+pub struct BootRecords {
+    frames: Vec<BootFrame>,
+    runs: usize,
+    names: usize,
+    plain: Vec<u8>,
+    runs_at: usize,
+    names_at: usize,
+    blob_bytes: u64,
+}
+
 /// What is in a boot pack.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct BootTable {
@@ -204,8 +219,8 @@ impl BootHead {
         self.table_sealed as usize
     }
 
-    /// Reads the table that follows the head. Everything in it is checked against the tree.
-    pub fn table(&self, sealed: &[u8], tree: &Tree) -> Result<BootTable, BootError> {
+    /// Reads the table that follows the head.
+    pub fn records(&self, sealed: &[u8]) -> Result<BootRecords, BootError> {
         let damaged = || BootError::Damaged("table", 0);
         if sealed.len() != self.table_len() || self.hash_with(sealed) != self.hash {
             return Err(damaged());
@@ -213,46 +228,71 @@ impl BootHead {
         let plain_len = self.table_plain as usize;
         let plain = zstd::bulk::decompress(sealed, plain_len).map_err(|_| damaged())?;
         let (frames, runs) = (self.frames as usize, self.runs as usize);
-        let frames_end = frames * FRAME_RECORD_BYTES;
-        let runs_end = frames_end + runs * RUN_RECORD_BYTES;
-        if plain.len() != plain_len || plain.len() < runs_end {
+        let runs_at = frames * FRAME_RECORD_BYTES;
+        let names_at = runs_at + runs * RUN_RECORD_BYTES;
+        if plain.len() != plain_len || plain.len() < names_at {
             return Err(damaged());
         }
-        let (names, dirs) = names(&plain[runs_end..], self.names as usize)?;
-        let mut runs = columns(&plain[frames_end..runs_end], runs, tree)?;
-        let frames = self.frames_of(&plain[..frames_end], &mut runs)?;
-        check_overlaps(&runs)?;
-        Ok(BootTable { frames, runs, names, dirs })
+        let (frames, blob_bytes) = self.frames_of(&plain[..runs_at])?;
+        Ok(BootRecords { frames, runs, names: self.names as usize, plain, runs_at, names_at, blob_bytes })
     }
 
-    /// The frames, and for each run where in its frame it lies.
-    fn frames_of(&self, records: &[u8], runs: &mut [BootRun]) -> Result<Vec<BootFrame>, BootError> {
+    /// The frames, and where the last one ends.
+    fn frames_of(&self, records: &[u8]) -> Result<(Vec<BootFrame>, u64), BootError> {
         let (mut frames, mut first) = (Vec::with_capacity(self.frames as usize), 0);
         let mut offset = (BOOT_HEAD_BYTES + self.table_len()) as u64;
         for (number, record) in records.chunks_exact(FRAME_RECORD_BYTES).enumerate() {
-            let damaged = || BootError::Damaged("frame", number);
             let word = |at: usize| u32::from_le_bytes(record[at..at + 4].try_into().expect("four bytes"));
             let (sealed_len, plain_len, count) = (word(0), word(4), word(8) as usize);
-            let last = first + count;
-            let of_frame = runs.get_mut(first..last).filter(|runs| !runs.is_empty()).ok_or_else(damaged)?;
-            let mut skip = 0u64;
-            for run in of_frame {
-                run.skip = u32::try_from(skip).map_err(|_| damaged())?;
-                skip += u64::from(run.len);
-            }
-            let lengths =
-                skip == u64::from(plain_len) && skip <= FRAME_BYTES && (1..=plain_len).contains(&sealed_len);
-            let end = offset + u64::from(sealed_len);
-            if !lengths || end > BOOT_BYTES_MAX {
-                return Err(damaged());
+            let (last, end) = (first + count, offset + u64::from(sealed_len));
+            let lengths = u64::from(plain_len) <= FRAME_BYTES && (1..=plain_len).contains(&sealed_len);
+            if !lengths || count == 0 || last > self.runs as usize || end > BOOT_BYTES_MAX {
+                return Err(BootError::Damaged("frame", number));
             }
             let hash = record[12..44].try_into().expect("32 bytes");
             frames.push(BootFrame { offset, sealed_len, plain_len, hash, runs: first..last });
             offset = end;
             first = last;
         }
-        if first == runs.len() { Ok(frames) } else { Err(BootError::Damaged("frame", frames.len())) }
+        let all = first == self.runs as usize;
+        if all { Ok((frames, offset)) } else { Err(BootError::Damaged("frame", frames.len())) }
     }
+}
+
+impl BootRecords {
+    /// The frames, in the order in which they come: enough to open them.
+    pub fn frames(&self) -> &[BootFrame] {
+        &self.frames
+    }
+
+    /// Bytes of the blob, by what the frames say.
+    pub fn blob_bytes(&self) -> u64 {
+        self.blob_bytes
+    }
+
+    /// All of it, each run checked against the tree that the boot pack was made for.
+    pub fn table(self, tree: &Tree) -> Result<BootTable, BootError> {
+        let (names, dirs) = names(&self.plain[self.names_at..], self.names)?;
+        let mut runs = columns(&self.plain[self.runs_at..self.names_at], self.runs, tree)?;
+        for (number, frame) in self.frames.iter().enumerate() {
+            let damaged = || BootError::Damaged("frame", number);
+            let mut skip = 0u64;
+            for run in &mut runs[frame.runs.clone()] {
+                run.skip = u32::try_from(skip).map_err(|_| damaged())?;
+                skip += u64::from(run.len);
+            }
+            if skip != u64::from(frame.plain_len) {
+                return Err(damaged());
+            }
+        }
+        check_overlaps(&runs)?;
+        Ok(BootTable { frames: self.frames, runs, names, dirs })
+    }
+}
+
+thread_local! {
+    /// Making one costs as much as a tenth of a frame.
+    static DECOMPRESSOR: RefCell<Option<Decompressor<'static>>> = const { RefCell::new(None) };
 }
 
 impl BootFrame {
@@ -269,9 +309,11 @@ impl BootFrame {
             return Ok(());
         }
         plain.reserve_exact(self.plain_len as usize);
-        let mut decompressor = zstd::bulk::Decompressor::new().map_err(|_| damaged())?;
-        let written = decompressor.decompress_to_buffer(sealed, plain).map_err(|_| damaged())?;
-        if written == self.plain_len as usize { Ok(()) } else { Err(damaged()) }
+        let written = DECOMPRESSOR.with_borrow_mut(|kept| match kept {
+            Some(kept) => kept.decompress_to_buffer(sealed, plain),
+            none => none.insert(Decompressor::new()?).decompress_to_buffer(sealed, plain),
+        });
+        if written.ok() == Some(self.plain_len as usize) { Ok(()) } else { Err(damaged()) }
     }
 
     /// The same into memory of its own.

@@ -18,8 +18,8 @@ mod tar;
 mod tree;
 
 pub use boot::{
-    BOOT_BYTES_MAX, BOOT_HEAD_BYTES, BootError, BootFrame, BootHead, BootPack, BootRun, BootTable,
-    BuildError, build_boot,
+    BOOT_BYTES_MAX, BOOT_FRAME_BYTES, BOOT_HEAD_BYTES, BootError, BootFrame, BootHead, BootPack, BootRecords,
+    BootRun, BootTable, BuildError, build_boot,
 };
 pub use digest::{Algorithm, Digest, Hasher, NoPackError, ParseDigestError};
 pub use document::*;

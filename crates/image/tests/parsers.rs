@@ -442,7 +442,7 @@ fn a_boot_pack_is_the_golden_one_but_for_how_well_its_table_is_compressed() {
     let golden = from_hex(include_str!("../golden/boot.hex"));
     assert_eq!(boot_parts(&boot).map(hex::encode), boot_parts(&golden).map(hex::encode));
     let head = BootHead::parse(&golden[..128], digest).unwrap();
-    let table = head.table(&golden[128..128 + head.table_len()], &tree).unwrap();
+    let table = head.records(&golden[128..128 + head.table_len()]).unwrap().table(&tree).unwrap();
     assert_eq!(table.names, ["etc", "lib64", "etc/noise"]);
     let frame = &table.frames[0];
     let sealed = &golden[usize::try_from(frame.offset).unwrap()..];

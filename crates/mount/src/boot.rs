@@ -1,9 +1,10 @@
 //! A boot pack on its way into the kernel's page cache.
 //!
-//! It comes in one stream ([`BootStream`]), which begins before there is a mount. The table is first, so that it is known which
-//! pages will come and with which frame. Then, at the same time: names are looked up through the mount, since the kernel takes
-//! pages only for inodes that it knows; frames are opened and verified, a few side by side; one thread stores the runs of one
-//! frame after the other, each as soon as its file is known. After the names, directories are listed, for which nothing waits.
+//! It comes in one stream ([`BootStream`]), which begins before there is a mount, and of which frames are verified and opened as
+//! they come, a few side by side. The table is first, so that it is known which pages will come and with which frame. Once there is a
+//! mount, at the same time: names are looked up through it, since the kernel takes pages only for inodes that it knows; one thread
+//! stores the runs of one frame after the other, each as soon as its file is known. After the names, directories are listed, for
+//! which nothing waits.
 //!
 //! A read of pages that are on their way waits for their frame if that is near, and is answered from the opened frame, never by
 //! way of the thread that stores: that may be waiting for this very read, which holds the pages' locks. A wait has a bound; then,
@@ -20,14 +21,19 @@ use lamina_cache::{Class, Source, SourceError};
 use lamina_chunk::PackId;
 use lamina_image::{BootError, BootFrame, BootTable, Ino};
 use parking_lot::Mutex;
-use tokio::sync::watch;
 use tokio::time::timeout;
 
+use self::crew::Crew;
+use self::opened::Opened;
 pub(crate) use self::run::Booting;
-pub use self::stream::BootStream;
+pub use self::stream::{BootRoom, BootStream};
 
 mod buffers;
+mod crew;
+mod fetch;
 mod known;
+mod names;
+mod opened;
 mod run;
 mod stream;
 
@@ -74,10 +80,9 @@ struct Coming {
     frames: Vec<BootFrame>,
     /// Runs of each file, sorted by offset.
     files: HashMap<Ino, Vec<Place>>,
-    /// Frames opened and not given up yet.
-    opened: Mutex<HashMap<u32, Bytes>>,
-    /// How many frames were opened, from the first on; all of them once it has ended, however.
-    progress: watch::Sender<usize>,
+    opened: Arc<Opened>,
+    /// The threads that open and store them.
+    crew: Arc<Crew>,
     /// How many frames were stored.
     stored: AtomicUsize,
     /// How many frames were opened when a read waited in vain, and none came meanwhile.
@@ -149,7 +154,7 @@ impl Boot {
     /// Whether it brings this byte of a file, or brought it.
     pub(crate) fn has(&self, ino: Ino, offset: u64) -> bool {
         let Some(coming) = self.coming.get() else { return false };
-        let comes = *coming.progress.borrow() != usize::MAX;
+        let comes = !coming.opened.has_ended();
         let brings = |part: &Place| comes || (part.frame as usize) < coming.stored.load(Ordering::Relaxed);
         coming.parts(ino, offset, offset.saturating_add(1)).is_some_and(|parts| parts.iter().all(brings))
     }
@@ -164,7 +169,7 @@ impl Boot {
         let (first, last) = parts
             .iter()
             .fold((u32::MAX, 0), |(first, last), part| (first.min(part.frame), last.max(part.frame)));
-        let (opened, stored) = (*coming.progress.borrow(), coming.stored.load(Ordering::Relaxed));
+        let (opened, stored) = (coming.opened.count(), coming.stored.load(Ordering::Relaxed));
         if (last as usize) < stored {
             return match first == last {
                 true => Booted::Again(Dropped { coming: coming.clone(), parts }),
@@ -174,7 +179,7 @@ impl Boot {
         // a part that was opened, and is not here, comes no more
         let comes = parts
             .iter()
-            .all(|part| part.frame as usize >= opened || coming.opened.lock().contains_key(&part.frame));
+            .all(|part| part.frame as usize >= opened || coming.opened.frames().contains_key(&part.frame));
         let stalled = coming.stalled.load(Ordering::Relaxed) == opened;
         match comes && !stalled && (last as usize) < stored.saturating_add(OPENED) {
             true => Booted::Near(Waiting { coming: coming.clone(), parts, last }),
@@ -192,12 +197,7 @@ impl Dropped {
         let range = frame.offset..frame.offset + u64::from(frame.sealed_len);
         let sealed = source.fetch(coming.blob, range, Class::Boot).await.ok()?;
         let plain = tokio::task::spawn_blocking(move || frame.open(&sealed)).await.ok()?.ok()?;
-        let mut opened = coming.opened.lock();
-        if opened.len() >= KEPT && *coming.progress.borrow() == usize::MAX {
-            opened.clear();
-        }
-        opened.insert(number, plain);
-        drop(opened);
+        coming.opened.add_again(number, plain);
         coming.assemble(&parts)
     }
 }
@@ -205,20 +205,19 @@ impl Dropped {
 impl Waiting {
     /// The bytes, if they come in time.
     pub(crate) async fn bytes(self) -> Option<Bytes> {
-        let mut progress = self.coming.progress.subscribe();
-        let before = *progress.borrow();
-        let come = timeout(NEAR, progress.wait_for(|opened| *opened > self.last as usize)).await;
-        let come = come.map(|come| come.is_ok());
-        if come.is_err() && *progress.borrow() == before {
+        let Self { coming, parts, last } = self;
+        let (_awaited, before) = (coming.crew.awaited(), coming.opened.count());
+        let come = timeout(NEAR, coming.opened.wait(last)).await.is_ok();
+        if !come && coming.opened.count() == before {
             // nobody waits again until something comes
-            self.coming.stalled.store(before, Ordering::Relaxed);
+            coming.stalled.store(before, Ordering::Relaxed);
         }
-        (come == Ok(true)).then(|| self.coming.assemble(&self.parts)).flatten()
+        come.then(|| coming.assemble(&parts)).flatten()
     }
 }
 
 impl Coming {
-    fn new(blob: PackId, table: &BootTable) -> Self {
+    fn new(stream: &BootStream, table: &BootTable) -> Self {
         let mut files: HashMap<Ino, Vec<Place>> = HashMap::new();
         for (frame, number) in table.frames.iter().zip(0u32..) {
             for run in &table.runs[frame.runs.clone()] {
@@ -230,11 +229,11 @@ impl Coming {
         Self {
             frames: table.frames.clone(),
             files,
-            opened: Mutex::default(),
-            progress: watch::Sender::new(0),
+            opened: Arc::clone(stream.opened()),
+            crew: Arc::clone(stream.crew()),
             stored: AtomicUsize::new(0),
             stalled: AtomicUsize::new(usize::MAX - 1),
-            blob,
+            blob: stream.pack().pack(),
         }
     }
 
@@ -255,7 +254,7 @@ impl Coming {
     }
 
     fn assemble(&self, parts: &[Place]) -> Option<Bytes> {
-        let opened = self.opened.lock();
+        let opened = self.opened.frames();
         let part = |part: &Place| {
             let (skip, len) = (part.skip as usize, part.len as usize);
             // the table was checked: runs fill their frames exactly
@@ -266,10 +265,5 @@ impl Coming {
         }
         let pieces = parts.iter().map(part).collect::<Option<Vec<Bytes>>>()?;
         Some(pieces.concat().into())
-    }
-
-    fn opened(&self, number: u32, plain: Bytes) {
-        self.opened.lock().insert(number, plain);
-        self.progress.send_replace(number as usize + 1);
     }
 }

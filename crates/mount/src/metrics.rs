@@ -72,7 +72,7 @@ counters! {
     boot_bytes,
     /// Names that it looked up.
     boot_names,
-    /// Directories that it listed.
+    /// Directories that it listed, for their own sake or for their names.
     boot_dirs,
     /// Runs of pages that it stored in the kernel's page cache.
     boot_stored_runs,

@@ -33,6 +33,7 @@ use crate::spans::{Within, failed};
 use crate::start::{Chosen, ComingBoot, Report, Starting};
 use crate::tree::Turns;
 use crate::trees::Trees;
+use crate::turn::turn;
 use crate::{Found, KeptTraces, NodeError};
 
 /// One daemon takes no more mounts.
@@ -58,7 +59,7 @@ pub struct NodeConfig {
     pub mirrors: Mirrors,
     /// Which image of an index is taken.
     pub platform: Platform,
-    /// The kernel's readahead while a start runs, in KiB; `None` for what was measured to be best.
+    /// The kernel's readahead while reading is sparse, in KiB; `None` for what was measured to be best.
     pub read_ahead_kb: Option<u32>,
     /// Whether the mounts that it has at its end come again with the next daemon of the cache.
     pub permanent: bool,
@@ -297,8 +298,9 @@ impl Node {
         let source: Arc<dyn Source> = Arc::new(KeptSource(kept));
         // the tree's names go before it, since the mount waits for them, and its contents behind it
         let (turns, behind_names, before_contents) = Turns::new();
+        let (unpacking, unpacked) = turn();
         let boot = match boot {
-            true => starting.stream_boot(Arc::clone(&source), behind_names, before_contents),
+            true => starting.stream_boot(Arc::clone(&source), (behind_names, unpacked), before_contents),
             false => ComingBoot::none(),
         };
         let (tree, contents) = match request.passthrough {
@@ -306,6 +308,7 @@ impl Node {
             true => (self.tree(asked, found, turns).await?, Contents::here()),
             false => self.tree_names(asked, found, turns).await?,
         };
+        drop(unpacking);
         let config = self.mount_config(&asked.reference, &request);
         let (cache, handle) = (Arc::clone(&self.cache), Handle::current());
         let start = blocking(move || Mount::start((tree, contents), cache, source, config, handle));

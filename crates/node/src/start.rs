@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use lamina_cache::Source;
 use lamina_image::{BootPack, CommandKey, Descriptor, Digest, Trace, media_type};
-use lamina_mount::{BootFailure, BootStream, Mount};
+use lamina_mount::{BootFailure, BootRoom, BootStream, Mount};
 use lamina_wire::{Client, proto, write_trace};
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
@@ -108,14 +108,20 @@ impl Starting {
         tokio::spawn(find.instrument(span))
     }
 
-    /// Looks for the boot pack at once, and begins to fetch it, away from whoever mounts the image, once `behind` is over. `before` goes on
-    /// until the start has had all of it, or there is none.
-    pub(crate) fn stream_boot(&self, source: Arc<dyn Source>, behind: Turn, before: TurnGuard) -> ComingBoot {
+    /// Looks for the boot pack at once, and begins to fetch it, away from whoever mounts the image, once `behind` is over, and to open it
+    /// once `unpacking` is. `before` goes on until the start has had all of it, or there is none.
+    pub(crate) fn stream_boot(
+        &self,
+        source: Arc<dyn Source>,
+        (behind, unpacking): (Turn, Turn),
+        before: TurnGuard,
+    ) -> ComingBoot {
         let found = self.find_boot();
         let stream = tokio::spawn(async move {
             let pack = found.await.ok().flatten()?;
+            let room = BootRoom::prepare();
             behind.over().await;
-            Some((BootStream::start(pack, source), before))
+            Some((BootStream::start(pack, source, room, unpacking.over()), before))
         });
         ComingBoot(Some(stream))
     }

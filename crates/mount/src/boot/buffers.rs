@@ -3,18 +3,34 @@
 use std::sync::{Arc, Weak};
 
 use bytes::Bytes;
+use lamina_image::BOOT_FRAME_BYTES;
 use parking_lot::Mutex;
 
 use super::{KEPT, OPENED};
 
 /// No more are kept than frames are held.
 const BUFFERS_MAX: usize = OPENED + KEPT;
+/// So many are there before the first frame has come. What a small start takes is not much more, and a large one uses them again.
+const PREPARED: usize = 8;
 
 /// The buffers of one boot. Those that nobody uses are freed with it.
 #[derive(Debug, Default)]
 pub(super) struct Buffers(Mutex<Vec<Vec<u8>>>);
 
 impl Buffers {
+    /// Makes some, and has the kernel give the memory for them: better while a start waits for the network than while it waits for
+    /// these. Blocks for some 5 ms; ends early where `this` is not needed any more.
+    pub(super) fn prepare(this: &Weak<Self>) {
+        for _ in 0..PREPARED {
+            let mut buffer = Vec::with_capacity(BOOT_FRAME_BYTES);
+            // what it is does not matter, but that it was written to
+            buffer.resize(BOOT_FRAME_BYTES, 1);
+            buffer.clear();
+            let Some(this) = this.upgrade() else { return };
+            this.0.lock().push(buffer);
+        }
+    }
+
     /// One to fill.
     pub(super) fn take(&self) -> Vec<u8> {
         self.0.lock().pop().unwrap_or_default()
@@ -50,6 +66,18 @@ impl Drop for Filled {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_was_prepared_is_there_to_be_filled_and_for_nobody_nothing_is() {
+        let buffers = Arc::new(Buffers::default());
+        Buffers::prepare(&Arc::downgrade(&buffers));
+        for _ in 0..PREPARED {
+            let buffer = buffers.take();
+            assert!(buffer.is_empty() && buffer.capacity() >= BOOT_FRAME_BYTES);
+        }
+        assert_eq!(buffers.take().capacity(), 0);
+        Buffers::prepare(&Weak::new());
+    }
 
     #[test]
     fn a_buffer_is_filled_again_once_nobody_has_its_bytes() {

@@ -1,70 +1,108 @@
-//! A boot pack's bytes on their way, from the first to the last.
+//! A boot pack on its way: fetched, and opened as it comes.
 //!
-//! One request, one stream: the next frame always comes at the full rate of the link, where several ranges at once would share it
-//! and all come late. It begins when it is made, so that the first frames are here when the mount is.
+//! Nothing here needs a mount, or the tree: what comes first is opened while the mount is still being made, and is there when
+//! the program begins.
 
-use std::sync::Arc;
+use std::io;
+use std::num::NonZero;
+use std::sync::{Arc, mpsc as jobs};
+use std::thread::available_parallelism;
 
-use bytes::{Buf, Bytes, BytesMut};
-use futures_util::StreamExt;
-use lamina_cache::{Class, Source, SourceError};
-use lamina_image::BootPack;
-use tokio::sync::{Semaphore, mpsc};
-use tokio::task::JoinHandle;
+use bytes::Bytes;
+use futures_util::stream::{FuturesOrdered, StreamExt};
+use lamina_cache::Source;
+use lamina_image::{BOOT_BYTES_MAX, BOOT_HEAD_BYTES, BootError, BootFrame, BootHead, BootPack, BootRecords};
+use parking_lot::Mutex;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::{JoinHandle, spawn_blocking};
 
-use super::BootFailure;
+use super::buffers::Buffers;
+use super::crew::Crew;
+use super::fetch::Fetching;
+use super::opened::Opened;
+use super::{BootFailure, OPENED};
 
-/// Bytes that have come and that nobody has taken yet: what 1 Gbit/s carries in 70 ms, longer than it takes to unpack a tree of
-/// 100,000 files and mount it.
-const HELD_BYTES: usize = 8 << 20;
-/// Pieces that hold them; a piece is some 10 to 100 KiB.
-const HELD_PIECES: usize = 1024;
-/// A stream that breaks off goes on where it did, so many times.
-const TRIES: usize = 3;
+/// Frames that are opened side by side: each takes 2 ms, and comes in three over 1 Gbit/s. More than there are processors would all
+/// be late.
+const OPENING_MAX: usize = 4;
 
-/// A boot pack that is being fetched. Dropping it ends that.
+/// What a boot pack needs that is not known yet. Dropping it gives that back.
+#[derive(Debug)]
+pub struct BootRoom(Arc<Buffers>);
+
+/// A boot pack that is on its way. Dropping it ends that.
 #[derive(Debug)]
 pub struct BootStream {
     pack: BootPack,
-    pieces: mpsc::Receiver<Result<Bytes, SourceError>>,
-    room: Arc<Semaphore>,
-    /// What was taken from `pieces` and not from here.
-    held: BytesMut,
-    taken: u64,
-    task: JoinHandle<()>,
+    records: Option<oneshot::Receiver<BootRecords>>,
+    frames: Option<mpsc::Receiver<OpenedFrame>>,
+    opened: Arc<Opened>,
+    crew: Arc<Crew>,
+    task: JoinHandle<Result<(), BootFailure>>,
+}
+
+/// A frame's number, and its plaintext.
+pub(super) type OpenedFrame = (u32, Bytes);
+
+impl BootRoom {
+    /// Makes room for one, 8 MiB, in the background. Must be called inside a tokio runtime.
+    pub fn prepare() -> Self {
+        let buffers = Arc::<Buffers>::default();
+        let prepared = Arc::downgrade(&buffers);
+        spawn_blocking(move || Buffers::prepare(&prepared));
+        Self(buffers)
+    }
 }
 
 impl BootStream {
-    /// Begins to fetch `pack` from `source`, with one request. Must be called inside a tokio runtime.
-    pub fn start(pack: BootPack, source: Arc<dyn Source>) -> Self {
-        let (sender, pieces) = mpsc::channel(HELD_PIECES);
-        let room = Arc::new(Semaphore::new(HELD_BYTES));
-        let task = tokio::spawn(fetch(pack, source, sender, Arc::clone(&room)));
-        Self { pack, pieces, room, held: BytesMut::new(), taken: 0, task }
+    /// Begins to fetch `pack` from `source`, with one request, and to open it as soon as `free` is over: what the mount itself waits for
+    /// needs the processors first. Must be called inside a tokio runtime.
+    pub fn start(
+        pack: BootPack,
+        source: Arc<dyn Source>,
+        BootRoom(buffers): BootRoom,
+        free: impl Future<Output = ()> + Send + 'static,
+    ) -> Self {
+        let ((head, records), (queue, frames)) = (oneshot::channel(), mpsc::channel(OPENED));
+        let opened = Arc::<Opened>::default();
+        let fetching = Fetching::start(pack, source);
+        let crew = Arc::<Crew>::default();
+        let opening = Opening { pack, fetching, opened: Arc::clone(&opened), crew: Arc::clone(&crew) };
+        let task = tokio::spawn(opening.run(buffers, free, head, queue));
+        Self { pack, records: Some(records), frames: Some(frames), opened, crew, task }
     }
 
-    /// What is being fetched.
+    /// What is on its way.
     pub fn pack(&self) -> BootPack {
         self.pack
     }
 
-    /// How many bytes were taken.
-    pub(super) fn taken(&self) -> u64 {
-        self.taken
+    /// What was opened of it so far.
+    pub(super) fn opened(&self) -> &Arc<Opened> {
+        &self.opened
     }
 
-    /// The next `len` bytes. Cancelling it loses none.
-    pub(super) async fn take(&mut self, len: usize) -> Result<Bytes, BootFailure> {
-        while self.held.len() < len {
-            let Some(piece) = self.pieces.recv().await else {
-                return Err(BootFailure::Length(self.taken + self.held.len() as u64));
-            };
-            let piece = piece?;
-            self.room.add_permits(permits(&piece));
-            self.held.extend_from_slice(&piece);
+    /// The threads that do its work.
+    pub(super) fn crew(&self) -> &Arc<Crew> {
+        &self.crew
+    }
+
+    /// Its table, once.
+    pub(super) async fn records(&mut self) -> Result<BootRecords, BootFailure> {
+        match self.records.take().expect("asked for once").await {
+            Ok(records) => Ok(records),
+            Err(_) => Err(self.end().await.err().unwrap_or(BootFailure::Refused)),
         }
-        self.taken += len as u64;
-        Ok(self.held.split_to(len).freeze())
+    }
+
+    /// Its frames as they are opened, in order, to be taken once. They end with the last one, or with what goes wrong.
+    pub(super) fn frames(&mut self) -> mpsc::Receiver<OpenedFrame> {
+        self.frames.take().expect("asked for once")
+    }
+
+    /// How it ended, once.
+    pub(super) async fn end(&mut self) -> Result<(), BootFailure> {
+        (&mut self.task).await.unwrap_or(Err(BootFailure::Refused))
     }
 }
 
@@ -74,50 +112,114 @@ impl Drop for BootStream {
     }
 }
 
-/// The part of [`HELD_BYTES`] that a piece takes: one that is longer takes all.
-fn permits(piece: &Bytes) -> usize {
-    piece.remaining().min(HELD_BYTES)
+struct Opening {
+    pack: BootPack,
+    fetching: Fetching,
+    opened: Arc<Opened>,
+    crew: Arc<Crew>,
 }
 
-/// Fetches all of it, as fast as there is room.
-async fn fetch(
-    pack: BootPack,
-    source: Arc<dyn Source>,
-    pieces: mpsc::Sender<Result<Bytes, SourceError>>,
-    room: Arc<Semaphore>,
-) {
-    let (mut at, mut tries) = (0, 0);
-    while at < pack.bytes {
-        let error = match part(pack, &source, &mut at, &pieces, &room).await {
-            Ok(()) => return,
-            Err(error) => error,
-        };
-        tries += 1;
-        if tries >= TRIES || !matches!(error, SourceError::Unreachable { .. }) {
-            let _ = pieces.send(Err(error)).await;
-            return;
-        }
-    }
+/// A frame to be opened, and for whom.
+struct Job {
+    frame: BootFrame,
+    sealed: Bytes,
+    opened: oneshot::Sender<Result<Bytes, BootError>>,
 }
 
-/// One request for what is behind `at`, which moves along. Fine when there is no more, or nobody to take it.
-async fn part(
-    pack: BootPack,
-    source: &Arc<dyn Source>,
-    at: &mut u64,
-    pieces: &mpsc::Sender<Result<Bytes, SourceError>>,
-    room: &Semaphore,
-) -> Result<(), SourceError> {
-    let mut answer = source.stream(pack.pack(), *at..pack.bytes, Class::Boot).await?;
-    while let Some(piece) = answer.next().await.transpose()? {
-        let wanted = u32::try_from(permits(&piece)).expect("a few MiB");
-        // nobody closes it
-        let Ok(permit) = room.acquire_many(wanted).await else { return Ok(()) };
-        permit.forget();
-        *at += piece.len() as u64;
-        if pieces.send(Ok(piece)).await.is_err() {
-            return Ok(());
+impl Opening {
+    /// Takes all of it, and hands it on.
+    async fn run(
+        mut self,
+        buffers: Arc<Buffers>,
+        free: impl Future<Output = ()>,
+        head: oneshot::Sender<BootRecords>,
+        queue: mpsc::Sender<OpenedFrame>,
+    ) -> Result<(), BootFailure> {
+        let records = self.records().await?;
+        let frames = records.frames().to_vec();
+        // who does not want it any more drops this too
+        let _ = head.send(records);
+        free.await;
+        let side_by_side = available_parallelism().map_or(1, NonZero::get).min(OPENING_MAX);
+        let openers = self.openers(side_by_side, &buffers).map_err(|_| BootFailure::Refused)?;
+        self.open(&frames, openers, queue).await
+    }
+
+    async fn take(&mut self, len: usize) -> Result<Bytes, BootFailure> {
+        let taken = self.fetching.take(len).await;
+        self.opened.taken(self.fetching.taken());
+        taken
+    }
+
+    /// What is in the pack.
+    async fn records(&mut self) -> Result<BootRecords, BootFailure> {
+        let BootPack { bytes, tree, .. } = self.pack;
+        if !(BOOT_HEAD_BYTES as u64..=BOOT_BYTES_MAX).contains(&bytes) {
+            return Err(BootFailure::Length(bytes));
+        }
+        let head = BootHead::parse(&self.take(BOOT_HEAD_BYTES).await?, tree)?;
+        if (BOOT_HEAD_BYTES + head.table_len()) as u64 > bytes {
+            return Err(BootFailure::Length(bytes));
+        }
+        let records = head.records(&self.take(head.table_len()).await?)?;
+        if records.blob_bytes() == bytes { Ok(records) } else { Err(BootFailure::Length(bytes)) }
+    }
+
+    /// At most `count` threads that open frames, until nobody has any more for them, and how many they are. *Errors*: there are none.
+    fn openers(&self, count: usize, buffers: &Arc<Buffers>) -> io::Result<(jobs::SyncSender<Job>, usize)> {
+        let (sender, jobs) = jobs::sync_channel::<Job>(count);
+        let jobs = Arc::new(Mutex::new(jobs));
+        for number in 0..count {
+            let (jobs, buffers) = (Arc::clone(&jobs), Arc::clone(buffers));
+            let made = self.crew.spawn(move || {
+                let next = || jobs.lock().recv().ok();
+                while let Some(Job { frame, sealed, opened }) = next() {
+                    let mut plain = buffers.take();
+                    let done = frame.open_into(&sealed, &mut plain).map(|()| buffers.share(plain));
+                    // who does not wait any more has ended the boot
+                    let _ = opened.send(done);
+                }
+            });
+            match made {
+                Ok(_) => {}
+                Err(error) if number == 0 => return Err(error),
+                Err(_) => return Ok((sender, number)),
+            }
+        }
+        Ok((sender, count))
+    }
+
+    /// Has frames opened as they come, so many side by side, and hands them on in order.
+    async fn open(
+        mut self,
+        frames: &[BootFrame],
+        (jobs, side_by_side): (jobs::SyncSender<Job>, usize),
+        queue: mpsc::Sender<OpenedFrame>,
+    ) -> Result<(), BootFailure> {
+        let mut frames = frames.iter();
+        let mut opening = FuturesOrdered::<oneshot::Receiver<Result<Bytes, BootError>>>::new();
+        let mut number = 0;
+        loop {
+            let len = frames.as_slice().first().map(|frame| frame.sealed_len as usize);
+            tokio::select! {
+                biased;
+                Some(plain) = opening.next() => {
+                    let plain = plain.map_err(|_| BootFailure::Refused)??;
+                    // for the reads that wait, before anything that may block
+                    self.opened.add(number, plain.clone());
+                    if queue.send((number, plain)).await.is_err() {
+                        return Err(BootFailure::Refused);
+                    }
+                    number += 1;
+                }
+                sealed = self.take(len.unwrap_or(0)), if len.is_some() && opening.len() < side_by_side => {
+                    let (sealed, frame) = (sealed?, frames.next().expect("just seen").clone());
+                    let (opened, done) = oneshot::channel();
+                    jobs.send(Job { frame, sealed, opened }).map_err(|_| BootFailure::Refused)?;
+                    opening.push_back(done);
+                }
+                else => return Ok(()),
+            }
         }
     }
-    Ok(())
 }

@@ -168,6 +168,82 @@ fn reads_during_a_boot_are_right_whichever_way_they_come() {
 }
 
 #[test]
+fn while_a_boot_pack_comes_the_kernel_asks_for_no_page_that_is_not_read() {
+    let rig = rig(Packs::gated());
+    let pack = rig.boot_pack(&["text"]);
+    let gate = rig.packs.gate.as_ref().expect("gated");
+    std::thread::scope(|scope| {
+        let booting = scope.spawn(|| rig.boot(&pack));
+        until("it asks", || rig.packs.requests.load(Ordering::SeqCst) > 0);
+        until("it is one page", || rig.window() == 4);
+        gate.add_permits(1);
+        booting.join().expect("no panic").expect("booted");
+    });
+    assert_eq!(rig.window(), MountConfig::new(rig.path("")).read_ahead_kb);
+}
+
+#[test]
+fn a_boot_pack_is_fetched_at_once_and_opened_when_the_processors_are_free() {
+    let rig = rig(Packs::default());
+    let pack = rig.boot_pack(&["text", "small"]);
+    let (free, is_free) = tokio::sync::oneshot::channel::<()>();
+    std::thread::scope(|scope| {
+        let booting = scope.spawn(|| rig.boot_once(&pack, async move { is_free.await.expect("told") }));
+        until("it has come", || rig.packs.bytes.load(Ordering::SeqCst) == pack.len() as u64);
+        until("names are looked up", || rig.mount().snapshot().boot_names > 0);
+        assert_eq!(rig.mount().snapshot().boot_stored_bytes, 0);
+        free.send(()).expect("heard");
+        booting.join().expect("no panic").expect("booted");
+    });
+    assert!(rig.mount().snapshot().boot_stored_bytes > 0);
+    all_right(&rig);
+}
+
+#[test]
+fn a_boot_pack_that_is_damaged_before_there_is_a_mount_is_given_up_when_there_is_one() {
+    let rig = rig(Packs::default());
+    let mut pack = rig.boot_pack(&["text", "small"]).to_vec();
+    *pack.last_mut().expect("bytes") ^= 1;
+    let stream = rig.stream(&pack.into(), std::future::ready(()));
+    until("it has come", || rig.packs.bytes.load(Ordering::SeqCst) > 0);
+    assert!(matches!(rig.boot_from(stream), Err(BootFailure::Bad(BootError::Damaged(..)))));
+    all_right(&rig);
+}
+
+#[test]
+fn a_boot_pack_that_is_too_much_before_there_is_a_mount_waits_for_it_and_one_without_is_dropped() {
+    let large = noise(3, 40 << 20);
+    let rig = Rig::new(Layer::new().file("large", &large));
+    let pack = rig.boot_pack(&["large"]);
+    let dropped = rig.stream(&pack, std::future::ready(()));
+    let stream = rig.stream(&pack, std::future::ready(()));
+    until("it has come as far as it may", || rig.packs.bytes.load(Ordering::SeqCst) > 0);
+    drop(dropped);
+    rig.boot_from(stream).expect("booted");
+    assert_eq!(rig.mount().snapshot().boot_stored_bytes, 40 << 20);
+    let threads = || fs::read_dir("/proc/self/task").expect("listed").flatten();
+    let names = || threads().filter_map(|thread| fs::read_to_string(thread.path().join("comm")).ok());
+    until("no thread is left", || !names().any(|name| name.trim() == "lamina-boot"));
+}
+
+#[test]
+fn where_much_of_a_directory_is_wanted_it_is_listed_and_not_looked_up() {
+    let files: Vec<String> = (0..20).map(|number| format!("d/{number}")).collect();
+    let more = ["e/one", "e/two", "f/one", "f/two", "f/three", "f/four"].map(str::to_owned);
+    let many = (0..100).map(|number| format!("f/more/than/{number}"));
+    let all = files.iter().cloned().chain(more.clone()).chain(many);
+    let rig = Rig::with(all.fold(Layer::new(), |layer, path| layer.file(&path, b"x")), Packs::default());
+    let wanted: Vec<&str> = files.iter().chain(&more[..2]).map(String::as_str).collect();
+    let pack = rig.boot_pack(&wanted);
+    let rig = rig.recording();
+    rig.boot(&pack).expect("booted");
+    let booted = rig.mount().snapshot();
+    assert_eq!(booted.boot_dirs, 1, "of the other one too little is wanted");
+    assert!(booted.boot_names > 20 && booted.lookups < 10, "{} lookups", booted.lookups);
+    assert_eq!(booted.boot_stored_runs, 22);
+}
+
+#[test]
 fn an_unmount_ends_a_boot() {
     let rig = rig(Packs::gated());
     let pack = rig.boot_pack(&["large", "text"]);

@@ -229,16 +229,10 @@ fn reading_every_file_in_order_takes_few_requests() {
 #[test]
 fn the_kernel_reads_ahead_little_until_reading_is_dense() {
     let rig = Rig::new(Layer::new().file("large", &noise(1, 12 << 20)));
-    let device = fs::metadata(rig.path("")).expect("there").dev();
-    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
-    let window = || {
-        let path = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
-        fs::read_to_string(path).expect("readable").trim().to_owned()
-    };
     let config = MountConfig::new(rig.path(""));
-    assert_eq!(window(), config.read_ahead_kb.to_string());
+    assert_eq!(rig.window(), config.read_ahead_kb);
     fs::read(rig.path("large")).expect("read");
-    assert_eq!(window(), config.read_ahead_dense_kb.to_string());
+    assert_eq!(rig.window(), config.read_ahead_dense_kb);
 }
 
 #[test]

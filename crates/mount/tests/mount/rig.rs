@@ -18,7 +18,7 @@ use lamina_image::{
     BootPack, ChunkSink, Digest, IngestOptions, Ino, LayerInput, Profile, Progress, SinkError, Trace,
     TraceRun, Tree, build_boot, derive_tree, ingest,
 };
-use lamina_mount::{BootFailure, BootStream, Contents, Mount, MountConfig, MountError, Record};
+use lamina_mount::{BootFailure, BootRoom, BootStream, Contents, Mount, MountConfig, MountError, Record};
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 
@@ -243,8 +243,36 @@ impl Rig {
 
     /// Boots from these bytes; they may be anything.
     pub(crate) fn boot(&self, blob: &Bytes) -> Result<(), BootFailure> {
+        self.boot_once(blob, std::future::ready(()))
+    }
+
+    /// The same once the processors are free.
+    pub(crate) fn boot_once(
+        &self,
+        blob: &Bytes,
+        free: impl Future<Output = ()> + Send + 'static,
+    ) -> Result<(), BootFailure> {
+        self.boot_from(self.stream(blob, free))
+    }
+
+    /// These bytes, on their way.
+    pub(crate) fn stream(&self, blob: &Bytes, free: impl Future<Output = ()> + Send + 'static) -> BootStream {
         let pack = BootPack { blob: self.packs.add(blob.clone()), bytes: blob.len() as u64, tree: TREE };
-        self.runtime.block_on(async { self.mount().boot(BootStream::start(pack, self.packs.clone())).await })
+        let _inside = self.runtime.enter();
+        BootStream::start(pack, self.packs.clone(), BootRoom::prepare(), free)
+    }
+
+    /// Boots from what is on its way.
+    pub(crate) fn boot_from(&self, stream: BootStream) -> Result<(), BootFailure> {
+        self.runtime.block_on(self.mount().boot(stream))
+    }
+
+    /// The kernel's readahead for files that are opened now, in KiB.
+    pub(crate) fn window(&self) -> u32 {
+        let device = fs::metadata(self.path("")).expect("the root").dev();
+        let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+        let path = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
+        fs::read_to_string(path).expect("a number").trim().parse().expect("a number")
     }
 
     pub(crate) fn mount(&self) -> &Mount {

@@ -141,7 +141,7 @@ impl Pushed {
         assert_eq!(blob.len() as u64, status["boot"]["size"]);
         let head = BootHead::parse(&blob[..BOOT_HEAD_BYTES], self.tree_digest).unwrap();
         let table = &blob[BOOT_HEAD_BYTES..BOOT_HEAD_BYTES + head.table_len()];
-        let table = head.table(table, &self.tree).unwrap();
+        let table = head.records(table).unwrap().table(&self.tree).unwrap();
         let contents: HashMap<Ino, _> = files.iter().map(|file| (self.ino(file.0), file)).collect();
         let mut runs = Vec::new();
         for frame in &table.frames {
