@@ -554,8 +554,9 @@ fn names_are_answered_while_reads_wait_and_a_lazy_unmount_leaves_them_alone() {
         })
         .collect();
     until("a request", || rig.packs.requests.load(Ordering::SeqCst) > 0);
-    let path = rig.path("a");
-    let is_a = |fd: &fs::DirEntry| fs::read_link(fd.path()).is_ok_and(|link| link == path);
+    // of who looks up a name while the kernel takes in the answer to another, it may have dropped the entry again: the file is the same
+    let names = [rig.path("a"), rig.path("a (deleted)")];
+    let is_a = |fd: &fs::DirEntry| fs::read_link(fd.path()).is_ok_and(|link| names.contains(&link));
     let open = || fs::read_dir("/proc/self/fd").expect("listed").flatten().filter(is_a).count();
     until("every reader has it open", || open() == 8);
     assert_eq!(fs::read_dir(rig.path("dir")).expect("listed").count(), 1);
