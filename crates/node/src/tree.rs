@@ -315,3 +315,37 @@ fn pauses() -> impl Iterator<Item = Duration> {
     let next = |pause: &Duration| Some((*pause * 2).min(AGAIN_MAX));
     std::iter::successors(Some(AGAIN_MIN), next)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_turn_is_over_shortly_before_the_end_of_what_comes_or_when_it_breaks_off() {
+        let piece = |bytes: u64| Ok(Bytes::from(vec![7; usize::try_from(bytes).unwrap()]));
+        for breaks_off in [false, true] {
+            let ((guard, over), (sender, mut coming)) = (turn(), mpsc::channel(1));
+            let coming = poll_fn(move |cx| coming.poll_recv(cx)).boxed();
+            let all = 3 * TURN_OVER;
+            let read = |mut part: PieceReader| io::copy(&mut part, &mut io::sink());
+            let received = tokio::spawn(received(coming, Some((guard, all)), read));
+            let mut over = std::pin::pin!(over.over());
+            sender.send(piece(2 * TURN_OVER - 1)).await.unwrap();
+            timeout(Duration::from_millis(100), over.as_mut())
+                .await
+                .expect_err("more than the last of it is to come");
+            if breaks_off {
+                drop(sender);
+                over.await;
+                assert_eq!(received.await.unwrap().unwrap(), 2 * TURN_OVER - 1);
+                continue;
+            }
+            sender.send(piece(1)).await.unwrap();
+            over.await;
+            assert!(!received.is_finished(), "the rest has not come");
+            sender.send(piece(TURN_OVER)).await.unwrap();
+            drop(sender);
+            assert_eq!(received.await.unwrap().unwrap(), all);
+        }
+    }
+}
