@@ -3,8 +3,8 @@
 //! It comes in one stream ([`BootStream`]), which begins before there is a mount, and of which frames are verified and opened as
 //! they come, a few side by side. The table is first, so that it is known which pages will come and with which frame. Once there is a
 //! mount, at the same time: names are looked up through it, since the kernel takes pages only for inodes that it knows; one thread
-//! stores the runs of one frame after the other, each as soon as its file is known. After the names, directories are listed, for
-//! which nothing waits.
+//! stores the runs of one frame after the other, each as soon as its file is known. Directories are listed, where that is
+//! cheaper, in the place of names, and otherwise after them, when nothing waits for it.
 //!
 //! A read of pages that are on their way waits for their frame if that is near, and is answered from the opened frame, never by
 //! way of the thread that stores: that may be waiting for this very read, which holds the pages' locks. A wait has a bound; then,
