@@ -36,5 +36,5 @@ pub use recipe::{Pieces, Recipe, RecipeError, RecipePiece};
 pub use tar::{EntryKind, Piece, Segment, TarEntry, TarError, TarSource, path_parts, read_tar};
 pub use tree::{
     Entries, Entry, Extent, Extents, FileKind, FlatSink, HOLE, Ino, Inode, NO_XATTRS, TREE_BYTES_MAX, Tree,
-    TreeContents, TreeError, TreeNames, TreeUnpacking, Xattr, pack_tree, pack_tree_whole, unpack_tree,
+    TreeContents, TreeError, TreeNames, TreeUnpacking, Xattr, pack_tree, pack_tree_as_before, unpack_tree,
 };

@@ -24,7 +24,8 @@ use layout::{
 };
 pub use layout::{HOLE, NO_XATTRS};
 pub use transport::{
-    FlatSink, TREE_BYTES_MAX, TreeContents, TreeNames, TreeUnpacking, pack_tree, pack_tree_whole, unpack_tree,
+    FlatSink, TREE_BYTES_MAX, TreeContents, TreeNames, TreeUnpacking, pack_tree, pack_tree_as_before,
+    unpack_tree,
 };
 
 /// Why bytes are not a tree, or not this part of one. Another try with the same bytes will not help, but for the last one.

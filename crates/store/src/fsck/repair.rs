@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use lamina_chunk::PackId;
-use lamina_image::{Digest, Recipe, derive_tree, pack_tree, pack_tree_whole};
+use lamina_image::{Digest, Recipe, derive_tree, pack_tree, pack_tree_as_before};
 
 use super::follow::{Follow, Link};
 use super::{Found, FsckReport, Wrong};
@@ -271,10 +271,8 @@ impl Keeper {
         let made = tokio::task::spawn_blocking(move || {
             let flat = derive_tree(&recipes).ok()?;
             // as trees are packed now, and as they were
-            [pack_tree, pack_tree_whole]
-                .iter()
-                .map(|pack| pack(&flat))
-                .find(|made| Digest::of(made) == wanted)
+            let now = std::iter::once_with(|| pack_tree(&flat));
+            now.chain(pack_tree_as_before(&flat)).find(|made| Digest::of(made) == wanted)
         });
         match made.await.expect("deriving a tree does not panic").map(Bytes::from) {
             Some(made) => store.put_blob(made).await.map(|_| true),
