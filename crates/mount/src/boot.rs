@@ -2,9 +2,9 @@
 //!
 //! It comes in one stream ([`BootStream`]), which begins before there is a mount, and of which frames are verified and opened as
 //! they come, a few side by side. The table is first, so that it is known which pages will come and with which frame. Once there is a
-//! mount, at the same time: names are looked up through it, since the kernel takes pages only for inodes that it knows; one thread
-//! stores the runs of one frame after the other, each as soon as its file is known. Directories are listed, where that is
-//! cheaper, in the place of names, and otherwise after them, when nothing waits for it.
+//! mount, at the same time: all files of the pack are made known, since the kernel takes pages only for inodes that it knows, and then
+//! the names of the start are looked up through it; one thread stores the runs of one frame after the other, each as soon as its file is
+//! known. Directories are listed, where that is cheaper, in the place of names, and otherwise after them, when nothing waits for it.
 //!
 //! A read of pages that are on their way waits for their frame if that is near, and is answered from the opened frame, never by
 //! way of the thread that stores: that may be waiting for this very read, which holds the pages' locks. A wait has a bound; then,
@@ -23,11 +23,14 @@ use lamina_image::{BootError, BootFrame, BootTable, Ino};
 use parking_lot::Mutex;
 use tokio::time::timeout;
 
+use self::brought::BROUGHT_NAME;
+pub(crate) use self::brought::{BROUGHT, is_brought};
 use self::crew::Crew;
 use self::opened::Opened;
 pub(crate) use self::run::Booting;
 pub use self::stream::{BootRoom, BootStream};
 
+mod brought;
 mod buffers;
 mod crew;
 mod fetch;
@@ -80,6 +83,8 @@ struct Coming {
     frames: Vec<BootFrame>,
     /// Runs of each file, sorted by offset.
     files: HashMap<Ino, Vec<Place>>,
+    /// Each file once, the first needed first.
+    order: Vec<Ino>,
     opened: Arc<Opened>,
     /// The threads that open and store them.
     crew: Arc<Crew>,
@@ -218,17 +223,22 @@ impl Waiting {
 
 impl Coming {
     fn new(stream: &BootStream, table: &BootTable) -> Self {
-        let mut files: HashMap<Ino, Vec<Place>> = HashMap::new();
+        let (mut files, mut order) = (HashMap::<Ino, Vec<Place>>::new(), Vec::new());
         for (frame, number) in table.frames.iter().zip(0u32..) {
             for run in &table.runs[frame.runs.clone()] {
                 let place = Place { offset: run.offset, len: run.len, frame: number, skip: run.skip };
-                files.entry(run.ino).or_default().push(place);
+                let places = files.entry(run.ino).or_default();
+                if places.is_empty() {
+                    order.push(run.ino);
+                }
+                places.push(place);
             }
         }
         files.values_mut().for_each(|places| places.sort_unstable_by_key(|place| place.offset));
         Self {
             frames: table.frames.clone(),
             files,
+            order,
             opened: Arc::clone(stream.opened()),
             crew: Arc::clone(stream.crew()),
             stored: AtomicUsize::new(0),

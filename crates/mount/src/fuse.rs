@@ -17,6 +17,7 @@ use lamina_image::{FileKind, Ino, Inode, Tree, TreeError};
 use tokio::runtime::Handle;
 use tracing::{debug, warn};
 
+use crate::boot::{BROUGHT, is_brought};
 use crate::fs::{Answer, Files, FsError};
 use crate::metrics::{add, one};
 use crate::opens::Opens;
@@ -115,16 +116,21 @@ fn attributes(ino: Ino, inode: &Inode) -> FileAttr {
 
 /// The answer for a name that does not exist: inode 0, which the kernel remembers.
 fn absent() -> FileAttr {
+    bare(Ino(0), FileType::RegularFile, 0)
+}
+
+/// Nothing but what it is, and of root.
+fn bare(ino: Ino, kind: FileType, perm: u16) -> FileAttr {
     FileAttr {
-        ino: INodeNo(0),
+        ino: INodeNo(ino.0),
         size: 0,
         blocks: 0,
         atime: UNIX_EPOCH,
         mtime: UNIX_EPOCH,
         ctime: UNIX_EPOCH,
         crtime: UNIX_EPOCH,
-        kind: FileType::RegularFile,
-        perm: 0,
+        kind,
+        perm,
         nlink: 0,
         uid: 0,
         gid: 0,
@@ -171,7 +177,10 @@ impl Fuse {
     }
 
     fn attributes(&self, ino: Ino) -> Result<FileAttr, FsError> {
-        Ok(attributes(ino, &self.tree().inode(ino)?))
+        match ino {
+            BROUGHT => Ok(bare(ino, FileType::Directory, 0o500)),
+            ino => Ok(attributes(ino, &self.tree().inode(ino)?)),
+        }
     }
 
     /// A directory is listed, from its beginning or from further on.
@@ -309,6 +318,12 @@ impl Filesystem for Fuse {
 
     fn lookup(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let counters = &self.files.ahead.counters;
+        if is_brought(self.tree(), Ino(parent.0), name) {
+            // not kept, neither of them: the next who asks for it is told the other thing
+            let is_asker = self.files.boot.asks(req.pid());
+            let attr = if is_asker { bare(BROUGHT, FileType::Directory, 0o500) } else { absent() };
+            return reply.entry_with_ttls(&TTL, &Duration::ZERO, &attr, Generation(0));
+        }
         one(&counters.lookups);
         self.name(req, parent, name.as_bytes());
         match self.found(Ino(parent.0), name) {
@@ -431,6 +446,16 @@ impl Filesystem for Fuse {
         offset: u64,
         mut reply: ReplyDirectoryPlus,
     ) {
+        if Ino(ino.0) == BROUGHT {
+            for (ino, next) in self.files.boot.brought(offset).iter().zip(offset + 1..) {
+                let Ok(attr) = self.attributes(*ino) else { continue };
+                // any name will do, once
+                if reply.add(attr.ino, next, next.to_string(), &TTL, &attr, Generation(0)) {
+                    break;
+                }
+            }
+            return reply.ok();
+        }
         self.listing(req, ino, offset);
         let listed = list(self.tree(), Ino(ino.0), offset, |name, ino, _, next| {
             let attr = self.attributes(ino)?;

@@ -70,6 +70,8 @@ counters! {
     store_bytes,
     /// Bytes of the boot pack that came.
     boot_bytes,
+    /// Files that it made known to the kernel before their names.
+    boot_files,
     /// Names that it looked up.
     boot_names,
     /// Directories that it listed, for their own sake or for their names.

@@ -2,11 +2,13 @@
 
 use std::collections::{HashMap, HashSet};
 use std::convert::Infallible;
+use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use fuser::INodeNo;
 use lamina_image::{Ino, Tree};
 use parking_lot::MutexGuard;
 use rustix::fs::{
@@ -15,18 +17,18 @@ use rustix::fs::{
 };
 use tokio::sync::oneshot;
 use tokio::task::spawn_blocking;
-use tracing::trace;
+use tracing::{debug, trace};
 
 use super::known::{Finishing, Known};
 use super::run::Booting;
-use super::{Boot, Listing};
+use super::{BROUGHT_NAME, Boot, Coming, Listing};
 use crate::metrics::{Counters, one};
 
 /// The kernel learns at the first opening whether it is to ask at each (not of a passthrough mount, where it is), and at the first
 /// closing the same. A file that is opened first, so that no program waits for this, is too small to be opened past the node.
 const OPENED_FIRST_MAX: i64 = 64 << 10;
 /// Of a directory's entries, at once: some 500.
-const LISTED_BYTES: usize = 64 << 10;
+pub(super) const LISTED_BYTES: usize = 64 << 10;
 /// A listing of no more entries for each name that is wanted there is done in the place of looking these up. An entry takes 4 µs; a name
 /// that is looked up 25 where nothing else runs, most of them for waking who answers and who asked, and more where a program does.
 const ENTRIES_FOR_A_NAME: u32 = 8;
@@ -34,8 +36,8 @@ const ENTRIES_FOR_A_NAME: u32 = 8;
 const NAMES_MIN: u32 = 4;
 
 impl Booting<'_> {
-    /// Looks names up through the mount, found or not, and reads links: the kernel then knows them and the inodes. That is when what is
-    /// returned ends. Then lists the directories, which the kernel keeps as well; but those of which much is wanted before their names.
+    /// Has the kernel know all files of the boot pack, then looks names up through the mount, found or not, and reads links: the kernel then
+    /// knows these as well. That is when what is returned ends. Then lists the directories, which the kernel keeps as well; but those of which much is wanted before their names.
     pub(super) fn look_up(
         &self,
         names: Vec<String>,
@@ -45,7 +47,7 @@ impl Booting<'_> {
         let (naming, named) = oneshot::channel();
         let (tree, path, counters) =
             (self.tree.clone(), self.mountpoint.to_owned(), Arc::clone(self.counters));
-        let (boot, known) = (Arc::clone(self.boot), Arc::clone(known));
+        let (boot, known, notifier) = (Arc::clone(self.boot), Arc::clone(known), self.notifier.clone());
         // not behind programs: these look up the same names, and wait for whoever was first
         spawn_blocking(move || {
             let _asking = Asking::begin(&boot);
@@ -54,6 +56,10 @@ impl Booting<'_> {
             dirs.retain(|dir| !first.contains(dir));
             let flags = OFlags::PATH | OFlags::CLOEXEC;
             let Ok(root) = openat(CWD, &path, flags, Mode::empty()) else { return };
+            // no page waits for names then
+            if let Err(error) = Coming::make_known(&root, &known, &counters) {
+                debug!(%error, "files become known by their names");
+            }
             let mut opened = false;
             for name in &names {
                 let dir = directory_of(name);
@@ -73,6 +79,8 @@ impl Booting<'_> {
                 }
                 one(&counters.boot_names);
             }
+            // every file is known by a name of its own now
+            let _ = notifier.inval_entry(INodeNo::ROOT, OsStr::new(BROUGHT_NAME));
             // neither pages nor the boot's end wait for a listing
             drop(finishing);
             boot.begin_listing(root);
@@ -143,7 +151,7 @@ fn counted(listed: rustix::io::Result<()>, dir: &str, counters: &Counters) {
 }
 
 /// Opens something below `root` for reading. A boot pack's word leads out of the mount by no link and no other mount.
-fn open_inside(root: &OwnedFd, path: &str, flags: OFlags) -> rustix::io::Result<OwnedFd> {
+pub(super) fn open_inside(root: &OwnedFd, path: &str, flags: OFlags) -> rustix::io::Result<OwnedFd> {
     let inside = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
     openat2(root, path, OFlags::RDONLY | OFlags::CLOEXEC | flags, Mode::empty(), inside)
 }

@@ -54,6 +54,38 @@ fn what_a_boot_pack_brought_is_read_without_asking() {
     all_right(&rig);
 }
 
+/// What the boot calls the directory of its files.
+const BROUGHT: &str = ".lamina-boot";
+
+#[test]
+fn files_of_a_boot_pack_are_made_known_in_a_directory_that_nobody_else_finds() {
+    let rig = rig(Packs::default());
+    let gone = |when: &str| {
+        let found = fs::metadata(rig.path(BROUGHT)).expect_err(when);
+        assert_eq!(found.kind(), std::io::ErrorKind::NotFound, "{when}");
+    };
+    gone("before");
+    let pack = rig.boot_pack(&["text", "large", "small"]);
+    rig.boot(&pack).expect("booted");
+    let seen = rig.mount().snapshot();
+    assert_eq!((seen.boot_files, seen.boot_refused), (3, 0), "{seen:?}");
+    gone("afterwards");
+    let listed = fs::read_dir(rig.path("")).expect("listed").count();
+    assert_eq!(listed, contents().len());
+    all_right(&rig);
+}
+
+#[test]
+fn an_image_that_has_a_file_of_that_name_keeps_it() {
+    let layer = Layer::new().file(&format!("{BROUGHT}/own"), b"its own").file("file", b"bytes");
+    let rig = Rig::with(layer, Packs::default());
+    let pack = rig.boot_pack(&["file", ".lamina-boot/own"]);
+    rig.boot(&pack).expect("booted");
+    let seen = rig.mount().snapshot();
+    assert_eq!((seen.boot_files, seen.boot_refused, seen.boot_stored_runs), (0, 0, 2), "{seen:?}");
+    assert_eq!(fs::read(rig.path(".lamina-boot/own")).expect("read"), b"its own");
+}
+
 #[test]
 fn directories_that_a_start_listed_are_known_when_the_next_one_lists_them() {
     let files = ["d/one", "d/two", "d/sub/three", "e/four"];
