@@ -1,4 +1,4 @@
-//! The threads that do a boot's work. They step back for the program that starts, as long as nobody waits for them.
+//! The threads that open a boot's frames. They step back for the program that starts, as long as nobody waits for them.
 //!
 //! A program runs on one processor while it starts, and on a small machine a boot takes all that there are: then each takes turns
 //! with the other, and the program comes late to what it could do long since. A boot that is ahead of it loses nothing by waiting.
@@ -33,22 +33,16 @@ pub(super) struct Awaited<'a>(&'a Crew);
 struct Member<'a>(&'a Crew, Pid);
 
 impl Crew {
-    /// Does `work` on a thread of its own. What comes of it is not sent where that panics. *Errors*: there is no thread.
+    /// Does `work` on a thread of its own that steps back, as [`spawn`] does.
     pub(super) fn spawn<T: Send + 'static>(
         self: &Arc<Self>,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> io::Result<oneshot::Receiver<T>> {
-        let (this, (sender, done)) = (Arc::clone(self), oneshot::channel());
-        let work = move || {
-            let done = {
-                let _member = this.join();
-                work()
-            };
-            // nobody may want it
-            let _ = sender.send(done);
-        };
-        thread::Builder::new().name("lamina-boot".to_owned()).spawn(work)?;
-        Ok(done)
+        let this = Arc::clone(self);
+        spawn(move || {
+            let _member = this.join();
+            work()
+        })
     }
 
     /// Somebody waits from now on, and so they step back for nobody.
@@ -71,6 +65,17 @@ impl Crew {
         drop(state);
         member
     }
+}
+
+/// Does `work` on a thread of its own. What comes of it is not sent where that panics. *Errors*: there is no thread.
+pub(super) fn spawn<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<oneshot::Receiver<T>> {
+    let (sender, done) = oneshot::channel();
+    // nobody may want it
+    let work = move || drop(sender.send(work()));
+    thread::Builder::new().name("lamina-boot".to_owned()).spawn(work)?;
+    Ok(done)
 }
 
 impl State {
@@ -101,6 +106,11 @@ fn give_way(thread: Pid, behind: bool) {
     let nice = if behind { (ordinary + BEHIND).min(NICE_MAX) } else { ordinary };
     // it may have ended
     let _ = setpriority_process(Some(thread), nice);
+}
+
+/// Puts this thread behind all others, for good.
+pub(super) fn step_back() {
+    let _ = setpriority_process(Some(rustix::thread::gettid()), NICE_MAX);
 }
 
 /// The nice value of this process, where a thread may come back to it: who has not CAP_SYS_NICE may only go away from it

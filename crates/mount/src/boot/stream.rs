@@ -14,10 +14,10 @@ use lamina_cache::Source;
 use lamina_image::{BOOT_BYTES_MAX, BOOT_HEAD_BYTES, BootError, BootFrame, BootHead, BootPack, BootRecords};
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::task::JoinHandle;
 
 use super::buffers::Buffers;
-use super::crew::Crew;
+use super::crew::{self, Crew, step_back};
 use super::fetch::Fetching;
 use super::opened::Opened;
 use super::{BootFailure, OPENED};
@@ -49,7 +49,12 @@ impl BootRoom {
     pub fn prepare() -> Self {
         let buffers = Arc::<Buffers>::default();
         let prepared = Arc::downgrade(&buffers);
-        spawn_blocking(move || Buffers::prepare(&prepared));
+        // what the mount itself has to do comes first
+        let prepare = move || {
+            step_back();
+            Buffers::prepare(&prepared);
+        };
+        let _ = crew::spawn(prepare);
         Self(buffers)
     }
 }
