@@ -59,7 +59,7 @@ fn a_mount_its_steps_its_boot_pack_and_its_fetches_are_spans_of_one_whole() -> R
     ensure!(mount.parent.is_empty() && mount.failure.is_none(), "{mount:?}");
     ensure!(mount.field("image") == name && mount.field("directory") == text(&mounted), "{mount:?}");
     ensure!(mount.field("manifest").starts_with("sha256:") && mount.field("offline") == "false", "{mount:?}");
-    for step in ["resolve", "tree", "attach"] {
+    for step in ["resolve", "tree", "attach", "serve"] {
         let step = one(&spans, step)?;
         ensure!(step.is_within(mount), "{step:?} is not within {mount:?}");
         ensure!(mount.from_ns <= step.from_ns && step.to_ns <= mount.to_ns, "{step:?} outlives {mount:?}");

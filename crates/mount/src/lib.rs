@@ -40,6 +40,6 @@ pub use config::{MountConfig, Record};
 pub use contents::{Bringing, Contents};
 pub use error::MountError;
 pub use metrics::MountSnapshot;
-pub use mount::{Kept, Mount};
+pub use mount::{Attached, Kept, Mount};
 pub use resume::Terms;
 pub use streams::Ramp;

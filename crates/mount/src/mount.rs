@@ -66,33 +66,48 @@ pub struct Kept {
 }
 
 impl Mount {
-    /// Mounts `tree`. When it returns, the mount answers. Waiting reads run on `handle`. Of a tree of which only the names are here
-    /// `contents` says when the rest is: reads wait for that.
-    ///
-    /// Blocks for some milliseconds, never for the network. *Errors* leave nothing mounted.
+    /// Mounts `tree`: as [`attach`](Self::attach), and then [`serve`](Self::serve).
     pub fn start(
+        tree: (Arc<Tree>, Contents),
+        cache: Arc<Cache>,
+        source: Arc<dyn Source>,
+        config: MountConfig,
+        handle: Handle,
+    ) -> Result<Self, MountError> {
+        let attached = Self::attach(&config)?;
+        Self::serve(attached, tree, cache, source, config, handle)
+    }
+
+    /// Mounts something that nobody serves yet, so that whoever looks at it waits: what the kernel does for that takes a millisecond or
+    /// two, in which a tree may come.
+    ///
+    /// Blocks for these. *Errors* leave nothing mounted.
+    pub fn attach(config: &MountConfig) -> Result<Attached, MountError> {
+        let point = MountPoint::check(&config.mountpoint)?;
+        let connection = point.mount(&config.name)?;
+        Ok(Attached { point: Some(point), connection: Some(connection) })
+    }
+
+    /// Serves `tree` where something was attached with this `config`. When it returns, the mount answers. Waiting reads run on `handle`.
+    /// Of a tree of which only the names are here `contents` says when the rest is: reads wait for that.
+    ///
+    /// Blocks for a millisecond, never for the network. *Errors* leave nothing mounted.
+    pub fn serve(
+        mut attached: Attached,
         (tree, contents): (Arc<Tree>, Contents),
         cache: Arc<Cache>,
         source: Arc<dyn Source>,
         config: MountConfig,
         handle: Handle,
     ) -> Result<Self, MountError> {
-        let point = MountPoint::check(&config.mountpoint)?;
-        let damaged = |error| MountError::System {
-            action: "read the tree for",
-            path: config.mountpoint.clone(),
-            cause: io::Error::new(io::ErrorKind::InvalidData, error),
-        };
-        let root_mode = tree.inode(Ino::ROOT).map_err(damaged)?.mode;
-        let connection = point.mount(&config.name, root_mode)?;
-        let mut started = Started { point: Some(point) };
+        let connection = attached.connection.take().expect("taken once");
         let passthrough = config.passthrough.then(|| Passthrough::new(&tree, &cache));
         let (parts, fuse) = Parts::new((tree, contents), cache, source, config, handle, passthrough);
         let session = Session::from_fd(fuse, connection, SessionACL::All, parts.loops())
             .map_err(|cause| parts.failed(cause))?;
         parts.connect_passthrough(&session);
         let serving = parts.serve(session)?;
-        let point = started.point.take().expect("taken once");
+        let point = attached.point.take().expect("taken once");
         let device = point.device().inspect_err(|_| point.detach())?;
         Ok(serving.mount(point, device))
     }
@@ -128,10 +143,10 @@ impl Mount {
         Ok(parts.serve(session)?.mount(point, device))
     }
 
-    /// Takes away what is left at `path` of a mount with these terms that nobody can take over any more. Whether there was
-    /// such a thing; what anybody else has mounted there stays.
-    pub fn clear(path: &Path, terms: &Terms) -> Result<bool, MountError> {
-        mountpoint::clear(path, Device { major: terms.major_dev, minor: terms.minor_dev })
+    /// Takes away what is left at `path` of a mount with these terms, or of one that was attached and never served, that nobody can take
+    /// over any more. Whether there was such a thing; what answers, or is anybody else's, stays.
+    pub fn clear(path: &Path, terms: Option<&Terms>) -> Result<bool, MountError> {
+        mountpoint::clear(path, terms.map(|terms| Device { major: terms.major_dev, minor: terms.minor_dev }))
     }
 
     /// Its connection to the kernel, for whoever is to keep it open beyond this process, once. With [`Mount::terms`] another
@@ -435,12 +450,14 @@ impl Serving {
     }
 }
 
-/// Takes the mount away again if starting fails half way.
-struct Started {
+/// A mount that nobody serves yet. Dropping it takes it away.
+#[derive(Debug)]
+pub struct Attached {
     point: Option<MountPoint>,
+    connection: Option<OwnedFd>,
 }
 
-impl Drop for Started {
+impl Drop for Attached {
     fn drop(&mut self) {
         if let Some(point) = &self.point {
             point.detach();

@@ -15,6 +15,9 @@ use crate::MountError;
 
 /// What `/proc/mounts` calls our mounts.
 const FILE_SYSTEM: &str = "fuse.lamina";
+/// That of a root directory of which nothing more is known: the kernel asks for its attributes before it believes any (`fuse_get_root_inode`
+/// in fs/fuse/inode.c).
+const ROOT_MODE: u32 = 0o40_755;
 
 /// A directory on which something may be mounted, with its absolute path.
 #[derive(Debug)]
@@ -65,9 +68,8 @@ impl MountPoint {
         &self.0
     }
 
-    /// Mounts a FUSE file system whose root has `root_mode`, and gives the connection to the kernel, on which its
-    /// first request waits.
-    pub(crate) fn mount(&self, name: &str, root_mode: u32) -> Result<OwnedFd, MountError> {
+    /// Mounts a FUSE file system, and gives the connection to the kernel, on which its first request waits.
+    pub(crate) fn mount(&self, name: &str) -> Result<OwnedFd, MountError> {
         let device = Path::new("/dev/fuse");
         let opened = File::options().read(true).write(true).open(device);
         let connection = opened.map_err(|cause| match Errno::from_io_error(&cause) {
@@ -77,7 +79,7 @@ impl MountPoint {
         })?;
         // device nodes and setuid programs must work as in any image; who may is for the mount namespace to say
         let options = format!(
-            "fd={},rootmode={root_mode:o},user_id=0,group_id=0,allow_other,default_permissions",
+            "fd={},rootmode={ROOT_MODE:o},user_id=0,group_id=0,allow_other,default_permissions",
             connection.as_raw_fd()
         );
         let options = CString::new(options).expect("digits and names");
@@ -118,18 +120,19 @@ impl MountPoint {
     }
 }
 
-/// Takes away what is left at `path` of the mount with this `device` whose connection is closed, so that it answers nothing any
-/// more. Whether there was such a thing.
-pub(crate) fn clear(path: &Path, device: Device) -> Result<bool, MountError> {
+/// Takes away what is left at `path` of the mount with this `device`, or of any of ours, whose connection is closed, so that it
+/// answers nothing any more. Whether there was such a thing.
+pub(crate) fn clear(path: &Path, device: Option<Device>) -> Result<bool, MountError> {
     let failed = |action, cause| MountError::System { action, path: path.to_owned(), cause };
     let table =
         std::fs::read_to_string("/proc/self/mountinfo").map_err(|cause| failed("list what is at", cause))?;
-    let numbers = format!("{}:{}", device.major, device.minor);
+    let numbers = device.map(|device| format!("{}:{}", device.major, device.minor));
     // the last line is what is seen; see proc(5) for the fields
     let here =
         table.lines().rev().find(|line| line.split(' ').nth(4).is_some_and(|at| unescaped(at) == path));
     let ours = here.is_some_and(|line| {
-        line.split(' ').nth(2) == Some(&numbers) && line.contains(&format!(" - {FILE_SYSTEM} "))
+        let is_it = numbers.as_deref().is_none_or(|numbers| line.split(' ').nth(2) == Some(numbers));
+        is_it && line.contains(&format!(" - {FILE_SYSTEM} "))
     });
     // numbers are used again, and a mount that answers is somebody's
     if !ours || !matches!(rustix::fs::statfs(path), Err(Errno::NOTCONN)) {
@@ -174,7 +177,28 @@ fn is_root(stat: &Statx) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
+
+    #[test]
+    fn of_a_mount_that_died_before_it_was_served_nothing_is_left_and_one_that_goes_on_stays() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let connection = MountPoint::check(dir.path()).expect("empty").mount("some/image").expect("mounted");
+        // whoever asks waits for whoever serves, who has not come yet
+        let waiting = std::thread::spawn({
+            let path = dir.path().to_owned();
+            move || fs::metadata(path)
+        });
+        drop(connection);
+        let error = waiting.join().expect("no panic").expect_err("nobody came");
+        assert_eq!(Errno::from_io_error(&error), Some(Errno::NOTCONN));
+        let other = Device { major: 0, minor: u32::MAX };
+        assert!(!clear(dir.path(), Some(other)).expect("looked at"));
+        assert!(clear(dir.path(), None).expect("cleared"));
+        assert!(fs::read_dir(dir.path()).expect("there").next().is_none());
+        assert!(!clear(dir.path(), None).expect("nothing is there"));
+    }
 
     #[test]
     fn paths_of_the_mount_table_are_read_back() {

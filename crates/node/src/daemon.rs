@@ -7,15 +7,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use futures_util::FutureExt;
 use futures_util::future::join_all;
 use lamina_cache::{Cache, CacheConfig, Source};
 use lamina_image::{CommandKey, Digest, Platform, Tree};
-use lamina_mount::{Contents, Mount, MountConfig, MountError, Record, Terms};
+use lamina_mount::{BootRoom, Contents, Mount, MountConfig, MountError, Record, Terms};
 use lamina_wire::proto::{MountRecord, MountRequest, MountResponse, UnmountResponse};
 use lamina_wire::{ClientConfig, Reference};
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
+use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::timeout;
 use tracing::field::Empty;
 use tracing::{Instrument, Span, debug_span, info_span, warn};
@@ -31,7 +33,7 @@ use crate::resolve::{Resolved, resolve};
 use crate::sources::{Hosts, Mirrors, Sources};
 use crate::spans::{Within, failed};
 use crate::start::{Chosen, ComingBoot, Report, Starting};
-use crate::tree::Turns;
+use crate::tree::{Around, Turns};
 use crate::trees::Trees;
 use crate::turn::turn;
 use crate::{Found, KeptTraces, NodeError};
@@ -121,6 +123,8 @@ pub(crate) struct Asked {
     pub(crate) sources: Sources,
     /// How many requests it took so far.
     pub(crate) requests: u32,
+    /// For a boot pack, if there is one.
+    pub(crate) room: Option<BootRoom>,
 }
 
 /// A directory that one request has taken, until it is dropped.
@@ -130,6 +134,11 @@ impl Drop for Reserved {
     fn drop(&mut self) {
         self.0.reserved.lock().remove(&self.1);
     }
+}
+
+/// Whether a mount is to have a boot pack. That is the registry's word, so an image that must be bound does without.
+fn wants_boot(request: &MountRequest) -> bool {
+    !request.no_boot && !request.record && !request.require_bound
 }
 
 /// The command that a mount is for.
@@ -248,13 +257,15 @@ impl Node {
         };
         let _reserved = self.reserve(Path::new(&request.directory))?;
         let mut asked = self.ask(&request)?;
+        // while the processors wait for the network, though there may be no boot pack
+        asked.room = wants_boot(&request).then(BootRoom::prepare);
         let span = Span::current();
         asked.sources.within.begin(span.clone());
         let Asked { sources, reference, .. } = &asked;
         sources.spare();
         let (platform, deadline) = (&self.config.platform, self.config.cache.deadline);
         let resolved = resolve(sources, &self.known, reference, platform, request.require_bound, deadline);
-        let Resolved { found, offline } = resolved.await?;
+        let Resolved { found, offline, remembered } = resolved.await?;
         asked.requests = found.requests;
         let (manifest, tree) = (found.manifest.to_string(), found.tree.to_string());
         span.record("manifest", &manifest).record("tree", &tree).record("offline", offline.is_some());
@@ -270,6 +281,9 @@ impl Node {
             self.records.forget_mount(number);
         }
         made?;
+        if let Some(remembered) = remembered {
+            let _ = remembered.await;
+        }
         let elapsed_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
         Ok(MountResponse {
             manifest,
@@ -290,29 +304,46 @@ impl Node {
         restored: &'static str,
     ) -> Result<(), NodeError> {
         record.mounted = false;
-        self.remember(number, &record);
+        // while the tree comes: only what is mounted must be on record
+        let saving = self.remember_soon(number, record.clone()).map(drop).shared();
         let request = record.request.clone().unwrap_or_default();
         let (starting, kept) = self.starting(asked, found, &request)?;
-        // a boot pack is the registry's word, so an image that must be bound does without
-        let boot = !request.no_boot && !request.record && !request.require_bound;
         let source: Arc<dyn Source> = Arc::new(KeptSource(kept));
-        // the tree's names go before it, since the mount waits for them, and its contents behind it
-        let (turns, behind_names, before_contents) = Turns::new();
+        // the tree's names begin before it, since the mount waits for them, and its contents come behind it
+        let (turns, Around { ahead, before_contents }) = Turns::new();
         let (unpacking, unpacked) = turn();
-        let boot = match boot {
-            true => starting.stream_boot(Arc::clone(&source), (behind_names, unpacked), before_contents),
+        let boot = match wants_boot(&request) {
+            true => {
+                let room = asked.room.take().unwrap_or_else(BootRoom::prepare);
+                starting.stream_boot(Arc::clone(&source), room, (ahead.clone(), unpacked), before_contents)
+            }
             false => ComingBoot::none(),
         };
-        let (tree, contents) = match request.passthrough {
-            // what is open past the node is never asked for again
-            true => (self.tree(asked, found, turns).await?, Contents::here()),
-            false => self.tree_names(asked, found, turns).await?,
-        };
-        drop(unpacking);
         let config = self.mount_config(&asked.reference, &request);
+        // while the names come; not before, so that nothing is there that does not answer while a registry does not
+        let attaching = async {
+            ahead.over().await;
+            saving.clone().await;
+            let config = config.clone();
+            blocking(move || Mount::attach(&config)).instrument(debug_span!("attach")).await
+        };
+        let coming = async {
+            let tree = match request.passthrough {
+                // what is open past the node is never asked for again
+                true => (self.tree(asked, found, turns).await?, Contents::here()),
+                false => self.tree_names(asked, found, turns).await?,
+            };
+            drop(unpacking);
+            Ok(tree)
+        };
+        let come = tokio::try_join!(coming, attaching);
+        // whoever forgets it now finds it
+        saving.await;
+        let (tree, attached) = come?;
         let (cache, handle) = (Arc::clone(&self.cache), Handle::current());
-        let start = blocking(move || Mount::start((tree, contents), cache, source, config, handle));
-        let mount = Arc::new(start.instrument(debug_span!("attach")).await?);
+        let serving = blocking(move || Mount::serve(attached, tree, cache, source, config, handle));
+        let mount = Arc::new(serving.instrument(debug_span!("serve")).await?);
+        let booted = starting.boot(&mount, boot);
         self.hold(number, &mount);
         record = MountRecord { mounted: true, ..with_terms(record, &mount.terms()) };
         self.remember(number, &record);
@@ -320,7 +351,7 @@ impl Node {
         let chosen = Arc::clone(&starting.chosen);
         let within = starting.within.clone();
         let mounted = Mounted { mount, number, record, report: None, restored, chosen, within };
-        self.keep(mounted, report, starting, boot);
+        self.keep(mounted, report, starting, booted);
         Ok(())
     }
 
@@ -328,7 +359,7 @@ impl Node {
     pub(crate) fn ask(&self, request: &MountRequest) -> Result<Asked, NodeError> {
         let reference: Reference = request.reference.parse()?;
         let sources = self.hosts.sources(&reference, request.plain_http)?;
-        Ok(Asked { reference, sources, requests: 0 })
+        Ok(Asked { reference, sources, requests: 0, room: None })
     }
 
     pub(crate) fn starting(
@@ -383,7 +414,13 @@ impl Node {
             return;
         }
         let node = Arc::clone(self);
-        tokio::task::spawn_blocking(move || node.records.sync_mount(number));
+        spawn_blocking(move || node.records.sync_mount(number));
+    }
+
+    /// The same without waiting at all. Ends when it is remembered.
+    fn remember_soon(self: &Arc<Self>, number: u64, record: MountRecord) -> JoinHandle<()> {
+        let node = Arc::clone(self);
+        spawn_blocking(move || node.remember(number, &record))
     }
 
     /// Takes a directory for one request. *Errors*: another one has it.
@@ -401,7 +438,7 @@ impl Node {
         mut mounted: Mounted,
         report: Option<Option<Report>>,
         starting: Starting,
-        boot: ComingBoot,
+        booted: JoinHandle<()>,
     ) {
         // nobody who only unmounts waits for a registry
         let known = report.clone().flatten();
@@ -419,7 +456,7 @@ impl Node {
         let node = Arc::clone(self);
         tokio::spawn(async move {
             let life = async {
-                let report = starting.see(Arc::clone(&mount), boot).await;
+                let report = starting.see(Arc::clone(&mount), booted).await;
                 started.send_replace(Some(known.unwrap_or(report)));
                 if timeout(AT_REST, mount.wait()).await.is_err() {
                     node.trees.let_go();
@@ -517,5 +554,5 @@ where
     E: Into<NodeError> + Send + 'static,
     F: FnOnce() -> Result<T, E> + Send + 'static,
 {
-    tokio::task::spawn_blocking(work).await.expect("the work does not panic").map_err(Into::into)
+    spawn_blocking(work).await.expect("the work does not panic").map_err(Into::into)
 }

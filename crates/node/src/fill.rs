@@ -295,7 +295,8 @@ impl Node {
         let (platform, deadline) = (&self.config.platform, self.config.cache.deadline);
         let found = resolve(&sources, &self.known, reference, platform, false, deadline).await?.found;
         sources.are_of(found.manifest);
-        let mut asked = Asked { reference: reference.clone(), sources: sources.clone(), requests: 0 };
+        let mut asked =
+            Asked { reference: reference.clone(), sources: sources.clone(), requests: 0, room: None };
         let tree = self.tree(&mut asked, &found, Turns::alone()).await?;
         Ok((found, tree, sources))
     }

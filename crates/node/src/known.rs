@@ -49,7 +49,7 @@ impl Known {
         Some(Found { manifest, tree, names: None, bound: entry.bound, requests: 0 })
     }
 
-    /// Remembers what `reference` means, under its digest as well. A failure costs a request later, and nothing else.
+    /// Remembers what `reference` means, under its digest as well. Blocks; a failure costs a request later, and nothing else.
     pub(crate) fn remember(&self, reference: &Reference, found: &Found) {
         let pinned = Reference { version: Version::Digest(found.manifest), ..reference.clone() };
         for reference in [reference, &pinned] {

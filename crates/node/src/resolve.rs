@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use lamina_image::Platform;
 use lamina_wire::{Reference, Version};
+use tokio::task::{JoinHandle, spawn_blocking};
 use tracing::field::Empty;
 use tracing::{Instrument, debug_span};
 
@@ -21,6 +22,8 @@ pub(crate) struct Resolved {
     pub(crate) found: Found,
     /// Why nobody said what the tag means now, where it is mounted as it was last known.
     pub(crate) offline: Option<String>,
+    /// Ends when it is remembered, where it is new. Nothing else waits for the disk.
+    pub(crate) remembered: Option<JoinHandle<()>>,
 }
 
 /// How long it is asked for what an image is.
@@ -39,7 +42,7 @@ pub(crate) async fn resolve(
 ) -> Result<Resolved, NodeError> {
     let before = known.find(reference).filter(|found| found.bound || !require_bound);
     if let (Version::Digest(_), Some(found)) = (&reference.version, &before) {
-        return Ok(Resolved { found: found.clone(), offline: None });
+        return Ok(Resolved { found: found.clone(), offline: None, remembered: None });
     }
     let within = within(deadline, before.is_some());
     let span =
@@ -51,12 +54,13 @@ pub(crate) async fn resolve(
     let asked = asked.inspect_err(|error| failed(&span, error));
     match (asked, before) {
         (Ok(found), _) => {
-            known.remember(reference, &found);
-            Ok(Resolved { found, offline: None })
+            let (known, reference, new) = (known.clone(), reference.clone(), found.clone());
+            let remembered = spawn_blocking(move || known.remember(&reference, &new));
+            Ok(Resolved { found, offline: None, remembered: Some(remembered) })
         }
         (Err(NodeError::Wire(error)), Some(found)) if error.is_passing() => {
             tracing::warn!(%reference, manifest = %found.manifest, %error, "mounting the image last known");
-            Ok(Resolved { found, offline: Some(error.to_string()) })
+            Ok(Resolved { found, offline: Some(error.to_string()), remembered: None })
         }
         (Err(error), _) => Err(error),
     }

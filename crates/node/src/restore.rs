@@ -133,7 +133,7 @@ impl Node {
             // whoever asked for it has got an error, or nobody can reach it any more, or its owner's root directory is dead
             self.let_go(number);
             self.records.forget_mount(number);
-            let _ = Mount::clear(&directory, &terms);
+            let _ = Mount::clear(&directory, record.mounted.then_some(&terms));
             return Outcome::Lost;
         }
         match self.try_restore(number, &record, &image, connection.as_deref()).await {
@@ -211,7 +211,7 @@ impl Node {
         let terms = remembered.as_ref().map(|it| it.terms);
         let path = PathBuf::from(&directory);
         if let Some(terms) = terms
-            && blocking(move || Mount::clear(&path, &terms)).await?
+            && blocking(move || Mount::clear(&path, Some(&terms))).await?
         {
             warn!(directory, "took away what was left of a mount that nobody kept alive");
         }
@@ -258,7 +258,8 @@ impl Node {
         let chosen = Arc::clone(&starting.chosen);
         let within = starting.within.clone();
         let mounted = Mounted { mount, number, record, report: None, restored: RESUMED, chosen, within };
-        self.keep(mounted, report, starting, ComingBoot::none());
+        let booted = starting.boot(&mounted.mount, ComingBoot::none());
+        self.keep(mounted, report, starting, booted);
         Ok(())
     }
 }

@@ -108,33 +108,36 @@ impl Starting {
         tokio::spawn(find.instrument(span))
     }
 
-    /// Looks for the boot pack at once, and begins to fetch it, away from whoever mounts the image, once `behind` is over, and to open it
+    /// Looks for the boot pack at once, and begins to fetch it, away from whoever mounts the image, once `ahead` is over, and to open it
     /// once `unpacking` is. `before` goes on until the start has had all of it, or there is none.
+    ///
+    /// The tree's names may still come then: both begin slowly, as TCP does (RFC 5681), and the link has room for both.
     pub(crate) fn stream_boot(
         &self,
         source: Arc<dyn Source>,
-        (behind, unpacking): (Turn, Turn),
+        room: BootRoom,
+        (ahead, unpacking): (Turn, Turn),
         before: TurnGuard,
     ) -> ComingBoot {
         let found = self.find_boot();
         let stream = tokio::spawn(async move {
             let pack = found.await.ok().flatten()?;
-            let room = BootRoom::prepare();
-            behind.over().await;
+            ahead.over().await;
             Some((BootStream::start(pack, source, room, unpacking.over()), before))
         });
         ComingBoot(Some(stream))
     }
 
-    /// Sees a start through: boots, waits until it is over, and tells the registry what it touched.
-    pub(crate) async fn see(self, mount: Arc<Mount>, boot: ComingBoot) -> Report {
-        let booted = async {
+    /// Has a mount booted, from now on. Ends when it is, or goes on without.
+    pub(crate) fn boot(&self, mount: &Arc<Mount>, boot: ComingBoot) -> JoinHandle<()> {
+        let (this, mount) = (self.clone(), Arc::clone(mount));
+        tokio::spawn(async move {
             let stream = match boot.0 {
                 Some(boot) => boot.await.ok().flatten(),
                 None => None,
             };
-            let Some((stream, before)) = stream else { return self.within.end_boot() };
-            let (pack, span) = (stream.pack(), self.within.boot());
+            let Some((stream, before)) = stream else { return this.within.end_boot() };
+            let (pack, span) = (stream.pack(), this.within.boot());
             let booted = mount.boot(stream).instrument(span.clone()).await;
             match &booted {
                 Ok(()) => info!(boot = %pack.blob, bytes = pack.bytes, "booted"),
@@ -144,7 +147,7 @@ impl Starting {
                     warn!(boot = %pack.blob, %error, "starting without the boot pack");
                 }
             }
-            self.within.end_boot();
+            this.within.end_boot();
             drop(span);
             if booted.is_ok() {
                 // nobody waits for what comes next, and the start goes on with what has come
@@ -153,9 +156,13 @@ impl Starting {
                     drop(before);
                 });
             }
-            self.keep(pack, booted).await;
-        };
-        tokio::join!(booted, self.over(&mount));
+            this.keep(pack, booted).await;
+        })
+    }
+
+    /// Sees a start through: waits until it is `booted` and over, and tells the registry what it touched.
+    pub(crate) async fn see(self, mount: Arc<Mount>, booted: JoinHandle<()>) -> Report {
+        let (_, ()) = tokio::join!(booted, self.over(&mount));
         self.within.end();
         let Some(trace) = mount.end_start() else { return Report::default() };
         self.tell(trace).await

@@ -31,9 +31,6 @@ const TREE_BLOB_BYTES_MAX: u64 = 1 << 30;
 const TREE: Duration = Duration::from_secs(90);
 /// A host that has not begun to send names by then is asked for all of the tree, as one without them is.
 const NAMES_HEAD: Duration = Duration::from_secs(5);
-/// What is asked for so many bytes before the end of what comes first, comes behind it: over 1 Gbit/s these take a millisecond or two, as
-/// long as an answer.
-const TURN_OVER: u64 = 256 << 10;
 /// Pieces that have come and are not unpacked yet; a piece is some 10 to 100 KiB.
 const HELD_PIECES: usize = 64;
 /// What broke off is asked for again so soon, and then later and later, up to the second.
@@ -92,8 +89,11 @@ impl Node {
         }
         let trees = self.trees.clone();
         // what comes over the link does not wait for the disk
-        let turns = Some(turns).filter(|_| !trees.has(digest));
-        let (tree, contents) = match blocking(move || Ok::<_, NodeError>(trees.load(digest))).await? {
+        let (turns, here) = match trees.has(digest) {
+            true => (None, blocking(move || Ok::<_, NodeError>(trees.load(digest))).await?),
+            false => (Some(turns), None),
+        };
+        let (tree, contents) = match here {
             Some(tree) => {
                 from("disk");
                 (Arc::new(tree), Contents::here())
@@ -116,17 +116,25 @@ impl Node {
 
 /// When the parts of a tree come, where the boot pack comes over the same link.
 pub(crate) struct Turns {
-    /// Goes on until the names have come, but for the last of them ([`TURN_OVER`]).
-    names: TurnGuard,
+    /// Goes on until the names begin to come.
+    ahead: TurnGuard,
     /// What goes before the contents, as long as nobody needs these.
     before_contents: Turn,
 }
 
+/// For what waits for the parts of a tree, or goes before one.
+pub(crate) struct Around {
+    /// Over when the names begin to come, or all of the tree is there.
+    pub(crate) ahead: Turn,
+    /// What comes before the contents goes on for as long.
+    pub(crate) before_contents: TurnGuard,
+}
+
 impl Turns {
-    /// With what comes between names and contents: when that may begin, and until when it goes on.
-    pub(crate) fn new() -> (Self, Turn, TurnGuard) {
-        let ((names, behind_names), (before, before_contents)) = (turn(), turn());
-        (Self { names, before_contents }, behind_names, before)
+    /// With those of what comes around the tree.
+    pub(crate) fn new() -> (Self, Around) {
+        let ((ahead, names_begin), (before, before_contents)) = (turn(), turn());
+        (Self { ahead, before_contents }, Around { ahead: names_begin, before_contents: before })
     }
 
     /// Where nothing else comes.
@@ -152,14 +160,14 @@ impl Wanted {
         self,
         sources: &Sources,
         names: Option<TreeNames>,
-        Turns { names: turn, before_contents }: Turns,
+        Turns { ahead, before_contents }: Turns,
     ) -> Result<(Arc<Tree>, Contents), NodeError> {
-        let turn = Mutex::new(Some(turn));
+        let ahead = Mutex::new(Some(ahead));
         let ask = |client: Client| {
-            let (this, turn) = (self.clone(), &turn);
+            let (this, ahead) = (self.clone(), &ahead);
             async move {
                 let named = match names {
-                    Some(names) => this.names(&client, names, turn).await?,
+                    Some(names) => this.names(&client, names, ahead).await?,
                     None => None,
                 };
                 Ok(match named {
@@ -169,8 +177,8 @@ impl Wanted {
             }
         };
         let (tree, named) = sources.ask(TREE, ask).await?;
-        // where whole trees came, or their names from somewhere else
-        drop(turn);
+        // where all of it came at once
+        drop(ahead);
         let tree = Arc::new(tree);
         let Some(named) = named else { return Ok((tree, Contents::here())) };
         let (bringing, contents) = Contents::coming();
@@ -225,13 +233,13 @@ impl Wanted {
         false
     }
 
-    /// Unpacks its names while they come, and has their turn end with them, as soon as they begin to; `None` where it is worth asking the same host for
-    /// all of it, which is done with retries. *Errors*: it does not have it.
+    /// Unpacks its names while they come, from where on nothing is `ahead` of what waits for that; `None` where it is worth asking the
+    /// same host for all of it, which is done with retries. *Errors*: it does not have it.
     async fn names(
         &self,
         client: &Client,
         names: TreeNames,
-        turn: &Mutex<Option<TurnGuard>>,
+        ahead: &Mutex<Option<TurnGuard>>,
     ) -> Result<Option<(Tree, Named)>, NodeError> {
         let client = client.with_tries(1);
         let part = client.blob_range_stream(&self.reference.repository, self.digest, 0..names.bytes);
@@ -240,9 +248,9 @@ impl Wanted {
             Ok(Err(error)) if error.is_not_found() => return Err(error.into()),
             Ok(Err(_)) | Err(_) => return Ok(None),
         };
-        let (trees, digest, turn) = (self.trees.clone(), self.digest, turn.lock().take());
-        let turn = turn.map(|turn| (turn, names.bytes));
-        let received = received(part, turn, move |part| trees.receive_names(digest, names, part)).await;
+        ahead.lock().take();
+        let (trees, digest) = (self.trees.clone(), self.digest);
+        let received = received(part, move |part| trees.receive_names(digest, names, part)).await;
         Ok(received.inspect_err(|error| tracing::debug!(tree = %digest, %error, "names did not come")).ok())
     }
 
@@ -254,7 +262,7 @@ impl Wanted {
         };
         let rest = sources.ask(TREE, ask).await.map_err(io::Error::other)?;
         let (trees, max) = (self.trees.clone(), TREE_BLOB_BYTES_MAX - from);
-        received(rest, None, move |rest| trees.receive_contents(&tree, named, rest.take(max))).await
+        received(rest, move |rest| trees.receive_contents(&tree, named, rest.take(max))).await
     }
 
     /// All of it.
@@ -272,7 +280,7 @@ impl Wanted {
             return None;
         }
         let (trees, digest) = (self.trees.clone(), self.digest);
-        let received = received(blob.bytes, None, move |blob| trees.receive(digest, blob)).await;
+        let received = received(blob.bytes, move |blob| trees.receive(digest, blob)).await;
         received.inspect_err(|error| tracing::debug!(tree = %digest, %error, "a tree did not come")).ok()
     }
 
@@ -284,11 +292,9 @@ impl Wanted {
     }
 }
 
-/// Has `receive` read what comes, on a thread that may block; the `turn`, of so many bytes, is over when all but [`TURN_OVER`] has come,
-/// though it may not all be read yet. Dropping this ends what `receive` reads, and so that thread.
+/// Has `receive` read what comes, on a thread that may block. Dropping this ends what `receive` reads, and so that thread.
 async fn received<T: Send + 'static>(
     mut bytes: BoxStream<'static, Result<Bytes, WireError>>,
-    mut turn: Option<(TurnGuard, u64)>,
     receive: impl FnOnce(PieceReader) -> io::Result<T> + Send + 'static,
 ) -> io::Result<T> {
     let (sender, mut pieces) = mpsc::channel(HELD_PIECES);
@@ -296,15 +302,11 @@ async fn received<T: Send + 'static>(
     let reader = SyncIoBridge::new(StreamReader::new(pieces));
     let receiving = spawn_blocking(move || receive(reader));
     let forward = async move {
-        let mut come = 0;
         while let Some(piece) = bytes.next().await {
-            come += piece.as_ref().map_or(0, |piece| piece.len() as u64);
-            turn.take_if(|(_, all)| come + TURN_OVER >= *all);
             if sender.send(piece).await.is_err() {
                 break;
             }
         }
-        drop(turn);
     };
     let ((), received) = tokio::join!(forward, receiving);
     received.expect("receiving does not panic")
@@ -314,38 +316,4 @@ async fn received<T: Send + 'static>(
 fn pauses() -> impl Iterator<Item = Duration> {
     let next = |pause: &Duration| Some((*pause * 2).min(AGAIN_MAX));
     std::iter::successors(Some(AGAIN_MIN), next)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn a_turn_is_over_shortly_before_the_end_of_what_comes_or_when_it_breaks_off() {
-        let piece = |bytes: u64| Ok(Bytes::from(vec![7; usize::try_from(bytes).unwrap()]));
-        for breaks_off in [false, true] {
-            let ((guard, over), (sender, mut coming)) = (turn(), mpsc::channel(1));
-            let coming = poll_fn(move |cx| coming.poll_recv(cx)).boxed();
-            let all = 3 * TURN_OVER;
-            let read = |mut part: PieceReader| io::copy(&mut part, &mut io::sink());
-            let received = tokio::spawn(received(coming, Some((guard, all)), read));
-            let mut over = std::pin::pin!(over.over());
-            sender.send(piece(2 * TURN_OVER - 1)).await.unwrap();
-            timeout(Duration::from_millis(100), over.as_mut())
-                .await
-                .expect_err("more than the last of it is to come");
-            if breaks_off {
-                drop(sender);
-                over.await;
-                assert_eq!(received.await.unwrap().unwrap(), 2 * TURN_OVER - 1);
-                continue;
-            }
-            sender.send(piece(1)).await.unwrap();
-            over.await;
-            assert!(!received.is_finished(), "the rest has not come");
-            sender.send(piece(TURN_OVER)).await.unwrap();
-            drop(sender);
-            assert_eq!(received.await.unwrap().unwrap(), all);
-        }
-    }
 }
