@@ -29,8 +29,8 @@ pub(crate) struct Args {
     /// Make the profile for `boot` by `lamina profile record`, instead of taking it from an ordinary start
     #[arg(long)]
     pub(crate) record: bool,
-    /// Have a daemon (`lamina node`) run before each of lamina's starts, which has just been asked for its counters, and a registry
-    /// that has just been asked for the image's manifest; without it each start begins with all on disk only, and starts a daemon
+    /// Have a daemon (`lamina node`) run before each of lamina's starts, which has just been asked for its counters; without it each
+    /// start begins with all of the node on disk only, and starts a daemon
     #[arg(long)]
     pub(crate) daemon: bool,
     /// Let podman and ctr pull from docker-registry instead of lamina's

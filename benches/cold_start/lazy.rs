@@ -141,15 +141,11 @@ impl<'a> Place<'a> {
         Ok(Self { stage, dir, point, cache, log, daemon: daemon.transpose()? })
     }
 
-    /// Has the daemon do something, if there is one: it and the program are in memory then. So is what the registry is always asked
-    /// for: with a node whose daemon runs belongs a registry that has other nodes.
+    /// Has the daemon do something, if there is one: it and the program are in memory then.
     fn wake(&self) -> Result<()> {
         if self.daemon.is_some() {
             let mut command = self.stage.lamina();
             process::run(command.arg("stats").arg("--cache").arg(&self.cache)).context("lamina stats")?;
-            let mut inspect = self.stage.lamina_at_server();
-            inspect.args(["inspect", &self.stage.lazy_ref, "--plain-http"]);
-            process::run(&mut inspect).context("lamina inspect")?;
         }
         Ok(())
     }

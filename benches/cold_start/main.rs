@@ -29,6 +29,7 @@ mod layout;
 mod lazy;
 mod machine;
 mod native;
+mod page_cache;
 mod peers;
 mod profile;
 mod report;

@@ -1,6 +1,5 @@
 //! What all systems share: the link, the registries at its far end with the image in them, and the workload.
 
-use std::io::Write;
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -14,8 +13,8 @@ use rustix::mount::MountFlags;
 
 use crate::args::Args;
 use crate::layout::Layout;
-use crate::machine;
 use crate::sample::Sample;
+use crate::{machine, page_cache};
 
 /// A server that does not listen by then never will.
 pub(crate) const START: Duration = Duration::from_secs(20);
@@ -135,11 +134,20 @@ impl Stage {
         Ok(dir)
     }
 
-    /// Empties the kernel's caches of files, names and inodes.
+    /// Empties the node's caches of files, names and inodes.
     pub(crate) fn drop_caches(&self) -> Result<()> {
-        rustix::fs::sync();
-        let mut file = std::fs::File::options().write(true).open("/proc/sys/vm/drop_caches")?;
-        file.write_all(b"3").context("drop the page cache")
+        let storages = [self.lamina_storage(), self.peer_storage()];
+        page_cache::drop_all_but(&storages).context("drop the page cache")
+    }
+
+    /// Where lamina's registry stores.
+    fn lamina_storage(&self) -> PathBuf {
+        self.dir.join("registry")
+    }
+
+    /// Where docker-registry does.
+    fn peer_storage(&self) -> PathBuf {
+        self.dir.join("docker-registry")
     }
 
     /// Runs `start`, which gives what it took to prepare, between two looks at clock and link.
@@ -179,7 +187,7 @@ impl Stage {
         command
             .env("LAMINA_LOG", "warn")
             .args(["registry", "--plain-http", "--listen", &listen, "--storage"])
-            .arg(self.dir.join("registry"));
+            .arg(self.lamina_storage());
         let mut registry = Process::spawn("lamina registry", &mut command)?;
         registry.wait_line("listening on", START)?;
         self.registries.push(registry);
@@ -189,7 +197,7 @@ impl Stage {
     fn start_peer(&mut self) -> Result<()> {
         let address = SocketAddr::from((self.link.server().address(), PEER_PORT));
         let config = self.dir.join("docker-registry.yml");
-        let storage = self.dir.join("docker-registry");
+        let storage = self.peer_storage();
         let text = format!(
             "version: 0.1\nlog: {{level: error}}\nhttp: {{addr: \"{address}\"}}\n\
              storage: {{filesystem: {{rootdirectory: \"{}\"}}}}\n",
