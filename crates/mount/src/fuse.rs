@@ -389,6 +389,18 @@ impl Filesystem for Fuse {
         backing.into_raw();
     }
 
+    fn flush(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _lock_owner: LockOwner,
+        reply: ReplyEmpty,
+    ) {
+        // nothing is ever written: the kernel stops asking. fuser would warn of it at every mount
+        reply.error(Errno::ENOSYS);
+    }
+
     fn release(
         &self,
         _req: &Request,
