@@ -35,11 +35,20 @@ fn find(dir: &Path, resident: &mut Vec<(PathBuf, Vec<Range<u64>>)>) -> io::Resul
         if kind.is_dir() {
             find(&path, resident)?;
         } else if kind.is_file() {
-            let parts = parts_in_memory(&File::open(&path)?)?;
-            resident.push((path, parts));
+            // a registry that works removes some
+            if let Some(file) = present(File::open(&path))? {
+                resident.push((path, parts_in_memory(&file)?));
+            }
         }
     }
     Ok(())
+}
+
+fn present(opened: io::Result<File>) -> io::Result<Option<File>> {
+    match opened {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        opened => opened.map(Some),
+    }
 }
 
 /// mincore(2), which tells of any file to root.
@@ -69,7 +78,7 @@ fn parts_in_memory(file: &File) -> io::Result<Vec<Range<u64>>> {
 }
 
 fn bring_back(path: &Path, parts: &[Range<u64>]) -> io::Result<()> {
-    let file = File::open(path)?;
+    let Some(file) = present(File::open(path))? else { return Ok(()) };
     // not what the kernel would read ahead
     rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random)?;
     let mut piece = vec![0; PIECE];

@@ -144,7 +144,7 @@ impl Mount {
     }
 
     /// Takes away what is left at `path` of a mount with these terms, or of one that was attached and never served, that nobody can take
-    /// over any more. Whether there was such a thing; what answers, or is anybody else's, stays.
+    /// over any more. Whether there was such a thing; what answers stays. Blocks where nobody answers, and the connection is open.
     pub fn clear(path: &Path, terms: Option<&Terms>) -> Result<bool, MountError> {
         mountpoint::clear(path, terms.map(|terms| Device { major: terms.major_dev, minor: terms.minor_dev }))
     }

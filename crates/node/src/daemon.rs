@@ -304,46 +304,52 @@ impl Node {
         restored: &'static str,
     ) -> Result<(), NodeError> {
         record.mounted = false;
-        // while the tree comes: only what is mounted must be on record
-        let saving = self.remember_soon(number, record.clone()).map(drop).shared();
         let request = record.request.clone().unwrap_or_default();
         let (starting, kept) = self.starting(asked, found, &request)?;
+        // while the tree comes: only what is mounted must be on record
+        let saving = self.remember_soon(number, record.clone()).map(drop).shared();
         let source: Arc<dyn Source> = Arc::new(KeptSource(kept));
         // the tree's names begin before it, since the mount waits for them, and its contents come behind it
-        let (turns, Around { ahead, before_contents }) = Turns::new();
+        let (turns, Around { ahead, coming, before_contents }) = Turns::new();
         let (unpacking, unpacked) = turn();
         let boot = match wants_boot(&request) {
             true => {
                 let room = asked.room.take().unwrap_or_else(BootRoom::prepare);
-                starting.stream_boot(Arc::clone(&source), room, (ahead.clone(), unpacked), before_contents)
+                starting.stream_boot(Arc::clone(&source), room, (ahead, unpacked), before_contents)
             }
             false => ComingBoot::none(),
         };
         let config = self.mount_config(&asked.reference, &request);
-        // while the names come; not before, so that nothing is there that does not answer while a registry does not
+        let failed = AtomicBool::new(false);
+        // while the last of the names is unpacked; not before all of them have come, so that nothing is there that does not answer while a
+        // registry does not
         let attaching = async {
-            ahead.over().await;
+            coming.over().await;
             saving.clone().await;
+            if failed.load(Ordering::Relaxed) {
+                return Ok(None);
+            }
             let config = config.clone();
-            blocking(move || Mount::attach(&config)).instrument(debug_span!("attach")).await
+            let attaching = blocking(move || Mount::attach(&config)).instrument(debug_span!("attach"));
+            attaching.await.map(Some)
         };
-        let coming = async {
+        let bringing = async {
             let tree = match request.passthrough {
                 // what is open past the node is never asked for again
-                true => (self.tree(asked, found, turns).await?, Contents::here()),
-                false => self.tree_names(asked, found, turns).await?,
+                true => self.tree(asked, found, turns).await.map(|tree| (tree, Contents::here())),
+                false => self.tree_names(asked, found, turns).await,
             };
+            failed.store(tree.is_err(), Ordering::Relaxed);
             drop(unpacking);
-            Ok(tree)
+            tree
         };
-        let come = tokio::try_join!(coming, attaching);
-        // whoever forgets it now finds it
+        // both to their ends, so that nothing is attached, or on record, after an error was answered
+        let (tree, attached) = tokio::join!(bringing, attaching);
         saving.await;
-        let (tree, attached) = come?;
+        let (tree, Some(attached)) = (tree?, attached?) else { unreachable!("nothing has failed") };
         let (cache, handle) = (Arc::clone(&self.cache), Handle::current());
         let serving = blocking(move || Mount::serve(attached, tree, cache, source, config, handle));
         let mount = Arc::new(serving.instrument(debug_span!("serve")).await?);
-        let booted = starting.boot(&mount, boot);
         self.hold(number, &mount);
         record = MountRecord { mounted: true, ..with_terms(record, &mount.terms()) };
         self.remember(number, &record);
@@ -351,6 +357,8 @@ impl Node {
         let chosen = Arc::clone(&starting.chosen);
         let within = starting.within.clone();
         let mounted = Mounted { mount, number, record, report: None, restored, chosen, within };
+        // not before it is held and remembered: a daemon that is killed while its boot waits for the mount leaves that to the next
+        let booted = starting.boot(&mounted.mount, boot);
         self.keep(mounted, report, starting, booted);
         Ok(())
     }

@@ -11,6 +11,7 @@ use lamina_image::TreeError;
 use lamina_mount::{Kept, Mount, MountError, Record, Terms};
 use lamina_wire::proto::MountRecord;
 use tokio::runtime::Handle;
+use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 use tracing::field::Empty;
 use tracing::{Instrument, Span, error, info, info_span, warn};
@@ -132,8 +133,13 @@ impl Node {
         if !record.mounted || ((record.detached || owned) && connection.is_none()) {
             // whoever asked for it has got an error, or nobody can reach it any more, or its owner's root directory is dead
             self.let_go(number);
+            drop(connection);
             self.records.forget_mount(number);
-            let _ = Mount::clear(&directory, record.mounted.then_some(&terms));
+            match record.mounted {
+                true => drop(Mount::clear(&directory, Some(&terms))),
+                // in the background: where a process that does not quite die has it open, whoever looks there waits for that
+                false => drop(spawn_blocking(move || Mount::clear(&directory, None))),
+            }
             return Outcome::Lost;
         }
         match self.try_restore(number, &record, &image, connection.as_deref()).await {

@@ -90,7 +90,10 @@ impl Node {
         let trees = self.trees.clone();
         // what comes over the link does not wait for the disk
         let (turns, here) = match trees.has(digest) {
-            true => (None, blocking(move || Ok::<_, NodeError>(trees.load(digest))).await?),
+            true => {
+                drop(turns);
+                (None, blocking(move || Ok::<_, NodeError>(trees.load(digest))).await?)
+            }
             false => (Some(turns), None),
         };
         let (tree, contents) = match here {
@@ -116,16 +119,25 @@ impl Node {
 
 /// When the parts of a tree come, where the boot pack comes over the same link.
 pub(crate) struct Turns {
-    /// Goes on until the names begin to come.
-    ahead: TurnGuard,
+    names: NamesTurn,
     /// What goes before the contents, as long as nobody needs these.
     before_contents: Turn,
+}
+
+/// While names come, each until it is taken.
+struct NamesTurn {
+    /// Goes on until they begin to.
+    ahead: Mutex<Option<TurnGuard>>,
+    /// Goes on until all of them have.
+    coming: Mutex<Option<TurnGuard>>,
 }
 
 /// For what waits for the parts of a tree, or goes before one.
 pub(crate) struct Around {
     /// Over when the names begin to come, or all of the tree is there.
     pub(crate) ahead: Turn,
+    /// Over when all names have come, or all of the tree is there.
+    pub(crate) coming: Turn,
     /// What comes before the contents goes on for as long.
     pub(crate) before_contents: TurnGuard,
 }
@@ -133,8 +145,11 @@ pub(crate) struct Around {
 impl Turns {
     /// With those of what comes around the tree.
     pub(crate) fn new() -> (Self, Around) {
-        let ((ahead, names_begin), (before, before_contents)) = (turn(), turn());
-        (Self { ahead, before_contents }, Around { ahead: names_begin, before_contents: before })
+        let ((ahead, names_begin), (coming, names_end)) = (turn(), turn());
+        let (before, before_contents) = turn();
+        let names = NamesTurn { ahead: Mutex::new(Some(ahead)), coming: Mutex::new(Some(coming)) };
+        let around = Around { ahead: names_begin, coming: names_end, before_contents: before };
+        (Self { names, before_contents }, around)
     }
 
     /// Where nothing else comes.
@@ -160,14 +175,13 @@ impl Wanted {
         self,
         sources: &Sources,
         names: Option<TreeNames>,
-        Turns { ahead, before_contents }: Turns,
+        Turns { names: turn, before_contents }: Turns,
     ) -> Result<(Arc<Tree>, Contents), NodeError> {
-        let ahead = Mutex::new(Some(ahead));
         let ask = |client: Client| {
-            let (this, ahead) = (self.clone(), &ahead);
+            let (this, turn) = (self.clone(), &turn);
             async move {
                 let named = match names {
-                    Some(names) => this.names(&client, names, ahead).await?,
+                    Some(names) => this.names(&client, names, turn).await?,
                     None => None,
                 };
                 Ok(match named {
@@ -178,7 +192,7 @@ impl Wanted {
         };
         let (tree, named) = sources.ask(TREE, ask).await?;
         // where all of it came at once
-        drop(ahead);
+        drop(turn);
         let tree = Arc::new(tree);
         let Some(named) = named else { return Ok((tree, Contents::here())) };
         let (bringing, contents) = Contents::coming();
@@ -233,13 +247,13 @@ impl Wanted {
         false
     }
 
-    /// Unpacks its names while they come, from where on nothing is `ahead` of what waits for that; `None` where it is worth asking the
-    /// same host for all of it, which is done with retries. *Errors*: it does not have it.
+    /// Unpacks its names while they come, of which the `turn` is; `None` where it is worth asking the same host for all of it, which is done
+    /// with retries. *Errors*: it does not have it.
     async fn names(
         &self,
         client: &Client,
         names: TreeNames,
-        ahead: &Mutex<Option<TurnGuard>>,
+        turn: &NamesTurn,
     ) -> Result<Option<(Tree, Named)>, NodeError> {
         let client = client.with_tries(1);
         let part = client.blob_range_stream(&self.reference.repository, self.digest, 0..names.bytes);
@@ -248,9 +262,14 @@ impl Wanted {
             Ok(Err(error)) if error.is_not_found() => return Err(error.into()),
             Ok(Err(_)) | Err(_) => return Ok(None),
         };
-        ahead.lock().take();
+        turn.ahead.lock().take();
+        let all_come = |bytes| {
+            if bytes == names.bytes {
+                turn.coming.lock().take();
+            }
+        };
         let (trees, digest) = (self.trees.clone(), self.digest);
-        let received = received(part, move |part| trees.receive_names(digest, names, part)).await;
+        let received = received(part, all_come, move |part| trees.receive_names(digest, names, part)).await;
         Ok(received.inspect_err(|error| tracing::debug!(tree = %digest, %error, "names did not come")).ok())
     }
 
@@ -262,7 +281,7 @@ impl Wanted {
         };
         let rest = sources.ask(TREE, ask).await.map_err(io::Error::other)?;
         let (trees, max) = (self.trees.clone(), TREE_BLOB_BYTES_MAX - from);
-        received(rest, move |rest| trees.receive_contents(&tree, named, rest.take(max))).await
+        received(rest, |_| (), move |rest| trees.receive_contents(&tree, named, rest.take(max))).await
     }
 
     /// All of it.
@@ -280,7 +299,7 @@ impl Wanted {
             return None;
         }
         let (trees, digest) = (self.trees.clone(), self.digest);
-        let received = received(blob.bytes, move |blob| trees.receive(digest, blob)).await;
+        let received = received(blob.bytes, |_| (), move |blob| trees.receive(digest, blob)).await;
         received.inspect_err(|error| tracing::debug!(tree = %digest, %error, "a tree did not come")).ok()
     }
 
@@ -292,9 +311,11 @@ impl Wanted {
     }
 }
 
-/// Has `receive` read what comes, on a thread that may block. Dropping this ends what `receive` reads, and so that thread.
+/// Has `receive` read what comes, on a thread that may block. Where nothing goes wrong `all_come` is told how many bytes have come, though
+/// they may not all be read yet. Dropping this ends what `receive` reads, and so that thread.
 async fn received<T: Send + 'static>(
     mut bytes: BoxStream<'static, Result<Bytes, WireError>>,
+    all_come: impl FnOnce(u64),
     receive: impl FnOnce(PieceReader) -> io::Result<T> + Send + 'static,
 ) -> io::Result<T> {
     let (sender, mut pieces) = mpsc::channel(HELD_PIECES);
@@ -302,11 +323,15 @@ async fn received<T: Send + 'static>(
     let reader = SyncIoBridge::new(StreamReader::new(pieces));
     let receiving = spawn_blocking(move || receive(reader));
     let forward = async move {
+        let mut come = 0;
         while let Some(piece) = bytes.next().await {
-            if sender.send(piece).await.is_err() {
-                break;
+            let is_wrong = piece.is_err();
+            come += piece.as_ref().map_or(0, |piece| piece.len() as u64);
+            if sender.send(piece).await.is_err() || is_wrong {
+                return;
             }
         }
+        all_come(come);
     };
     let ((), received) = tokio::join!(forward, receiving);
     received.expect("receiving does not panic")
@@ -316,4 +341,35 @@ async fn received<T: Send + 'static>(
 fn pauses() -> impl Iterator<Item = Duration> {
     let next = |pause: &Duration| Some((*pause * 2).min(AGAIN_MAX));
     std::iter::successors(Some(AGAIN_MIN), next)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn that_all_has_come_is_told_before_it_is_read_and_not_of_what_breaks_off() {
+        for breaks_off in [false, true] {
+            let (sender, mut coming) = mpsc::channel(2);
+            let coming = poll_fn(move |cx| coming.poll_recv(cx)).boxed();
+            let ((told, hear), (go, gone)) =
+                (std::sync::mpsc::sync_channel(1), std::sync::mpsc::sync_channel(1));
+            let read = move |mut part: PieceReader| {
+                gone.recv().expect("sent");
+                io::copy(&mut part, &mut io::sink())
+            };
+            let received =
+                tokio::spawn(received(coming, move |bytes| told.send(bytes).expect("heard"), read));
+            sender.send(Ok(Bytes::from_static(b"some bytes"))).await.expect("taken");
+            if breaks_off {
+                let error = WireError::Timeout { url: String::new(), waited: Duration::ZERO };
+                sender.send(Err(error)).await.expect("taken");
+            }
+            drop(sender);
+            let heard = spawn_blocking(move || hear.recv()).await.expect("no panic");
+            assert_eq!(heard.ok(), (!breaks_off).then_some(10));
+            go.send(()).expect("heard");
+            assert_eq!(received.await.expect("no panic").ok(), (!breaks_off).then_some(10));
+        }
+    }
 }

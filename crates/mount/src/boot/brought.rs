@@ -36,11 +36,12 @@ impl Boot {
 }
 
 impl Coming {
-    /// Has the kernel know the inodes of all its files. `root` is the mount's. *Errors*: fewer are known than there are.
-    pub(super) fn make_known(root: &OwnedFd, known: &Known, counters: &Counters) -> rustix::io::Result<()> {
+    /// Has the kernel know the inodes of all its files, if it has that directory. `root` is the mount's. *Errors*: fewer are known than there
+    /// are.
+    pub(super) fn make_known(root: &OwnedFd, known: &Known, counters: &Counters) -> rustix::io::Result<bool> {
         let opened = open_inside(root, BROUGHT_NAME, OFlags::DIRECTORY)?;
         if fstat(&opened)?.st_ino != BROUGHT.0 {
-            return Ok(());
+            return Ok(false);
         }
         let mut buffer = Vec::with_capacity(LISTED_BYTES);
         let mut entries = RawDir::new(opened, buffer.spare_capacity_mut());
@@ -48,6 +49,6 @@ impl Coming {
             known.add(Ino(entry?.ino()));
             one(&counters.boot_files);
         }
-        Ok(())
+        Ok(true)
     }
 }

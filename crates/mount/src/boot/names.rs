@@ -57,7 +57,8 @@ impl Booting<'_> {
             let flags = OFlags::PATH | OFlags::CLOEXEC;
             let Ok(root) = openat(CWD, &path, flags, Mode::empty()) else { return };
             // no page waits for names then
-            if let Err(error) = Coming::make_known(&root, &known, &counters) {
+            let brought = Coming::make_known(&root, &known, &counters);
+            if let Err(error) = &brought {
                 debug!(%error, "files become known by their names");
             }
             let mut opened = false;
@@ -80,7 +81,9 @@ impl Booting<'_> {
                 one(&counters.boot_names);
             }
             // every file is known by a name of its own now
-            let _ = notifier.inval_entry(INodeNo::ROOT, OsStr::new(BROUGHT_NAME));
+            if brought.is_ok_and(|brought| brought) {
+                let _ = notifier.inval_entry(INodeNo::ROOT, OsStr::new(BROUGHT_NAME));
+            }
             // neither pages nor the boot's end wait for a listing
             drop(finishing);
             boot.begin_listing(root);

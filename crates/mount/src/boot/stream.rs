@@ -45,7 +45,7 @@ pub struct BootStream {
 pub(super) type OpenedFrame = (u32, Bytes);
 
 impl BootRoom {
-    /// Makes room for one, 8 MiB, in the background. Must be called inside a tokio runtime.
+    /// Makes room for one, 8 MiB, in the background.
     pub fn prepare() -> Self {
         let buffers = Arc::<Buffers>::default();
         let prepared = Arc::downgrade(&buffers);
