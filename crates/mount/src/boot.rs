@@ -86,7 +86,7 @@ struct Coming {
     /// Each file once, the first needed first.
     order: Vec<Ino>,
     opened: Arc<Opened>,
-    /// The threads that open them.
+    /// The threads that open and store them.
     crew: Arc<Crew>,
     /// How many frames were stored.
     stored: AtomicUsize,

@@ -1,4 +1,4 @@
-//! The threads that open a boot's frames. They step back for the program that starts, as long as nobody waits for them.
+//! The threads that do a boot's work. They step back for the program that starts, as long as nobody waits for them.
 //!
 //! A program runs on one processor while it starts, and on a small machine a boot takes all that there are: then each takes turns
 //! with the other, and the program comes late to what it could do long since. A boot that is ahead of it loses nothing by waiting.

@@ -9,7 +9,6 @@ use fuser::{INodeNo, Notifier};
 use lamina_image::{BootRun, Tree};
 use tokio::sync::{mpsc, oneshot};
 
-use super::crew;
 use super::known::Known;
 use super::opened::Opened;
 use super::stream::OpenedFrame;
@@ -57,10 +56,9 @@ impl Booting<'_> {
         known: Arc<Known>,
         mut queue: mpsc::Receiver<OpenedFrame>,
     ) -> io::Result<oneshot::Receiver<Result<(), BootFailure>>> {
-        let (coming, notifier) = (Arc::clone(coming), self.notifier.clone());
+        let (coming, crew, notifier) = (Arc::clone(coming), Arc::clone(&coming.crew), self.notifier.clone());
         let (counters, touched) = (Arc::clone(self.counters), Arc::clone(self.touched));
-        // not behind programs: to store a page takes a tenth of what it takes one to read it
-        crew::spawn(move || {
+        crew.spawn(move || {
             while let Some((number, plain)) = queue.blocking_recv() {
                 for run in &runs[coming.frames[number as usize].runs.clone()] {
                     known.wait(run.ino);
