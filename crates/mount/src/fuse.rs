@@ -119,6 +119,11 @@ fn absent() -> FileAttr {
     bare(Ino(0), FileType::RegularFile, 0)
 }
 
+/// The directory that only the boot finds.
+fn brought() -> FileAttr {
+    bare(BROUGHT, FileType::Directory, 0o500)
+}
+
 /// Nothing but what it is, and of root.
 fn bare(ino: Ino, kind: FileType, perm: u16) -> FileAttr {
     FileAttr {
@@ -178,7 +183,7 @@ impl Fuse {
 
     fn attributes(&self, ino: Ino) -> Result<FileAttr, FsError> {
         match ino {
-            BROUGHT => Ok(bare(ino, FileType::Directory, 0o500)),
+            BROUGHT => Ok(brought()),
             ino => Ok(attributes(ino, &self.tree().inode(ino)?)),
         }
     }
@@ -321,7 +326,7 @@ impl Filesystem for Fuse {
         if is_brought(self.tree(), Ino(parent.0), name) {
             // not kept, neither of them: the next who asks for it is told the other thing
             let is_asker = self.files.boot.asks(req.pid());
-            let attr = if is_asker { bare(BROUGHT, FileType::Directory, 0o500) } else { absent() };
+            let attr = if is_asker { brought() } else { absent() };
             return reply.entry_with_ttls(&TTL, &Duration::ZERO, &attr, Generation(0));
         }
         one(&counters.lookups);

@@ -7,7 +7,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use futures_util::FutureExt;
 use futures_util::future::join_all;
 use lamina_cache::{Cache, CacheConfig, Source};
 use lamina_image::{CommandKey, Digest, Platform, Tree};
@@ -307,7 +306,7 @@ impl Node {
         let request = record.request.clone().unwrap_or_default();
         let (starting, kept) = self.starting(asked, found, &request)?;
         // while the tree comes: only what is mounted must be on record
-        let saving = self.remember_soon(number, record.clone()).map(drop).shared();
+        let saving = self.remember_soon(number, record.clone());
         let source: Arc<dyn Source> = Arc::new(KeptSource(kept));
         // the tree's names begin before it, since the mount waits for them, and its contents come behind it
         let (turns, Around { ahead, coming, before_contents }) = Turns::new();
@@ -325,7 +324,7 @@ impl Node {
         // registry does not
         let attaching = async {
             coming.over().await;
-            saving.clone().await;
+            let _ = saving.await;
             if failed.load(Ordering::Relaxed) {
                 return Ok(None);
             }
@@ -345,7 +344,6 @@ impl Node {
         };
         // both to their ends, so that nothing is attached, or on record, after an error was answered
         let (tree, attached) = tokio::join!(bringing, attaching);
-        saving.await;
         let (tree, Some(attached)) = (tree?, attached?) else { unreachable!("nothing has failed") };
         let (cache, handle) = (Arc::clone(&self.cache), Handle::current());
         let serving = blocking(move || Mount::serve(attached, tree, cache, source, config, handle));

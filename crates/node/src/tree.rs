@@ -74,7 +74,7 @@ impl Node {
         &self,
         asked: &mut Asked,
         found: &Found,
-        turns: Turns,
+        mut turns: Turns,
     ) -> Result<(Arc<Tree>, Contents), NodeError> {
         let span = Span::current();
         let from = |what: &str| {
@@ -88,13 +88,13 @@ impl Node {
             return Ok((tree, contents.clone()));
         }
         let trees = self.trees.clone();
-        // what comes over the link does not wait for the disk
-        let (turns, here) = match trees.has(digest) {
+        let here = match trees.has(digest) {
             true => {
-                drop(turns);
-                (None, blocking(move || Ok::<_, NodeError>(trees.load(digest))).await?)
+                // what comes over the link does not wait for the disk
+                turns = Turns::alone();
+                blocking(move || Ok::<_, NodeError>(trees.load(digest))).await?
             }
-            false => (Some(turns), None),
+            false => None,
         };
         let (tree, contents) = match here {
             Some(tree) => {
@@ -107,7 +107,7 @@ impl Node {
                 let Asked { sources, reference, .. } = asked;
                 let wanted = Wanted { trees: self.trees.clone(), reference: reference.clone(), digest };
                 let names = found.names.filter(|names| names.bytes <= TREE_BLOB_BYTES_MAX);
-                wanted.receive(sources, names, turns.unwrap_or_else(Turns::alone)).await?
+                wanted.receive(sources, names, turns).await?
             }
         };
         let mut loaded = self.loaded.lock();

@@ -2,8 +2,6 @@
 
 use std::convert::Infallible;
 
-use futures_util::FutureExt;
-use futures_util::future::Shared;
 use tokio::sync::oneshot;
 
 /// That something goes on. It is over when this is dropped, however that comes.
@@ -12,14 +10,14 @@ pub(crate) struct TurnGuard {
     _over: oneshot::Sender<Infallible>,
 }
 
-/// For those who wait until it is over.
-#[derive(Clone, Debug)]
-pub(crate) struct Turn(Shared<oneshot::Receiver<Infallible>>);
+/// For who waits until it is over.
+#[derive(Debug)]
+pub(crate) struct Turn(oneshot::Receiver<Infallible>);
 
 /// Something that goes on, from now.
 pub(crate) fn turn() -> (TurnGuard, Turn) {
     let (over, turn) = oneshot::channel();
-    (TurnGuard { _over: over }, Turn(turn.shared()))
+    (TurnGuard { _over: over }, Turn(turn))
 }
 
 impl Turn {
@@ -41,10 +39,9 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_turn_is_over_when_its_guard_is_dropped_and_not_before() {
         let (guard, turn) = turn();
-        let mut over = std::pin::pin!(turn.clone().over());
+        let mut over = std::pin::pin!(turn.over());
         timeout(Duration::from_secs(1), over.as_mut()).await.expect_err("it goes on");
         drop(guard);
         over.await;
-        turn.over().await;
     }
 }

@@ -9,11 +9,11 @@ use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
 
 use lamina_image::{Ino, Tree};
-use rustix::fs::{OFlags, RawDir, fstat};
+use rustix::fs::{OFlags, fstat};
 
+use super::Boot;
 use super::known::Known;
-use super::names::{LISTED_BYTES, open_inside};
-use super::{Boot, Coming};
+use super::names::{listed, open_inside};
 use crate::metrics::{Counters, one};
 
 /// The inode of that directory, which is none of a tree's: these are 32 bits long.
@@ -35,20 +35,16 @@ impl Boot {
     }
 }
 
-impl Coming {
-    /// Has the kernel know the inodes of all its files, if it has that directory. `root` is the mount's. *Errors*: fewer are known than there
-    /// are.
-    pub(super) fn make_known(root: &OwnedFd, known: &Known, counters: &Counters) -> rustix::io::Result<bool> {
-        let opened = open_inside(root, BROUGHT_NAME, OFlags::DIRECTORY)?;
-        if fstat(&opened)?.st_ino != BROUGHT.0 {
-            return Ok(false);
-        }
-        let mut buffer = Vec::with_capacity(LISTED_BYTES);
-        let mut entries = RawDir::new(opened, buffer.spare_capacity_mut());
-        while let Some(entry) = entries.next() {
-            known.add(Ino(entry?.ino()));
-            one(&counters.boot_files);
-        }
-        Ok(true)
+/// Has the kernel know the inodes of all files of a boot pack, if it has that directory. `root` is the mount's. *Errors*: fewer are known
+/// than there are.
+pub(super) fn make_known(root: &OwnedFd, known: &Known, counters: &Counters) -> rustix::io::Result<bool> {
+    let opened = open_inside(root, BROUGHT_NAME, OFlags::DIRECTORY)?;
+    if fstat(&opened)?.st_ino != BROUGHT.0 {
+        return Ok(false);
     }
+    listed(opened, |ino| {
+        known.add(ino);
+        one(&counters.boot_files);
+    })?;
+    Ok(true)
 }

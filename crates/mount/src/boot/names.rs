@@ -19,16 +19,17 @@ use tokio::sync::oneshot;
 use tokio::task::spawn_blocking;
 use tracing::{debug, trace};
 
+use super::brought::make_known;
 use super::known::{Finishing, Known};
 use super::run::Booting;
-use super::{BROUGHT_NAME, Boot, Coming, Listing};
+use super::{BROUGHT_NAME, Boot, Listing};
 use crate::metrics::{Counters, one};
 
 /// The kernel learns at the first opening whether it is to ask at each (not of a passthrough mount, where it is), and at the first
 /// closing the same. A file that is opened first, so that no program waits for this, is too small to be opened past the node.
 const OPENED_FIRST_MAX: i64 = 64 << 10;
 /// Of a directory's entries, at once: some 500.
-pub(super) const LISTED_BYTES: usize = 64 << 10;
+const LISTED_BYTES: usize = 64 << 10;
 /// A listing of no more entries for each name that is wanted there is done in the place of looking these up. An entry takes 4 µs; a name
 /// that is looked up 25 where nothing else runs, most of them for waking who answers and who asked, and more where a program does.
 const ENTRIES_FOR_A_NAME: u32 = 8;
@@ -57,7 +58,7 @@ impl Booting<'_> {
             let flags = OFlags::PATH | OFlags::CLOEXEC;
             let Ok(root) = openat(CWD, &path, flags, Mode::empty()) else { return };
             // no page waits for names then
-            let brought = Coming::make_known(&root, &known, &counters);
+            let brought = make_known(&root, &known, &counters);
             if let Err(error) = &brought {
                 debug!(%error, "files become known by their names");
             }
@@ -161,12 +162,16 @@ pub(super) fn open_inside(root: &OwnedFd, path: &str, flags: OFlags) -> rustix::
 
 /// Has the kernel read a directory below `root`.
 fn list(root: &OwnedFd, dir: &str) -> rustix::io::Result<()> {
-    let opened = open_inside(root, dir, OFlags::DIRECTORY)?;
+    listed(open_inside(root, dir, OFlags::DIRECTORY)?, |_| ())
+}
+
+/// The same with one that is open, and says which inodes it has.
+pub(super) fn listed(opened: OwnedFd, mut each: impl FnMut(Ino)) -> rustix::io::Result<()> {
     // as much as the kernel asks for at once: a request fills the buffer that the entries are for (fs/fuse/readdir.c)
     let mut buffer = Vec::with_capacity(LISTED_BYTES);
     let mut entries = RawDir::new(opened, buffer.spare_capacity_mut());
     while let Some(entry) = entries.next() {
-        entry?;
+        each(Ino(entry?.ino()));
     }
     Ok(())
 }
