@@ -475,32 +475,34 @@ fn of_a_run_that_is_killed_neither_process_nor_mount_is_left_and_its_scratch_goe
 fn a_mount_that_nobody_serves_any_more_goes_with_the_next_run() -> Result<()> {
     let rig = pushed()?;
     let mut process = started(&rig, "echo ready; exec cat /fifo")?;
-    // all at once, as when a machine's memory is full: the run, its daemon and the daemon's holder
-    let cache = text(&rig.path("cache"));
-    for entry in fs::read_dir("/proc")?.flatten() {
-        let words = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        let words = String::from_utf8_lossy(&words).into_owned();
-        if words.contains("\0node\0") && words.contains(&cache) {
-            let pid = entry.file_name().to_str().and_then(|name| name.parse().ok());
-            let pid = pid.and_then(rustix::process::Pid::from_raw).context("a process id")?;
-            let _ = rustix::process::kill_process(pid, Signal::STOP);
-            process.signal(Signal::STOP)?;
-            killed(pid, &words)?;
-        }
-    }
+    // all at once, as when a machine's memory is full: the daemon and its holder, each of which starts the other again, and the run
+    let nodes = nodes(&text(&rig.path("cache")))?;
+    ensure!(nodes.len() == 2, "a daemon and its holder: {nodes:?}");
+    let group = rustix::process::getpgid(nodes.first().copied())?;
+    ensure!(
+        nodes.iter().all(|node| rustix::process::getpgid(Some(*node)) == Ok(group)),
+        "a group of their own"
+    );
+    ensure!(group != rustix::process::getpgrp(), "a group of their own");
+    rustix::process::kill_process_group(group, Signal::KILL)?;
     process.signal(Signal::KILL)?;
     process.wait(DEADLINE)?;
     ensure!(printed(&rig, &[], "echo next")? == "next\n");
     nothing_is_left(&rig)
 }
 
-/// Kills a process that was stopped.
-fn killed(pid: rustix::process::Pid, what: &str) -> Result<()> {
-    rustix::process::kill_process(pid, Signal::KILL).with_context(|| what.to_owned())?;
-    until("it to die", DEADLINE, || {
-        let state = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        Ok((state.is_empty() || state.contains(") Z ")).then_some(()))
-    })
+/// The daemon of a cache and its holder.
+fn nodes(cache: &str) -> Result<Vec<rustix::process::Pid>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc")?.flatten() {
+        let words = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let words = String::from_utf8_lossy(&words).into_owned();
+        if words.contains("\0node\0") && words.contains(cache) {
+            let pid = entry.file_name().to_str().and_then(|name| name.parse().ok());
+            found.push(pid.and_then(rustix::process::Pid::from_raw).context("a process id")?);
+        }
+    }
+    Ok(found)
 }
 
 /// Two programs in one image at the same time: each sees what it wrote, and none what the other did.
