@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Buf, Bytes};
 use futures_util::StreamExt;
 use lamina_cache::{Class, Source, SourceError};
 use lamina_image::BootPack;
@@ -27,8 +27,10 @@ const TRIES: usize = 3;
 pub(super) struct Fetching {
     pieces: mpsc::Receiver<Result<Bytes, SourceError>>,
     room: Arc<Semaphore>,
-    /// What was taken from `pieces` and not from here.
-    held: BytesMut,
+    /// What was taken from `pieces` and not from here: what comes next,
+    begun: Vec<u8>,
+    /// and behind it.
+    rest: Bytes,
     taken: u64,
     task: JoinHandle<()>,
 }
@@ -39,7 +41,7 @@ impl Fetching {
         let (sender, pieces) = mpsc::channel(HELD_PIECES);
         let room = Arc::new(Semaphore::new(HELD_BYTES));
         let task = tokio::spawn(fetch(pack, source, sender, Arc::clone(&room)));
-        Self { pieces, room, held: BytesMut::new(), taken: 0, task }
+        Self { pieces, room, begun: Vec::new(), rest: Bytes::new(), taken: 0, task }
     }
 
     /// How many bytes were taken.
@@ -47,18 +49,28 @@ impl Fetching {
         self.taken
     }
 
-    /// The next `len` bytes. Cancelling it loses none.
+    /// The next `len` bytes: copied, once, where they came in more than one piece. Cancelling it loses none, if as many are asked for again.
     pub(super) async fn take(&mut self, len: usize) -> Result<Bytes, BootFailure> {
-        while self.held.len() < len {
+        loop {
+            let missing = len - self.begun.len();
+            if self.rest.len() >= missing {
+                self.taken += len as u64;
+                let last = self.rest.split_to(missing);
+                if self.begun.is_empty() {
+                    return Ok(last);
+                }
+                self.begun.extend_from_slice(&last);
+                return Ok(std::mem::take(&mut self.begun).into());
+            }
+            self.begun.reserve_exact(missing);
+            self.begun.extend_from_slice(&self.rest);
+            self.rest.clear();
             let Some(piece) = self.pieces.recv().await else {
-                return Err(BootFailure::Length(self.taken + self.held.len() as u64));
+                return Err(BootFailure::Length(self.taken + self.begun.len() as u64));
             };
-            let piece = piece?;
-            self.room.add_permits(permits(&piece));
-            self.held.extend_from_slice(&piece);
+            self.rest = piece?;
+            self.room.add_permits(permits(&self.rest));
         }
-        self.taken += len as u64;
-        Ok(self.held.split_to(len).freeze())
     }
 }
 
@@ -114,4 +126,30 @@ async fn part(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_is_taken_is_what_came_in_whatever_pieces() {
+        let (sender, pieces) = mpsc::channel(HELD_PIECES);
+        let (room, task) = (Arc::new(Semaphore::new(HELD_BYTES)), tokio::spawn(async {}));
+        let mut fetching = Fetching { pieces, room, begun: Vec::new(), rest: Bytes::new(), taken: 0, task };
+        let send = |piece: &'static [u8]| sender.try_send(Ok(Bytes::from_static(piece))).expect("room");
+        [&b"abcd"[..], b"ef", b"", b"g", b"hij"].into_iter().for_each(send);
+        for expected in ["abc", "defgh", "", "ij"] {
+            assert_eq!(fetching.take(expected.len()).await.expect("it is there"), expected);
+        }
+        assert_eq!(fetching.taken(), 10);
+        send(b"kl");
+        assert!(fetching.take(3).now_or_never().is_none(), "it has not come");
+        send(b"mno");
+        assert_eq!(fetching.take(3).await.expect("nothing was lost"), "klm");
+        drop(sender);
+        assert!(matches!(fetching.take(3).await, Err(BootFailure::Length(15))), "the end");
+    }
 }
