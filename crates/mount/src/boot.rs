@@ -46,7 +46,7 @@ mod stream;
 const OPENED: usize = 16;
 /// And no longer than this.
 const NEAR: Duration = Duration::from_millis(100);
-/// How long frames are kept for reads after they were stored: the kernel asks for what it had locked meanwhile.
+/// How long frames are kept for reads after they were stored, in frames of full length: the kernel asks for what it had locked meanwhile.
 const KEPT: usize = 4;
 
 /// Why a boot pack was given up. The mount goes on without.
@@ -90,6 +90,8 @@ struct Coming {
     crew: Arc<Crew>,
     /// How many frames were stored.
     stored: AtomicUsize,
+    /// Up to which frame programs have read what was not stored yet.
+    read: AtomicUsize,
     /// How many frames were opened when a read waited in vain, and none came meanwhile.
     stalled: AtomicUsize,
     blob: PackId,
@@ -168,12 +170,13 @@ impl Boot {
     pub(crate) fn read(&self, ino: Ino, offset: u64, end: u64) -> Booted {
         let Some(coming) = self.coming.get() else { return Booted::Not };
         let Some(parts) = coming.parts(ino, offset, end) else { return Booted::Not };
-        if let Some(bytes) = coming.assemble(&parts) {
-            return Booted::Here(bytes);
-        }
         let (first, last) = parts
             .iter()
             .fold((u32::MAX, 0), |(first, last), part| (first.min(part.frame), last.max(part.frame)));
+        if let Some(bytes) = coming.assemble(&parts) {
+            coming.is_read(last as usize + 1);
+            return Booted::Here(bytes);
+        }
         let (opened, stored) = (coming.opened.count(), coming.stored.load(Ordering::Relaxed));
         if (last as usize) < stored {
             return match first == last {
@@ -242,6 +245,7 @@ impl Coming {
             opened: Arc::clone(stream.opened()),
             crew: Arc::clone(stream.crew()),
             stored: AtomicUsize::new(0),
+            read: AtomicUsize::new(0),
             stalled: AtomicUsize::new(usize::MAX - 1),
             blob: stream.pack().pack(),
         }
@@ -261,6 +265,25 @@ impl Coming {
             next += 1;
         }
         Some(parts)
+    }
+
+    /// A program asks for pages of one of the first `frames`, which are opened.
+    fn is_read(&self, frames: usize) {
+        let ahead = frames > self.stored.load(Ordering::Relaxed);
+        if ahead && self.read.fetch_max(frames, Ordering::Relaxed) < frames {
+            self.set_late();
+        }
+    }
+
+    /// The first `frames` are stored.
+    fn has_stored(&self, frames: usize) {
+        self.stored.store(frames, Ordering::Relaxed);
+        self.set_late();
+    }
+
+    /// Whoever comes last sees what both have done, since each looks under a lock.
+    fn set_late(&self) {
+        self.crew.set_late(|| self.read.load(Ordering::Relaxed) > self.stored.load(Ordering::Relaxed));
     }
 
     fn assemble(&self, parts: &[Place]) -> Option<Bytes> {

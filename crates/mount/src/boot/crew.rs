@@ -22,9 +22,18 @@ pub(super) struct Crew(Mutex<State>);
 
 #[derive(Debug, Default)]
 struct State {
-    threads: Vec<Pid>,
+    threads: Vec<(Pid, Role)>,
     /// How many wait for what they do.
     waiting: usize,
+    /// Whether programs read what is opened and not stored.
+    late: bool,
+}
+
+/// What a thread does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    Opens,
+    Stores,
 }
 
 /// Somebody waits, as long as this lives.
@@ -36,11 +45,12 @@ impl Crew {
     /// Does `work` on a thread of its own that steps back, as [`spawn`] does.
     pub(super) fn spawn<T: Send + 'static>(
         self: &Arc<Self>,
+        role: Role,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> io::Result<oneshot::Receiver<T>> {
         let this = Arc::clone(self);
         spawn(move || {
-            let _member = this.join();
+            let _member = this.join(role);
             work()
         })
     }
@@ -50,18 +60,29 @@ impl Crew {
         let mut state = self.0.lock();
         state.waiting += 1;
         if state.waiting == 1 {
-            state.give_way(false);
+            state.give_way();
         }
         Awaited(self)
     }
 
-    fn join(&self) -> Member<'_> {
+    /// Whoever stores goes first, as long as this says, from now on, that it is late: that programs read what is opened and not stored,
+    /// by requests that cost them more than storing does.
+    pub(super) fn set_late(&self, is_late: impl FnOnce() -> bool) {
+        let mut state = self.0.lock();
+        let is_late = is_late();
+        if state.late != is_late {
+            state.late = is_late;
+            state.give_way();
+        }
+    }
+
+    fn join(&self, role: Role) -> Member<'_> {
         // found out before anybody waits for the lock
         ordinary();
         let member = Member(self, rustix::thread::gettid());
         let mut state = self.0.lock();
-        state.threads.push(member.1);
-        give_way(member.1, state.waiting == 0);
+        state.threads.push((member.1, role));
+        give_way(member.1, state.is_behind(role));
         drop(state);
         member
     }
@@ -79,8 +100,12 @@ pub(super) fn spawn<T: Send + 'static>(
 }
 
 impl State {
-    fn give_way(&self, behind: bool) {
-        self.threads.iter().for_each(|thread| give_way(*thread, behind));
+    fn is_behind(&self, role: Role) -> bool {
+        self.waiting == 0 && !(self.late && role == Role::Stores)
+    }
+
+    fn give_way(&self) {
+        self.threads.iter().for_each(|(thread, role)| give_way(*thread, self.is_behind(*role)));
     }
 }
 
@@ -89,14 +114,14 @@ impl Drop for Awaited<'_> {
         let mut state = self.0.0.lock();
         state.waiting -= 1;
         if state.waiting == 0 {
-            state.give_way(true);
+            state.give_way();
         }
     }
 }
 
 impl Drop for Member<'_> {
     fn drop(&mut self) {
-        self.0.0.lock().threads.retain(|thread| *thread != self.1);
+        self.0.0.lock().threads.retain(|(thread, _)| *thread != self.1);
     }
 }
 
@@ -141,7 +166,7 @@ mod tests {
         let crew = Arc::new(Crew::default());
         let ordinary = ordinary().expect("this test needs CAP_SYS_NICE");
         let ((end, ended), (tell, told)) = (mpsc::sync_channel::<()>(1), mpsc::sync_channel(1));
-        let done = crew.spawn(move || {
+        let done = crew.spawn(Role::Opens, move || {
             tell.send(rustix::thread::gettid()).expect("heard");
             ended.recv().is_err()
         });
@@ -160,9 +185,35 @@ mod tests {
     }
 
     #[test]
+    fn while_storing_is_late_whoever_stores_steps_back_no_more_and_the_others_do() {
+        let crew = Arc::new(Crew::default());
+        let ordinary = ordinary().expect("this test needs CAP_SYS_NICE");
+        let behind = (ordinary + BEHIND).min(NICE_MAX);
+        let thread = |role| {
+            let ((end, ended), (tell, told)) = (mpsc::sync_channel::<()>(1), mpsc::sync_channel(1));
+            let made = crew.spawn(role, move || {
+                tell.send(rustix::thread::gettid()).expect("heard");
+                ended.recv().is_err()
+            });
+            made.expect("a thread");
+            (end, told.recv().expect("told"))
+        };
+        let ((_opening, opens), (_storing, stores)) = (thread(Role::Opens), thread(Role::Stores));
+        let nice = || [opens, stores].map(|thread| getpriority_process(Some(thread)).expect("it is there"));
+        assert_eq!(nice(), [behind, behind]);
+        crew.set_late(|| true);
+        assert_eq!(nice(), [behind, ordinary]);
+        let awaited = crew.awaited();
+        assert_eq!(nice(), [ordinary, ordinary]);
+        crew.set_late(|| false);
+        drop(awaited);
+        assert_eq!(nice(), [behind, behind]);
+    }
+
+    #[test]
     fn what_panics_sends_nothing_and_is_no_member_any_more() {
         let crew = Arc::new(Crew::default());
-        let done = crew.spawn(|| panic!("as it should")).expect("a thread");
+        let done = crew.spawn(Role::Opens, || panic!("as it should")).expect("a thread");
         done.blocking_recv().map(|(): ()| ()).expect_err("nothing");
         assert!(crew.0.lock().threads.is_empty());
     }

@@ -1,20 +1,25 @@
 //! Booting: from the stream to the page cache.
 
+use std::collections::VecDeque;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use fuser::{INodeNo, Notifier};
-use lamina_image::{BootRun, Tree};
+use lamina_image::{BOOT_FRAME_BYTES, BootRun, Tree};
 use tokio::sync::{mpsc, oneshot};
 
+use super::crew::Role;
 use super::known::Known;
 use super::opened::Opened;
 use super::stream::OpenedFrame;
 use super::{Boot, BootFailure, BootStream, Coming, KEPT};
 use crate::bits::Bits;
 use crate::metrics::{Counters, add, one};
+
+/// The first frames are short.
+const KEPT_BYTES: usize = KEPT * BOOT_FRAME_BYTES;
 
 /// What boot needs of a mount.
 pub(crate) struct Booting<'a> {
@@ -58,7 +63,8 @@ impl Booting<'_> {
     ) -> io::Result<oneshot::Receiver<Result<(), BootFailure>>> {
         let (coming, crew, notifier) = (Arc::clone(coming), Arc::clone(&coming.crew), self.notifier.clone());
         let (counters, touched) = (Arc::clone(self.counters), Arc::clone(self.touched));
-        crew.spawn(move || {
+        crew.spawn(Role::Stores, move || {
+            let (mut kept, mut kept_bytes) = (VecDeque::<(u32, usize)>::new(), 0);
             while let Some((number, plain)) = queue.blocking_recv() {
                 for run in &runs[coming.frames[number as usize].runs.clone()] {
                     known.wait(run.ino);
@@ -76,9 +82,15 @@ impl Booting<'_> {
                     one(&counters.boot_stored_runs);
                     add(&counters.boot_stored_bytes, len as u64);
                 }
-                coming.stored.store(number as usize + 1, Ordering::Relaxed);
+                coming.has_stored(number as usize + 1);
                 counters.boot_bytes.store(coming.opened.taken_bytes(), Ordering::Relaxed);
-                if let Some(old) = number.checked_sub(u32::try_from(KEPT).expect("few")) {
+                kept.push_back((number, plain.len()));
+                kept_bytes += plain.len();
+                while let Some((old, len)) =
+                    kept.front().copied().filter(|old| kept_bytes - old.1 >= KEPT_BYTES)
+                {
+                    kept.pop_front();
+                    kept_bytes -= len;
                     coming.opened.give_up(old);
                 }
             }

@@ -17,7 +17,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 use super::buffers::Buffers;
-use super::crew::{self, Crew, step_back};
+use super::crew::{self, Crew, Role, step_back};
 use super::fetch::Fetching;
 use super::opened::Opened;
 use super::{BootFailure, OPENED};
@@ -176,7 +176,7 @@ impl Opening {
         let jobs = Arc::new(Mutex::new(jobs));
         for number in 0..count {
             let (jobs, buffers) = (Arc::clone(&jobs), Arc::clone(buffers));
-            let made = self.crew.spawn(move || {
+            let made = self.crew.spawn(Role::Opens, move || {
                 let next = || jobs.lock().recv().ok();
                 while let Some(Job { frame, sealed, opened }) = next() {
                     let mut plain = buffers.take();
