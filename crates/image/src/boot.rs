@@ -28,6 +28,9 @@ pub const BOOT_HEAD_BYTES: usize = 128;
 /// smaller one would compress worse.
 pub const BOOT_FRAME_BYTES: usize = 1 << 20;
 const FRAME_BYTES: u64 = BOOT_FRAME_BYTES as u64;
+/// Plaintext of the first frame, and each after it has twice as much, up to [`BOOT_FRAME_BYTES`]. A program waits for what it reads
+/// first, which a long frame would have only when all of it has come and is opened; what it reads later is there before it.
+const FIRST_FRAME_BYTES: u64 = 64 << 10;
 /// A run lies in one frame.
 const RUN_PAGES_MAX: u64 = FRAME_BYTES / PAGE_BYTES;
 /// Names of a table, twice those that are listed.
@@ -126,7 +129,8 @@ pub struct BootFrame {
     pub offset: u64,
     /// Bytes of the blob.
     pub sealed_len: u32,
-    plain_len: u32,
+    /// Bytes that it opens to.
+    pub plain_len: u32,
     hash: [u8; 32],
     /// Which runs are in it.
     pub runs: std::ops::Range<usize>,

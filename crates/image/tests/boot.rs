@@ -7,7 +7,8 @@ use bytes::Bytes;
 use damage::{damaged, damages};
 use lamina_chunk::Chunk;
 use lamina_image::{
-    BOOT_HEAD_BYTES, BootError, BootHead, BootTable, BuildError, Digest, Ino, PAGE_BYTES, Profile, build_boot,
+    BOOT_FRAME_BYTES, BOOT_HEAD_BYTES, BootError, BootHead, BootTable, BuildError, Digest, Ino, PAGE_BYTES,
+    Profile, build_boot,
 };
 use memory::{find, noise};
 use proptest::prelude::*;
@@ -23,8 +24,8 @@ mod memory;
 #[path = "support/started.rs"]
 mod started;
 
-/// Pages of a whole frame.
-const FRAME_PAGES: usize = 256;
+/// Pages of the first frames; all others have as many as the last of these.
+const FRAME_PAGES: [usize; 5] = [16, 32, 64, 128, 256];
 
 fn image() -> &'static Image {
     static IMAGE: OnceLock<Image> = OnceLock::new();
@@ -111,6 +112,18 @@ fn index(path: &str) -> u32 {
     find(&image().tree, path).unwrap().index().unwrap()
 }
 
+/// What lies in each frame: the first are short.
+fn frames<T>(mut pages: &[T]) -> Vec<&[T]> {
+    let mut frames = Vec::new();
+    while !pages.is_empty() {
+        let full = FRAME_PAGES[frames.len().min(FRAME_PAGES.len() - 1)];
+        let (frame, rest) = pages.split_at(full.min(pages.len()));
+        frames.push(frame);
+        pages = rest;
+    }
+    frames
+}
+
 /// The pages of a profile that the image has, each once, in order.
 fn expected_pages(runs: &[(u32, u64, u64)]) -> Vec<(Ino, u64)> {
     let mut seen = HashSet::new();
@@ -136,8 +149,9 @@ proptest! {
             return Ok(());
         };
         let table = table(image, &boot).unwrap();
-        prop_assert_eq!(table.frames.len(), expected.chunks(FRAME_PAGES).len());
-        for (number, expected) in expected.chunks(FRAME_PAGES).enumerate() {
+        let expected = frames(&expected);
+        prop_assert_eq!(table.frames.len(), expected.len());
+        for (number, expected) in expected.into_iter().enumerate() {
             let frame = &table.frames[number];
             let plain = frame.open(&sealed(&boot, &table, number)).unwrap();
             let runs = &table.runs[frame.runs.clone()];
@@ -236,11 +250,11 @@ fn a_frame_that_cannot_be_had_is_said() {
 #[test]
 fn any_changed_byte_is_refused_and_touches_nothing_but_its_frame() {
     let image = image();
-    // the middle frame is zeros, so that it is compressed
+    // a frame is of zeros for the most part, so that it is compressed
     let boot =
         build(image, &profile(&["a/b"], &[(0, 0, 256), (5, 0, 25), (0, 256, 231), (0, 600, 9)])).unwrap();
     let sound = table(image, &boot).unwrap();
-    assert_eq!(sound.frames.len(), 3);
+    assert_eq!(sound.frames.len(), 6);
     let first_frame = usize::try_from(sound.frames[0].offset).unwrap();
     for at in (0..first_frame).chain((first_frame..boot.len()).step_by(9_973)).chain([boot.len() - 1]) {
         let mut changed = boot.clone();
@@ -272,7 +286,7 @@ fn a_boot_pack_that_is_cut_off_gives_the_frames_before_and_no_more() {
     let image = image();
     let boot = build(image, &profile(&["a/b"], &[(0, 0, 300)])).unwrap();
     let sound = table(image, &boot).unwrap();
-    let (first, second) = (&sound.frames[0], &sound.frames[1]);
+    let [first, .., last] = &sound.frames[..] else { panic!("frames") };
     for len in 0..usize::try_from(first.offset).unwrap() {
         if len < BOOT_HEAD_BYTES {
             assert_eq!(BootHead::parse(&boot[..len], image.digest), Err(BootError::Head));
@@ -282,7 +296,7 @@ fn a_boot_pack_that_is_cut_off_gives_the_frames_before_and_no_more() {
     }
     let cut = &boot[..boot.len() - 1];
     assert!(first.open(&sealed(cut, &sound, 0)).is_ok());
-    assert!(matches!(second.open(&sealed(cut, &sound, 1)), Err(BootError::Damaged(..))));
+    assert!(matches!(last.open(&sealed(cut, &sound, sound.frames.len() - 1)), Err(BootError::Damaged(..))));
 }
 
 #[test]
@@ -301,15 +315,16 @@ fn frames_are_opened_by_what_the_table_says_of_them_alone() {
 #[test]
 fn a_frame_is_opened_into_the_memory_of_another_one() {
     let image = image();
-    let boot = build(image, &profile(&[], &[(0, 0, 256), (5, 0, 25)])).unwrap();
+    let boot = build(image, &profile(&[], &[(0, 0, 16), (5, 0, 25)])).unwrap();
     let table = table(image, &boot).unwrap();
     let [first, last] = &table.frames[..] else { panic!("two frames") };
-    let mut plain = Vec::new();
-    first.open_into(&sealed(&boot, &table, 0), &mut plain).unwrap();
-    let (at, longer) = (plain.as_ptr(), plain.len());
-    last.open_into(&sealed(&boot, &table, 1), &mut plain).unwrap();
-    assert!(plain == last.open(&sealed(&boot, &table, 1)).unwrap() && plain.len() < longer);
-    assert_eq!(plain.as_ptr(), at);
+    let mut plain = Vec::with_capacity(BOOT_FRAME_BYTES);
+    let at = plain.as_ptr();
+    for (number, frame) in [first, last].into_iter().enumerate() {
+        frame.open_into(&sealed(&boot, &table, number), &mut plain).unwrap();
+        assert!(plain == frame.open(&sealed(&boot, &table, number)).unwrap());
+        assert_eq!(plain.as_ptr(), at);
+    }
 }
 
 #[test]

@@ -108,8 +108,8 @@ impl Starting {
         tokio::spawn(find.instrument(span))
     }
 
-    /// Looks for the boot pack at once, and begins to fetch it, away from whoever mounts the image, once `ahead` is over, and to open it
-    /// once `unpacking` is. `before` goes on until the start has had all of it, or there is none.
+    /// Looks for the boot pack at once, and begins to fetch it, away from whoever mounts the image, once `ahead` is over, and to open
+    /// all but its beginning once `unpacking` is. `before` goes on until the start has had all of it, or there is none.
     ///
     /// The tree's names may still come then: both begin slowly, as TCP does (RFC 5681), and the link has room for both.
     pub(crate) fn stream_boot(

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use super::FRAME_BYTES;
+use super::{FIRST_FRAME_BYTES, FRAME_BYTES};
 use crate::profile::{PAGE_BYTES, file_size, find};
 use crate::{Ino, Profile, Tree, TreeError};
 
@@ -14,12 +14,13 @@ pub(super) struct PlannedRun {
     pub(super) pages: u64,
 }
 
-/// The runs of each frame, in order of need from frame to frame. Within a frame they are sorted, and
+/// The runs of each frame, in order of need from frame to frame; the first is short, and each twice as long as the one before, up to the
+/// length of all others. Within a frame they are sorted, and
 /// neighbours are one run, so that they become one store. Each page comes once; what the tree does not have
 /// is left out.
 pub(super) fn plan(tree: &Tree, profile: &Profile) -> Result<Vec<Vec<PlannedRun>>, TreeError> {
     let files = profile.files.iter().map(|path| find(tree, path)).collect::<Result<Vec<_>, _>>()?;
-    let (mut frames, mut frame, mut bytes) = (Vec::new(), Vec::new(), 0);
+    let (mut frames, mut frame, mut bytes, mut full) = (Vec::new(), Vec::new(), 0, FIRST_FRAME_BYTES);
     let mut planned = HashSet::new();
     for run in &profile.runs {
         let Some(ino) = files[run.0 as usize] else { continue };
@@ -31,9 +32,9 @@ pub(super) fn plan(tree: &Tree, profile: &Profile) -> Result<Vec<Vec<PlannedRun>
             }
             frame.push(PlannedRun { ino, first: page, pages: 1 });
             bytes += PAGE_BYTES;
-            if bytes >= FRAME_BYTES {
+            if bytes >= full {
                 frames.push(joined(std::mem::take(&mut frame)));
-                bytes = 0;
+                (bytes, full) = (0, (2 * full).min(FRAME_BYTES));
             }
         }
     }

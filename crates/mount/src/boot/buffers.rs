@@ -12,6 +12,8 @@ use super::{KEPT, OPENED};
 const BUFFERS_MAX: usize = OPENED + KEPT;
 /// So many are there before the first frame has come. What a small start takes is not much more, and a large one uses them again.
 const PREPARED: usize = 8;
+/// A frame that is not longer has memory of its own.
+const SHORT_BYTES: usize = BOOT_FRAME_BYTES / 2;
 
 /// The buffers of one boot. Those that nobody uses are freed with it.
 #[derive(Debug, Default)]
@@ -31,9 +33,9 @@ impl Buffers {
         }
     }
 
-    /// One to fill.
-    pub(super) fn take(&self) -> Vec<u8> {
-        self.0.lock().pop().unwrap_or_default()
+    /// One to fill with so many bytes: where these are few, none of those that a long frame needs.
+    pub(super) fn take(&self, len: usize) -> Vec<u8> {
+        if len <= SHORT_BYTES { Vec::new() } else { self.0.lock().pop().unwrap_or_default() }
     }
 
     /// What is in it now, to be shared; once nobody has it any more, it is there to be filled again.
@@ -55,7 +57,7 @@ impl AsRef<[u8]> for Filled {
 
 impl Drop for Filled {
     fn drop(&mut self) {
-        let Some(of) = self.of.upgrade() else { return };
+        let Some(of) = self.of.upgrade().filter(|_| self.plain.capacity() > SHORT_BYTES) else { return };
         let mut idle = of.0.lock();
         if idle.len() < BUFFERS_MAX {
             idle.push(std::mem::take(&mut self.plain));
@@ -72,27 +74,31 @@ mod tests {
         let buffers = Arc::new(Buffers::default());
         Buffers::prepare(&Arc::downgrade(&buffers));
         for _ in 0..PREPARED {
-            let buffer = buffers.take();
+            let buffer = buffers.take(BOOT_FRAME_BYTES);
             assert!(buffer.is_empty() && buffer.capacity() >= BOOT_FRAME_BYTES);
         }
-        assert_eq!(buffers.take().capacity(), 0);
+        assert_eq!(buffers.take(BOOT_FRAME_BYTES).capacity(), 0);
         Buffers::prepare(&Weak::new());
     }
 
     #[test]
     fn a_buffer_is_filled_again_once_nobody_has_its_bytes() {
         let buffers = Arc::new(Buffers::default());
-        let mut buffer = buffers.take();
-        buffer.extend_from_slice(b"first");
+        let mut buffer = buffers.take(BOOT_FRAME_BYTES);
+        buffer.resize(BOOT_FRAME_BYTES, 1);
+        buffer[1] = 2;
         let at = buffer.as_ptr();
         let bytes = buffers.share(buffer);
         let part = bytes.slice(1..3);
         drop(bytes);
-        assert_eq!(buffers.take().capacity(), 0, "a part of it is still there");
-        assert_eq!(&part[..], b"ir");
+        assert_eq!(buffers.take(BOOT_FRAME_BYTES).capacity(), 0, "a part of it is still there");
+        assert_eq!(part[..], [2, 1]);
         drop(part);
-        let again = buffers.take();
+        assert_eq!(buffers.take(SHORT_BYTES).capacity(), 0, "a short frame needs none");
+        let again = buffers.take(BOOT_FRAME_BYTES);
         assert_eq!(again.as_ptr(), at);
+        drop(buffers.share(vec![1]));
+        assert_eq!(buffers.take(BOOT_FRAME_BYTES).capacity(), 0, "a short one is not kept");
         let late = buffers.share(vec![1]);
         drop(buffers);
         assert_eq!(&late[..], [1], "bytes outlive their boot");

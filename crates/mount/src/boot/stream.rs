@@ -5,6 +5,7 @@
 
 use std::io;
 use std::num::NonZero;
+use std::pin::pin;
 use std::sync::{Arc, mpsc as jobs};
 use std::thread::available_parallelism;
 
@@ -25,6 +26,10 @@ use super::{BootFailure, OPENED};
 /// Frames that are opened side by side: each takes 2 ms, and comes in three over 1 Gbit/s. More than there are processors would all
 /// be late.
 const OPENING_MAX: usize = 4;
+
+/// So much is opened as soon as it comes, in bytes: a ms of work, and what a program reads first. Three frames, where the first has 64 KiB
+/// and each after it twice as much.
+const AT_ONCE_BYTES: u64 = 448 << 10;
 
 /// What a boot pack needs that is not known yet. Dropping it gives that back.
 #[derive(Debug)]
@@ -60,8 +65,8 @@ impl BootRoom {
 }
 
 impl BootStream {
-    /// Begins to fetch `pack` from `source`, with one request, and to open it as soon as `free` is over: what the mount itself waits for
-    /// needs the processors first. Must be called inside a tokio runtime.
+    /// Begins to fetch `pack` from `source`, with one request, and to open it; all but its beginning only as soon as `free` is over: what
+    /// the mount itself waits for needs the processors first. Must be called inside a tokio runtime.
     pub fn start(
         pack: BootPack,
         source: Arc<dyn Source>,
@@ -144,10 +149,9 @@ impl Opening {
         let frames = records.frames().to_vec();
         // who does not want it any more drops this too
         let _ = head.send(records);
-        free.await;
         let side_by_side = available_parallelism().map_or(1, NonZero::get).min(OPENING_MAX);
         let openers = self.openers(side_by_side, &buffers).map_err(|_| BootFailure::Refused)?;
-        self.open(&frames, openers, queue).await
+        self.open(&frames, openers, free, queue).await
     }
 
     async fn take(&mut self, len: usize) -> Result<Bytes, BootFailure> {
@@ -179,7 +183,7 @@ impl Opening {
             let made = self.crew.spawn(Role::Opens, move || {
                 let next = || jobs.lock().recv().ok();
                 while let Some(Job { frame, sealed, opened }) = next() {
-                    let mut plain = buffers.take();
+                    let mut plain = buffers.take(frame.plain_len as usize);
                     let done = frame.open_into(&sealed, &mut plain).map(|()| buffers.share(plain));
                     // who does not wait any more has ended the boot
                     let _ = opened.send(done);
@@ -199,13 +203,17 @@ impl Opening {
         mut self,
         frames: &[BootFrame],
         (jobs, side_by_side): (jobs::SyncSender<Job>, usize),
+        free: impl Future<Output = ()>,
         queue: mpsc::Sender<OpenedFrame>,
     ) -> Result<(), BootFailure> {
         let mut frames = frames.iter();
         let mut opening = FuturesOrdered::<oneshot::Receiver<Result<Bytes, BootError>>>::new();
-        let mut number = 0;
+        let (mut number, mut plain_bytes) = (0, 0);
+        let (mut free, mut is_free) = (pin!(free), false);
         loop {
-            let len = frames.as_slice().first().map(|frame| frame.sealed_len as usize);
+            let next = frames.as_slice().first();
+            let at_once = |frame: &BootFrame| plain_bytes + u64::from(frame.plain_len) <= AT_ONCE_BYTES;
+            let len = next.filter(|frame| is_free || at_once(frame)).map(|frame| frame.sealed_len as usize);
             tokio::select! {
                 biased;
                 Some(plain) = opening.next() => {
@@ -217,8 +225,10 @@ impl Opening {
                     }
                     number += 1;
                 }
+                () = &mut free, if !is_free => is_free = true,
                 sealed = self.take(len.unwrap_or(0)), if len.is_some() && opening.len() < side_by_side => {
                     let (sealed, frame) = (sealed?, frames.next().expect("just seen").clone());
+                    plain_bytes += u64::from(frame.plain_len);
                     let (opened, done) = oneshot::channel();
                     jobs.send(Job { frame, sealed, opened }).map_err(|_| BootFailure::Refused)?;
                     opening.push_back(done);

@@ -169,17 +169,20 @@ async fn a_trace_makes_a_profile_and_a_boot_pack_of_the_files_bytes() {
 
     let (mut runs, names) = pushed.boot(&registry, &status, &files).await;
     runs.sort();
+    // a run ends where its frame does
+    runs.dedup_by(|next, run| {
+        let goes_on = run.0 == next.0 && run.1 + u64::from(run.2) == next.1;
+        run.2 += if goes_on { next.2 } else { 0 };
+        goes_on
+    });
     let expected = [
         ("etc/motd", 0, 6),
         ("lib/holes", 40 * 4096, 30 * 4096),
-        ("lib/one", 0, 0),
+        ("lib/one", 0, 300 * 4096),
         ("lib/two", 100 * 4096, 700_000 - 100 * 4096),
     ];
-    for (path, offset, len) in expected.into_iter().filter(|(_, _, len)| *len > 0) {
-        assert!(runs.contains(&(path.to_owned(), offset, len)), "{path}: {runs:?}");
-    }
-    let one: u32 = runs.iter().filter(|run| run.0 == "lib/one").map(|run| run.2).sum();
-    assert_eq!((one, &names[..2]), (300 * 4096, &["lib".to_owned(), "absent".to_owned()][..]));
+    assert_eq!(runs, expected.map(|(path, offset, len)| (path.to_owned(), offset, len)));
+    assert_eq!(names[..2], ["lib", "absent"]);
 
     let boot = pushed.hung(&registry, media_type::BOOT).await;
     assert_eq!(boot.len(), 1);
