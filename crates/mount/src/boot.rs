@@ -3,8 +3,9 @@
 //! It comes in one stream ([`BootStream`]), which begins before there is a mount, and of which frames are verified and opened as
 //! they come, a few side by side. The table is first, so that it is known which pages will come and with which frame. Once there is a
 //! mount, at the same time: all files of the pack are made known, since the kernel takes pages only for inodes that it knows, and then
-//! the names of the start are looked up through it; one thread stores the runs of one frame after the other, each as soon as its file is
-//! known. Directories are listed, where that is cheaper, in the place of names, and otherwise after them, when nothing waits for it.
+//! the names of the start through it, those of one directory together; one thread stores the runs of one frame after the other, each as
+//! soon as its file is known. Directories that the start listed are listed before their names, where that costs little, and otherwise
+//! after all names, when nothing waits for it.
 //!
 //! A read of pages that are on their way waits for their frame if that is near, and is answered from the opened frame, never by
 //! way of the thread that stores: that may be waiting for this very read, which holds the pages' locks. A wait has a bound; then,
@@ -12,7 +13,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -29,6 +30,7 @@ use self::crew::Crew;
 use self::opened::Opened;
 pub(crate) use self::run::Booting;
 pub use self::stream::{BootRoom, BootStream};
+use self::wanted::Wanted;
 
 mod brought;
 mod buffers;
@@ -39,6 +41,7 @@ mod names;
 mod opened;
 mod run;
 mod stream;
+mod wanted;
 
 /// Opened frames that wait to be stored, at most 1 MiB each. A read waits for a frame that is no further away than this
 /// from the last one stored: at 1 Gbit/s each takes 3 ms, and what a program reads next comes with it. Then there is room for
@@ -101,9 +104,12 @@ struct Coming {
 #[derive(Default)]
 pub(crate) struct Boot {
     coming: OnceLock<Arc<Coming>>,
-    /// The thread that looks up what the boot pack names, by its number; 0 where there is none.
+    /// The thread that looks up what the boot pack names, or lists, by its number; 0 where there is none.
     asker: AtomicU32,
     listing: Mutex<Listing>,
+    /// No more is to be listed, not even of the directory that is being.
+    ending: AtomicBool,
+    wanted: Wanted,
 }
 
 /// The boot's directories being listed. Who holds the root keeps the mount in use, so it is here, where it can be taken away.
@@ -152,9 +158,10 @@ impl Boot {
         pid != 0 && pid == self.asker.load(Ordering::Relaxed)
     }
 
-    /// Lists no more directories, now and later. Blocks for as long as the listing of one takes, and then nothing of the boot's
-    /// listings is open any more.
+    /// Lists no more directories, now and later. Blocks for as long as one request takes, and then nothing of the boot's listings is open
+    /// any more.
     pub(crate) fn end_listing(&self) {
+        self.ending.store(true, Ordering::Relaxed);
         *self.listing.lock() = Listing::Over;
     }
 

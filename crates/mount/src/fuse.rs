@@ -473,6 +473,16 @@ impl Filesystem for Fuse {
             }
             return reply.ok();
         }
+        let boot = &self.files.boot;
+        let wanted = boot.asks(req.pid())
+            && boot.list_wanted(Ino(ino.0), offset, |name, ino, next| {
+                // who is asked for less than there is looks up the rest
+                let Ok(attr) = self.attributes(ino) else { return true };
+                reply.add(attr.ino, next, name, &TTL, &attr, Generation(0))
+            });
+        if wanted {
+            return reply.ok();
+        }
         self.listing(req, ino, offset);
         let listed = list(self.tree(), Ino(ino.0), offset, |name, ino, _, next| {
             let attr = self.attributes(ino)?;

@@ -72,7 +72,7 @@ counters! {
     boot_bytes,
     /// Files that it made known to the kernel before their names.
     boot_files,
-    /// Names that it looked up.
+    /// Names that it made known, found or not.
     boot_names,
     /// Directories that it listed, for their own sake or for their names.
     boot_dirs,

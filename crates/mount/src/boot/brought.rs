@@ -42,9 +42,10 @@ pub(super) fn make_known(root: &OwnedFd, known: &Known, counters: &Counters) -> 
     if fstat(&opened)?.st_ino != BROUGHT.0 {
         return Ok(false);
     }
-    listed(opened, |ino| {
-        known.add(ino);
+    listed(opened, |entry| {
+        known.add(Ino(entry.ino()));
         one(&counters.boot_files);
+        true
     })?;
     Ok(true)
 }

@@ -1,18 +1,18 @@
-//! The names of a boot pack, looked up through the mount, so that the kernel knows them and their inodes.
+//! The names of a boot pack, made known to the kernel through the mount, and their inodes with them.
 
 use std::collections::{HashMap, HashSet};
 use std::convert::Infallible;
 use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use fuser::INodeNo;
-use lamina_image::{Ino, Tree};
+use lamina_image::{FileKind, Ino, Tree};
 use parking_lot::MutexGuard;
 use rustix::fs::{
-    AtFlags, CWD, FileType, Mode, OFlags, RawDir, ResolveFlags, Stat, fstat, openat, openat2, readlinkat,
+    AtFlags, CWD, Mode, OFlags, RawDir, RawDirEntry, ResolveFlags, Stat, fstat, openat, openat2, readlinkat,
     stat, statat,
 };
 use tokio::sync::oneshot;
@@ -20,6 +20,7 @@ use tokio::task::spawn_blocking;
 use tracing::{debug, trace};
 
 use super::brought::make_known;
+use super::crew::{spawn, step_back};
 use super::known::{Finishing, Known};
 use super::run::Booting;
 use super::{BROUGHT_NAME, Boot, Listing};
@@ -27,18 +28,18 @@ use crate::metrics::{Counters, one};
 
 /// The kernel learns at the first opening whether it is to ask at each (not of a passthrough mount, where it is), and at the first
 /// closing the same. A file that is opened first, so that no program waits for this, is too small to be opened past the node.
-const OPENED_FIRST_MAX: i64 = 64 << 10;
+const OPENED_FIRST_MAX: u64 = 64 << 10;
 /// Of a directory's entries, at once: some 500.
 const LISTED_BYTES: usize = 64 << 10;
-/// A listing of no more entries for each name that is wanted there is done in the place of looking these up. An entry takes 4 µs; a name
-/// that is looked up 25 where nothing else runs, most of them for waking who answers and who asked, and more where a program does.
+/// A directory that is to be listed is listed before its names where it has no more entries for each name that is wanted there: a program
+/// that lists it as well asks for nothing then. An entry takes 4 µs, and a request 70, so pages wait little longer for their names.
 const ENTRIES_FOR_A_NAME: u32 = 8;
 /// For fewer names nothing is gained.
 const NAMES_MIN: u32 = 4;
 
 impl Booting<'_> {
-    /// Has the kernel know all files of the boot pack, then looks names up through the mount, found or not, and reads links: the kernel then
-    /// knows these as well. That is when what is returned ends. Then lists the directories, which the kernel keeps as well; but those of which much is wanted before their names.
+    /// Has the kernel know all files of the boot pack, then the names, found or not, and links: that is when what is returned ends. Then
+    /// lists the directories, which the kernel keeps as well; but those of which much is wanted before their names.
     pub(super) fn look_up(
         &self,
         names: Vec<String>,
@@ -51,9 +52,9 @@ impl Booting<'_> {
         let (boot, known, notifier) = (Arc::clone(self.boot), Arc::clone(known), self.notifier.clone());
         // not behind programs: these look up the same names, and wait for whoever was first
         spawn_blocking(move || {
-            let _asking = Asking::begin(&boot);
+            let asking = Asking::begin(&boot);
             let finishing = Finishing(&known);
-            let mut first = listed_first(&tree, &names);
+            let first = listed_first(&tree, &names, &dirs);
             dirs.retain(|dir| !first.contains(dir));
             let flags = OFlags::PATH | OFlags::CLOEXEC;
             let Ok(root) = openat(CWD, &path, flags, Mode::empty()) else { return };
@@ -62,25 +63,8 @@ impl Booting<'_> {
             if let Err(error) = &brought {
                 debug!(%error, "files become known by their names");
             }
-            let mut opened = false;
-            for name in &names {
-                let dir = directory_of(name);
-                if first.remove(dir) {
-                    counted(list(&root, dir), dir, &counters);
-                }
-                // a name that is not there is known not to be there afterwards
-                if let Ok(found) = statat(&root, name, AtFlags::SYMLINK_NOFOLLOW) {
-                    known.add(Ino(found.st_ino));
-                    match FileType::from_raw_mode(found.st_mode) {
-                        FileType::Symlink => drop(readlinkat(&root, name, Vec::new())),
-                        FileType::RegularFile if !opened && found.st_size < OPENED_FIRST_MAX => {
-                            opened = open_inside(&root, name, OFlags::empty()).is_ok();
-                        }
-                        _ => {}
-                    }
-                }
-                one(&counters.boot_names);
-            }
+            let asker = Asker { root: &root, tree: &tree, boot: &boot, known: &known, counters: &counters };
+            asker.name_all(&names, first);
             // every file is known by a name of its own now
             if brought.is_ok_and(|brought| brought) {
                 let _ = notifier.inval_entry(INodeNo::ROOT, OsStr::new(BROUGHT_NAME));
@@ -88,36 +72,115 @@ impl Booting<'_> {
             // neither pages nor the boot's end wait for a listing
             drop(finishing);
             boot.begin_listing(root);
-            drop(naming);
-            boot.list(&path, &dirs, &counters);
+            drop((asking, naming));
+            list_behind(boot, path, dirs, counters);
         });
         named
     }
 }
 
-/// The directories whose listing gives the kernel what else would have to be looked up name by name.
-fn listed_first(tree: &Tree, names: &[String]) -> HashSet<String> {
-    let mut wanted: HashMap<&str, u32> = HashMap::new();
-    for name in names {
-        *wanted.entry(directory_of(name)).or_default() += 1;
+/// Makes names known, through the mount.
+struct Asker<'a> {
+    root: &'a OwnedFd,
+    tree: &'a Tree,
+    boot: &'a Boot,
+    known: &'a Known,
+    counters: &'a Counters,
+}
+
+impl Asker<'_> {
+    /// Has the kernel know all of these, found or not, in this order, but those of one directory together; and what `first` has listed.
+    fn name_all(&self, paths: &[String], mut first: HashSet<String>) {
+        let (mut of_dirs, mut named, mut opened) = (by_directory(paths), HashMap::new(), false);
+        for path in paths {
+            let (dir, _) = split(path);
+            let together = of_dirs.remove(dir).unwrap_or_default();
+            if first.remove(dir) {
+                counted(list(self.root, dir), dir, self.counters);
+            } else {
+                let done =
+                    self.boot.make_wanted_known((self.root, self.tree), dir, &together, |path, ino| {
+                        self.known.add(ino);
+                        named.insert(path, ino);
+                    });
+                if let Err(error) = done {
+                    debug!(%error, dir, "names become known one by one");
+                }
+            }
+            let found = named.get(path.as_str()).copied().or_else(|| self.look_up(path));
+            match found.and_then(|ino| self.tree.inode(ino).ok()) {
+                Some(link) if link.kind() == FileKind::Symlink => {
+                    drop(readlinkat(self.root, path, Vec::new()));
+                }
+                Some(file) if file.kind() == FileKind::Regular && !opened && file.size < OPENED_FIRST_MAX => {
+                    opened = open_inside(self.root, path, OFlags::empty()).is_ok();
+                }
+                _ => {}
+            }
+            one(&self.counters.boot_names);
+        }
     }
-    let is_cheap = |dir: &str, names: u32| {
-        entries(tree, dir).is_some_and(|entries| entries <= names * ENTRIES_FOR_A_NAME)
+
+    /// One by itself. That one is not there is known afterwards as well.
+    fn look_up(&self, path: &str) -> Option<Ino> {
+        let ino = Ino(statat(self.root, path, AtFlags::SYMLINK_NOFOLLOW).ok()?.st_ino);
+        self.known.add(ino);
+        Some(ino)
+    }
+}
+
+/// Lists directories behind programs, which may have listed them before.
+fn list_behind(boot: Arc<Boot>, mountpoint: PathBuf, dirs: Vec<String>, counters: Arc<Counters>) {
+    if dirs.is_empty() {
+        return boot.end_listing();
+    }
+    let listing = Arc::clone(&boot);
+    let listed = spawn(move || {
+        step_back();
+        let _asking = Asking::begin(&listing);
+        listing.list(&mountpoint, &dirs, &counters);
+    });
+    if listed.is_err() {
+        boot.end_listing();
+    }
+}
+
+/// Those of the directories that are to be listed of which so much is wanted that they are listed first.
+fn listed_first(tree: &Tree, names: &[String], dirs: &[String]) -> HashSet<String> {
+    let mut counts: HashMap<&str, u32> = dirs.iter().map(|dir| (dir.as_str(), 0)).collect();
+    for name in names {
+        counts.entry(split(name).0).and_modify(|count| *count += 1);
+    }
+    let is_cheap = |dir: &str, count: u32| {
+        entries(tree, dir).is_some_and(|entries| entries <= count * ENTRIES_FOR_A_NAME)
     };
-    let cheap = wanted.into_iter().filter(|(dir, names)| *names >= NAMES_MIN && is_cheap(dir, *names));
+    let cheap = counts.into_iter().filter(|(dir, count)| *count >= NAMES_MIN && is_cheap(dir, *count));
     cheap.map(|(dir, _)| dir.to_owned()).collect()
+}
+
+/// All names of each directory.
+fn by_directory(names: &[String]) -> HashMap<&str, Vec<&str>> {
+    let mut all = HashMap::<&str, Vec<&str>>::new();
+    for name in names {
+        all.entry(split(name).0).or_default().push(name);
+    }
+    all
 }
 
 /// How many entries a directory has; `None` where it is none, or is reached by a link.
 fn entries(tree: &Tree, path: &str) -> Option<u32> {
-    let mut names = path.split('/').filter(|name| *name != ".");
-    let dir = names.try_fold(Ino::ROOT, |dir, name| tree.lookup(dir, name.as_bytes()).ok()?)?;
-    Some(tree.entries(dir).ok()?.len())
+    Some(tree.entries(inside(tree, path)?).ok()?.len())
 }
 
-/// The path before the last name.
-fn directory_of(name: &str) -> &str {
-    name.rsplit_once('/').map_or(".", |(dir, _)| dir)
+/// What a path leads to, by no link.
+pub(super) fn inside(tree: &Tree, path: &str) -> Option<Ino> {
+    let mut names = path.split('/').filter(|name| *name != ".");
+    names.try_fold(Ino::ROOT, |dir, name| tree.lookup(dir, name.as_bytes()).ok()?)
+}
+
+/// The path before the last name, and that.
+pub(super) fn split(path: &str) -> (&str, &str) {
+    path.rsplit_once('/').unwrap_or((".", path))
 }
 
 impl Boot {
@@ -138,8 +201,10 @@ impl Boot {
             if device(stat(mountpoint)) != device(fstat(root)) {
                 break;
             }
-            counted(list(root, dir), dir, counters);
-            // who waits for the end waits for one listing
+            let ending = || self.ending.load(Ordering::Relaxed);
+            let done = open_inside(root, dir, OFlags::DIRECTORY);
+            counted(done.and_then(|opened| listed(opened, |_| !ending())), dir, counters);
+            // who waits for the end waits for one request
             MutexGuard::unlock_fair(listing);
         }
         self.end_listing();
@@ -160,18 +225,24 @@ pub(super) fn open_inside(root: &OwnedFd, path: &str, flags: OFlags) -> rustix::
     openat2(root, path, OFlags::RDONLY | OFlags::CLOEXEC | flags, Mode::empty(), inside)
 }
 
-/// Has the kernel read a directory below `root`.
+/// Has the kernel read a directory below `root`, all of it.
 fn list(root: &OwnedFd, dir: &str) -> rustix::io::Result<()> {
-    listed(open_inside(root, dir, OFlags::DIRECTORY)?, |_| ())
+    listed(open_inside(root, dir, OFlags::DIRECTORY)?, |_| true)
 }
 
-/// The same with one that is open, and says which inodes it has.
-pub(super) fn listed(opened: OwnedFd, mut each: impl FnMut(Ino)) -> rustix::io::Result<()> {
-    // as much as the kernel asks for at once: a request fills the buffer that the entries are for (fs/fuse/readdir.c)
+/// The same with one that is open, as long as `each` wants more of its entries.
+pub(super) fn listed(
+    opened: OwnedFd,
+    mut each: impl FnMut(RawDirEntry<'_>) -> bool,
+) -> rustix::io::Result<()> {
+    // as much as the kernel asks for at once: from Linux 6.16 on a request fills the buffer that the entries are for, before a page
+    // (fs/fuse/readdir.c)
     let mut buffer = Vec::with_capacity(LISTED_BYTES);
     let mut entries = RawDir::new(opened, buffer.spare_capacity_mut());
     while let Some(entry) = entries.next() {
-        each(Ino(entry?.ino()));
+        if !each(entry?) {
+            break;
+        }
     }
     Ok(())
 }

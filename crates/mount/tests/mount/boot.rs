@@ -261,21 +261,61 @@ fn a_boot_pack_that_is_too_much_before_there_is_a_mount_waits_for_it_and_one_wit
     until("no thread is left", || !names().any(|name| name.trim() == "lamina-boot"));
 }
 
+/// An image with these files, one byte each.
+fn small_files(files: &[String]) -> Rig {
+    Rig::with(files.iter().fold(Layer::new(), |layer, path| layer.file(path, b"x")), Packs::default())
+}
+
+/// How many entries a directory has.
+fn listed(rig: &Rig, dir: &str) -> usize {
+    fs::read_dir(rig.path(dir)).expect("listed").count()
+}
+
 #[test]
-fn where_much_of_a_directory_is_wanted_it_is_listed_and_not_looked_up() {
-    let files: Vec<String> = (0..20).map(|number| format!("d/{number}")).collect();
-    let more = ["e/one", "e/two", "f/one", "f/two", "f/three", "f/four"].map(str::to_owned);
-    let many = (0..100).map(|number| format!("f/more/than/{number}"));
-    let all = files.iter().cloned().chain(more.clone()).chain(many);
-    let rig = Rig::with(all.fold(Layer::new(), |layer, path| layer.file(&path, b"x")), Packs::default());
-    let wanted: Vec<&str> = files.iter().chain(&more[..2]).map(String::as_str).collect();
+fn a_directory_of_which_much_is_wanted_is_listed_before_all_others() {
+    let others: Vec<String> = (0..400).map(|number| format!("o{number}")).collect();
+    let much: Vec<String> = (0..20).map(|number| format!("d/{number}")).collect();
+    let files = others.iter().map(|dir| format!("{dir}/f")).chain(much.iter().cloned());
+    let rig = small_files(&files.collect::<Vec<_>>());
+    let wanted: Vec<&str> = much.iter().map(String::as_str).collect();
+    let dirs: Vec<&str> = others.iter().map(String::as_str).chain(["d"]).collect();
+    let pack = rig.boot_pack_listing(&wanted, &dirs);
+    let rig = rig.recording();
+    rig.boot(&pack).expect("booted");
+    // before the boot comes to it in its turn
+    let booted = rig.mount().snapshot();
+    assert_eq!(listed(&rig, "d"), 20);
+    assert!(booted.lookups < 10 && booted.boot_stored_runs == 20, "{booted:?}");
+    until("all are listed", || rig.mount().snapshot().boot_dirs == 401);
+    let all = rig.mount().snapshot().readdirs;
+    assert_eq!(listed(&rig, "d"), 20);
+    assert_eq!(rig.mount().snapshot().readdirs, all, "the kernel knows it");
+}
+
+#[test]
+fn names_that_are_wanted_of_a_directory_become_known_together_and_its_listing_is_the_kernels_afterwards() {
+    let files =
+        |dir: &str, count| (0..count).map(move |number| format!("{dir}/{number}")).collect::<Vec<_>>();
+    // more than an answer holds, and a few of many
+    let (many, few) = (files("many", 1500), files("few", 20));
+    let rig = small_files(&[&many[..], &few].concat());
+    let wanted: Vec<&str> = many.iter().chain(&few[..2]).map(String::as_str).collect();
     let pack = rig.boot_pack(&wanted);
     let rig = rig.recording();
     rig.boot(&pack).expect("booted");
     let booted = rig.mount().snapshot();
-    assert_eq!(booted.boot_dirs, 1, "of the other one too little is wanted");
-    assert!(booted.boot_names > 20 && booted.lookups < 10, "{} lookups", booted.lookups);
-    assert_eq!(booted.boot_stored_runs, 22);
+    assert!(booted.boot_names > 1500 && booted.lookups < 10, "{} lookups", booted.lookups);
+    assert_eq!((booted.boot_dirs, booted.readdirs, booted.boot_stored_runs), (0, 0, 1502));
+    for path in &wanted {
+        assert_eq!(fs::read(rig.path(path)).expect("read"), b"x", "{path}");
+    }
+    assert_eq!(rig.mount().snapshot().lookups, booted.lookups, "the kernel knows them");
+    // whoever lists one has all of it, and the next has it of the kernel
+    assert_eq!((listed(&rig, "many"), listed(&rig, "few")), (1500, 20));
+    let readdirs = rig.mount().snapshot().readdirs;
+    assert!(readdirs > 0);
+    assert_eq!((listed(&rig, "many"), listed(&rig, "few")), (1500, 20));
+    assert_eq!(rig.mount().snapshot().readdirs, readdirs, "the kernel has kept them");
 }
 
 #[test]
