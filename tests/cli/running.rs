@@ -487,6 +487,13 @@ fn a_mount_that_nobody_serves_any_more_goes_with_the_next_run() -> Result<()> {
     rustix::process::kill_process_group(group, Signal::KILL)?;
     process.signal(Signal::KILL)?;
     process.wait(DEADLINE)?;
+    // until then their socket may still take a connection
+    for node in nodes {
+        until("it to die", DEADLINE, || {
+            let state = fs::read_to_string(format!("/proc/{node}/stat")).unwrap_or_default();
+            Ok((state.is_empty() || state.contains(") Z ")).then_some(()))
+        })?;
+    }
     ensure!(printed(&rig, &[], "echo next")? == "next\n");
     nothing_is_left(&rig)
 }

@@ -1,6 +1,5 @@
 //! Booting: from the stream to the page cache.
 
-use std::collections::VecDeque;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -64,7 +63,7 @@ impl Booting<'_> {
         let (coming, crew, notifier) = (Arc::clone(coming), Arc::clone(&coming.crew), self.notifier.clone());
         let (counters, touched) = (Arc::clone(self.counters), Arc::clone(self.touched));
         crew.spawn(Role::Stores, move || {
-            let (mut kept, mut kept_bytes) = (VecDeque::<(u32, usize)>::new(), 0);
+            let (mut oldest, mut kept_bytes) = (0, 0);
             while let Some((number, plain)) = queue.blocking_recv() {
                 for run in &runs[coming.frames[number as usize].runs.clone()] {
                     known.wait(run.ino);
@@ -84,14 +83,13 @@ impl Booting<'_> {
                 }
                 coming.has_stored(number as usize + 1);
                 counters.boot_bytes.store(coming.opened.taken_bytes(), Ordering::Relaxed);
-                kept.push_back((number, plain.len()));
                 kept_bytes += plain.len();
-                while let Some((old, len)) =
-                    kept.front().copied().filter(|old| kept_bytes - old.1 >= KEPT_BYTES)
+                while let len = coming.frames[oldest as usize].plain_len as usize
+                    && kept_bytes - len >= KEPT_BYTES
                 {
-                    kept.pop_front();
+                    coming.opened.give_up(oldest);
                     kept_bytes -= len;
-                    coming.opened.give_up(old);
+                    oldest += 1;
                 }
             }
             Ok(())
