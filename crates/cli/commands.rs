@@ -35,12 +35,16 @@ pub(crate) struct Interrupted;
 #[error("the command ended with {0}")]
 pub(crate) struct Ended(pub(crate) u8);
 
-/// Ready at Ctrl-C or SIGTERM.
-pub(crate) async fn interrupted() {
-    let mut terminate = signal(SignalKind::terminate()).expect("signals can be watched");
-    tokio::select! {
-        _ = tokio::signal::ctrl_c() => {}
-        _ = terminate.recv() => {}
+/// Ready at Ctrl-C or SIGTERM. These do nothing by themselves from this call on, whether what it gives is awaited or not; it must
+/// be within a runtime.
+pub(crate) fn interrupted() -> impl Future<Output = ()> {
+    let watched = |kind| signal(kind).expect("signals can be watched");
+    let (mut interrupt, mut terminate) = (watched(SignalKind::interrupt()), watched(SignalKind::terminate()));
+    async move {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
     }
 }
 

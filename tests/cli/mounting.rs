@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpListener;
 use std::os::unix::fs::symlink;
 use std::process::{Command, Stdio};
 
@@ -14,12 +15,22 @@ use rustix::process::Signal;
 
 use crate::rig::{DEADLINE, Rig, real_image, text};
 
+/// How often something is tried whose moment cannot be chosen from outside.
+const AT_ONCE: usize = 20;
+
 fn pushed() -> Result<Rig> {
     let rig = Rig::new()?;
     let image = Image::new().layer(|layer| layer.file("big", noise(4_000_000, 5)).file("small", "s").gzip());
     let source = rig.layout("layout", &image)?;
     rig.ok(&["push", &source, &rig.name("a:t")])?;
     Ok(rig)
+}
+
+/// `lamina mount -f` of an image, at the rig's `mount`.
+fn in_the_foreground(rig: &Rig, image: &str) -> Result<Process> {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_lamina"));
+    command.args(["mount", "-f", "--json", "--cache"]).arg(rig.path("cache"));
+    Process::spawn("mount", command.arg(image).arg(rig.path("mount")))
 }
 
 #[test]
@@ -141,23 +152,41 @@ fn mount_points_that_will_not_do_are_named() -> Result<()> {
 #[test]
 fn in_the_foreground_it_stays_until_ctrl_c() -> Result<()> {
     let rig = pushed()?;
-    let mounted = rig.path("mount");
-    let mut command = Command::new(env!("CARGO_BIN_EXE_lamina"));
-    command.args([
-        "mount",
-        "-f",
-        "--json",
-        "--cache",
-        &text(&rig.path("cache")),
-        &rig.name("a:t"),
-        &text(&mounted),
-    ]);
-    let mut process = Process::spawn("mount", &mut command)?;
+    let mut process = in_the_foreground(&rig, &rig.name("a:t"))?;
     process.wait_line("{", DEADLINE)?;
-    ensure!(fs::read(mounted.join("small"))? == b"s");
+    ensure!(fs::read(rig.path("mount").join("small"))? == b"s");
     process.signal(Signal::INT)?;
-    ensure!(process.wait(DEADLINE)?.success());
-    ensure!(mounted_on(&mounted)?.is_none(), "the mount is left behind");
+    let status = process.wait(DEADLINE)?;
+    ensure!(status.success(), "{status}");
+    ensure!(mounted_on(&rig.path("mount"))?.is_none(), "the mount is left behind");
+    Ok(())
+}
+
+#[test]
+fn in_the_foreground_a_ctrl_c_that_comes_at_once_unmounts_too() -> Result<()> {
+    let rig = pushed()?;
+    for _ in 0..AT_ONCE {
+        let mut process = in_the_foreground(&rig, &rig.name("a:t"))?;
+        process.wait_line("{", DEADLINE)?;
+        process.signal(Signal::INT)?;
+        let status = process.wait(DEADLINE)?;
+        ensure!(status.success(), "{status}");
+        ensure!(mounted_on(&rig.path("mount"))?.is_none(), "the mount is left behind");
+    }
+    Ok(())
+}
+
+#[test]
+fn in_the_foreground_ctrl_c_ends_the_wait_for_a_registry_that_does_not_answer() -> Result<()> {
+    let rig = Rig::new()?;
+    let silent = TcpListener::bind("127.0.0.1:0")?;
+    let mut process = in_the_foreground(&rig, &format!("{}/a:t", silent.local_addr()?))?;
+    let asked = silent.accept()?;
+    process.signal(Signal::INT)?;
+    let status = process.wait(DEADLINE)?;
+    ensure!(status.code() == Some(130), "{status}");
+    ensure!(mounted_on(&rig.path("mount"))?.is_none(), "something is mounted");
+    drop(asked);
     Ok(())
 }
 

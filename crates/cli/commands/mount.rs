@@ -1,10 +1,12 @@
 //! `lamina mount` and `lamina unmount`.
 
 use std::fs::File;
+use std::future::pending;
 use std::io::{BufRead, BufReader, Read, Seek};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::pin::{Pin, pin};
 use std::process::Stdio;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,9 +16,9 @@ use lamina_node::{ControlError, Controller, Held};
 use lamina_wire::Reference;
 use lamina_wire::proto::{MountRequest, MountResponse, UnmountRequest};
 
-use super::interrupted;
 use super::node::{metrics, open};
 use super::prefetch::filled;
+use super::{Interrupted, interrupted};
 use crate::args::{CacheArguments, Common, MountArguments, NodeSettings, UnmountArguments};
 
 /// How long a daemon may take to come up: it may have a large cache to look through, or wait for one that is ending.
@@ -47,12 +49,26 @@ pub(crate) async fn run(arguments: MountArguments, common: Common) -> Result<()>
         passthrough: arguments.passthrough,
     };
     let controller = Controller::new(&arguments.cache.directory);
+    // before anything is mounted, so that no Ctrl-C leaves it
+    let watched = arguments.foreground.then(interrupted);
+    let mut ended = pin!(async {
+        match watched {
+            Some(interrupted) => interrupted.await,
+            None => pending().await,
+        }
+    });
     if arguments.foreground && controller.stats().await.is_err_and(|error| is_absent(&error)) {
-        return alone(&arguments, &common, request, &directory).await;
+        return alone(&arguments, &common, request, &directory, ended).await;
     }
-    let mounted = mount(&request, &arguments.cache, &arguments.settings, &common).await?;
+    let mounted = tokio::select! {
+        mounted = mount(&request, &arguments.cache, &arguments.settings, &common) => mounted?,
+        () = &mut ended => bail!(Interrupted),
+    };
     if arguments.eager {
-        let whole = filled(&controller, None, |fill| fill.directory == request.directory).await;
+        let whole = tokio::select! {
+            whole = filled(&controller, None, |fill| fill.directory == request.directory) => whole,
+            () = &mut ended => Err(Interrupted.into()),
+        };
         if let Err(error) = whole {
             controller.unmount(&UnmountRequest { directory: request.directory, lazy: false }).await?;
             return Err(error);
@@ -60,7 +76,7 @@ pub(crate) async fn run(arguments: MountArguments, common: Common) -> Result<()>
     }
     report(&arguments, &mounted);
     if arguments.foreground {
-        interrupted().await;
+        ended.await;
         controller.unmount(&UnmountRequest { directory: request.directory, lazy: false }).await?;
     }
     Ok(())
@@ -121,16 +137,20 @@ async fn alone(
     common: &Common,
     request: MountRequest,
     directory: &Path,
+    mut interrupted: Pin<&mut impl Future<Output = ()>>,
 ) -> Result<()> {
     let node = open(&arguments.cache, &arguments.settings, common, Held::by_nobody(), false).await?;
     metrics(&node, &arguments.settings)?;
     let socket = Controller::socket(&arguments.cache.directory);
-    let mounted = node.mount(request).await?;
+    let mounted = tokio::select! {
+        mounted = node.mount(request) => mounted?,
+        () = &mut interrupted => bail!(Interrupted),
+    };
     report(arguments, &mounted);
     let ended = async {
         let mut count = node.count();
         tokio::select! {
-            () = interrupted() => {}
+            () = interrupted => {}
             // somebody else unmounted it
             _ = count.wait_for(|count| *count == 0) => {}
         }
