@@ -16,6 +16,8 @@ mod filling;
 mod layouts;
 #[path = "e2e/outages.rs"]
 mod outages;
+#[path = "e2e/preludes.rs"]
+mod preludes;
 #[path = "e2e/proxy.rs"]
 mod proxy;
 #[path = "e2e/repacked.rs"]

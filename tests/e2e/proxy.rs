@@ -4,11 +4,15 @@ use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use lamina_testkit::process::until;
 
 use crate::rig::DEADLINE;
+
+/// How long an answer that pauses does.
+const PAUSE: Duration = Duration::from_secs(4);
 
 /// What becomes of one answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +27,10 @@ pub(crate) enum Fault {
     Flip,
     /// Its first byte is.
     FlipFirst,
+    /// It pauses behind the first place where it has these.
+    PauseBehind(&'static [u8]),
+    /// The first byte behind the last place where it has these is another one.
+    FlipBehind(&'static [u8]),
     /// The registry is not even asked; this status comes instead.
     Status(u16),
     /// The same with these bytes, as if they were right.
@@ -38,6 +46,13 @@ pub(crate) struct Request {
     /// All of it, the same whenever the same is asked.
     pub(crate) head: Vec<u8>,
     body: Vec<u8>,
+}
+
+impl Request {
+    /// Whether its head has these words, written as is usual or small.
+    pub(crate) fn says(&self, what: &str) -> bool {
+        String::from_utf8_lossy(&self.head).to_ascii_lowercase().contains(what)
+    }
 }
 
 /// Digests of trees that were seen in documents.
@@ -136,15 +151,30 @@ fn serve(
             // until the client has had enough
             while reader.read(&mut [0; 1024])? > 0 {}
         }
-        Fault::None | Fault::Cut | Fault::Flip | Fault::FlipFirst => {
+        Fault::None
+        | Fault::Cut
+        | Fault::Flip
+        | Fault::FlipFirst
+        | Fault::FlipBehind(_)
+        | Fault::PauseBehind(_) => {
             let mut answer = ask(upstream, &request)?;
             lock(trees).extend(trees_named_in(&answer));
             let head = find(&answer, b"\r\n\r\n").context("an answer without an end of its head")? + 4;
             match fault {
                 Fault::Cut => answer.truncate(head + (answer.len() - head) / 2),
                 Fault::FlipFirst => answer[head] ^= 1,
+                Fault::FlipBehind(what) => {
+                    let last = answer.windows(what.len()).rposition(|window| window == what);
+                    answer[last.context("it has them")? + what.len()] ^= 1;
+                }
                 Fault::Flip => *answer.last_mut().context("not empty")? ^= 1,
                 _ => {}
+            }
+            if let Fault::PauseBehind(what) = fault {
+                let at = find(&answer, what).context("it has them")? + what.len();
+                stream.write_all(&answer[..at])?;
+                answer.drain(..at);
+                std::thread::park_timeout(PAUSE);
             }
             stream.write_all(&answer)?;
         }

@@ -14,7 +14,10 @@ use lamina_chunk::PackId;
 use zstd::bulk::Decompressor;
 
 use crate::profile::{PAGE_BYTES, PROFILE_ITEMS_MAX, PROFILE_PAGES_MAX, file_size};
-use crate::{Algorithm, BOOT_ANNOTATION, BOOT_BYTES_ANNOTATION, Digest, Ino, TREE_ANNOTATION, Tree};
+use crate::{
+    Algorithm, BOOT_ANNOTATION, BOOT_BYTES_ANNOTATION, CommandKey, Descriptor, Digest, Ino, TREE_ANNOTATION,
+    Tree,
+};
 
 mod build;
 mod plan;
@@ -80,6 +83,17 @@ impl BootPack {
         let bytes = annotations.get(BOOT_BYTES_ANNOTATION)?.parse().ok()?;
         let tree = annotations.get(TREE_ANNOTATION)?.parse().ok().filter(sha256)?;
         Some(Self { blob, bytes, tree })
+    }
+
+    /// The one for a command among what hangs on an image with this tree, and whether it was made for that command: else it is the general
+    /// one.
+    pub fn choose(found: &[Descriptor], tree: Digest, command: Option<&CommandKey>) -> Option<(Self, bool)> {
+        let of = |command: Option<&CommandKey>| {
+            let named = found.iter().filter(|one| CommandKey::is_named(command, &one.annotations));
+            named.filter_map(|one| Self::named_by(&one.annotations)).find(|pack| pack.tree == tree)
+        };
+        let own = command.and_then(|command| of(Some(command))).map(|pack| (pack, true));
+        own.or_else(|| Some((of(None)?, false)))
     }
 
     /// Its blob as what caches fetch from. It is named by a sha256, as packs are.
@@ -381,4 +395,39 @@ fn names(mut bytes: &[u8], count: usize) -> Result<(Vec<String>, Vec<String>), B
         bytes = rest;
     }
     if bytes.is_empty() { Ok((names, again)) } else { Err(BootError::Damaged("name", count)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_gets_its_own_boot_pack_and_else_the_general_one() {
+        let (tree, other) = (Digest::of(b"tree"), Digest::of(b"other"));
+        let key = |text: &str| text.parse::<CommandKey>().expect("a key");
+        let boot = |command: Option<&CommandKey>, tree: Digest, bytes: u64| {
+            let mut artifact = Descriptor::of(crate::media_type::OCI_MANIFEST, b"");
+            artifact.annotations = BootPack { blob: Digest::of(b"boot"), bytes, tree }.annotations();
+            artifact.annotations.extend(CommandKey::annotation(command));
+            artifact
+        };
+        let (a, b, c) = (key("a"), key("b"), key("c"));
+        let found = [
+            boot(Some(&a), tree, 1),
+            boot(Some(&b), tree, 2),
+            boot(Some(&c), other, 3),
+            boot(None, other, 4),
+            boot(None, tree, 5),
+        ];
+        let chosen = |command: Option<&CommandKey>, found: &[Descriptor]| {
+            BootPack::choose(found, tree, command).map(|(pack, own)| (pack.bytes, own))
+        };
+        assert_eq!(chosen(Some(&a), &found), Some((1, true)));
+        assert_eq!(chosen(Some(&b), &found), Some((2, true)));
+        for none in [Some(&c), Some(&key("d")), None] {
+            assert_eq!(chosen(none, &found), Some((5, false)), "{none:?}");
+        }
+        assert_eq!(chosen(None, &found[..4]), None, "no other command's, and no other image's");
+        assert_eq!(chosen(Some(&b), &found[..1]), None);
+    }
 }

@@ -46,6 +46,8 @@ pub mod media_type {
     pub const BOOT: &str = "application/vnd.lamina.boot.v1";
     /// A pack.
     pub const PACK: &str = "application/vnd.lamina.pack.v1";
+    /// A prelude: what a registry answers in one go to whoever starts an image.
+    pub const PRELUDE: &str = "application/vnd.lamina.prelude.v1";
     /// A moved record: where the frames of a pack are now.
     pub const MOVED: &str = "application/vnd.lamina.moved.v1";
 }
@@ -329,6 +331,9 @@ pub enum DocumentError {
     /// One of Lamina's annotations does not hold what it should.
     #[error("annotation {0} does not hold a sha256 digest")]
     Annotation(&'static str),
+    /// A prelude without a manifest, or of more than there can be.
+    #[error("the prelude has no manifest, or parts that cannot be")]
+    Prelude,
 }
 
 /// What can stand under a tag.

@@ -12,6 +12,7 @@ mod digest;
 mod document;
 mod ingest;
 mod merge;
+mod prelude;
 mod profile;
 mod recipe;
 mod tar;
@@ -27,6 +28,7 @@ pub use ingest::{
     BATCH_CHUNKS, ChunkSink, Compression, IngestError, IngestOptions, LayerInput, Progress, SinkError, ingest,
 };
 pub use merge::{MergeError, derive_tree};
+pub use prelude::{PRELUDE_HEAD_BYTES_MAX, PRELUDE_LENGTH_BYTES, PreludeHead};
 pub use profile::{
     BootHad, COMMAND_KEY_BYTES_MAX, COMMANDS_MAX, CommandKey, PAGE_BYTES, PROFILE_BYTES_MAX,
     PROFILE_ITEMS_MAX, PROFILE_PAGES_MAX, ParseCommandKeyError, Profile, ProfileError, ProfileRun, Start,

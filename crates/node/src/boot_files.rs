@@ -6,19 +6,20 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File};
-use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
+use std::{fmt, io};
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, StreamExt, stream};
 use lamina_cache::{Class, Pieces, Source, SourceError};
 use lamina_chunk::PackId;
+use lamina_wire::PartStream;
 use parking_lot::Mutex;
 
 use crate::sources::Sources;
@@ -118,12 +119,34 @@ pub(crate) struct KeptBoot {
     files: BootFiles,
     /// `None` for those that are to stay no more, or are here.
     parts: Mutex<HashMap<PackId, Option<Part>>>,
+    /// One that comes already, until it is taken.
+    begun: Mutex<Option<ComingPack>>,
+}
+
+/// A boot pack that comes from its first byte on.
+struct ComingPack(PackId, Pieces);
+
+impl fmt::Debug for ComingPack {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ComingPack({})", self.0)
+    }
 }
 
 impl KeptBoot {
     /// Keeps the boot packs of `registry` in `files`.
     pub(crate) fn new(registry: Sources, files: BootFiles) -> Self {
-        Self { registry, files, parts: Mutex::default() }
+        Self { registry, files, parts: Mutex::default(), begun: Mutex::default() }
+    }
+
+    /// Takes all `len` bytes of a boot pack, which come already from the registry: they are not asked for when they are wanted.
+    pub(crate) fn begin(&self, pack: PackId, len: u64, bytes: PartStream) {
+        *self.begun.lock() = Some(ComingPack(pack, self.registry.taken(pack, len, bytes)));
+    }
+
+    /// What comes already of these bytes. Whatever else comes is given up: it would hold a connection for nothing.
+    fn take_begun(&self, pack: PackId, range: &Range<u64>) -> Option<Pieces> {
+        let ComingPack(begun, pieces) = self.begun.lock().take()?;
+        (begun == pack && range.start == 0).then_some(pieces)
     }
 
     /// Takes note of a piece that came at `start`. Whether it is time to write.
@@ -281,11 +304,15 @@ impl Source for KeptSource {
             return self.0.registry.stream(pack, range, class);
         }
         async move {
+            let begun = self.0.take_begun(pack, &range);
             if self.0.files.has(pack, range.end) {
                 return Ok(self.0.kept(pack, range));
             }
             let start = range.start;
-            let pieces = self.0.registry.stream(pack, range, class).await?;
+            let pieces = match begun {
+                Some(pieces) => pieces,
+                None => self.0.registry.stream(pack, range, class).await?,
+            };
             Ok(self.0.clone().keeping(pack, start, pieces))
         }
         .boxed()

@@ -24,6 +24,7 @@ use tracing::{Instrument, Span, debug_span, info_span, warn};
 use crate::boot_files::{BootFiles, KeptBoot, KeptSource};
 use crate::fill::{Fills, PAUSED, Policy};
 use crate::held::Held;
+use crate::image::{Begun, Wish};
 use crate::known::Known;
 use crate::owner::{self, Owner};
 use crate::pins::Pins;
@@ -124,6 +125,15 @@ pub(crate) struct Asked {
     pub(crate) requests: u32,
     /// For a boot pack, if there is one.
     pub(crate) room: Option<BootRoom>,
+    /// What comes already.
+    pub(crate) begun: Option<Begun>,
+}
+
+impl Asked {
+    /// Nothing yet.
+    pub(crate) fn new(reference: Reference, sources: Sources) -> Self {
+        Self { reference, sources, requests: 0, room: None, begun: None }
+    }
 }
 
 /// A directory that one request has taken, until it is dropped.
@@ -246,7 +256,7 @@ impl Node {
             return Err(NodeError::TooManyMounts(MOUNTS_MAX));
         }
         Policy::of(&request.fill)?;
-        command_of(&request)?;
+        let command = command_of(&request)?;
         if request.record && request.passthrough {
             return Err(NodeError::Request("what the kernel reads by itself cannot be recorded".to_owned()));
         }
@@ -262,9 +272,13 @@ impl Node {
         asked.sources.within.begin(span.clone());
         let Asked { sources, reference, .. } = &asked;
         sources.spare();
-        let (platform, deadline) = (&self.config.platform, self.config.cache.deadline);
-        let resolved = resolve(sources, &self.known, reference, platform, request.require_bound, deadline);
-        let Resolved { found, offline, remembered } = resolved.await?;
+        // of what the kernel reads past the node all of the tree must be there first
+        let start = wants_boot(&request) && !request.passthrough;
+        let (platform, require_bound) = (&self.config.platform, request.require_bound);
+        let wish = Wish { platform, require_bound, start, command: command.as_ref() };
+        let resolved = resolve(sources, &self.known, reference, wish, self.config.cache.deadline);
+        let Resolved { found, offline, remembered, begun: comes } = resolved.await?;
+        asked.begun = comes;
         asked.requests = found.requests;
         let (manifest, tree) = (found.manifest.to_string(), found.tree.to_string());
         span.record("manifest", &manifest).record("tree", &tree).record("offline", offline.is_some());
@@ -314,7 +328,8 @@ impl Node {
         let boot = match wants_boot(&request) {
             true => {
                 let room = asked.room.take().unwrap_or_else(BootRoom::prepare);
-                starting.stream_boot(Arc::clone(&source), room, (ahead, unpacked), before_contents)
+                let begun = asked.begun.as_mut().and_then(Begun::take_boot);
+                starting.stream_boot(Arc::clone(&source), begun, room, (ahead, unpacked), before_contents)
             }
             false => ComingBoot::none(),
         };
@@ -365,7 +380,7 @@ impl Node {
     pub(crate) fn ask(&self, request: &MountRequest) -> Result<Asked, NodeError> {
         let reference: Reference = request.reference.parse()?;
         let sources = self.hosts.sources(&reference, request.plain_http)?;
-        Ok(Asked { reference, sources, requests: 0, room: None })
+        Ok(Asked::new(reference, sources))
     }
 
     pub(crate) fn starting(

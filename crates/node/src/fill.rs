@@ -30,6 +30,7 @@ use tracing::{Span, info_span};
 use self::job::{Job, State};
 use self::stay::Stays;
 use crate::daemon::Asked;
+use crate::image::Wish;
 use crate::resolve::resolve;
 use crate::sources::Sources;
 use crate::spans::Within;
@@ -292,11 +293,12 @@ impl Node {
         plain_http: bool,
     ) -> Result<(Found, Arc<Tree>, Sources), NodeError> {
         let sources = self.hosts.sources(reference, plain_http)?;
-        let (platform, deadline) = (&self.config.platform, self.config.cache.deadline);
-        let found = resolve(&sources, &self.known, reference, platform, false, deadline).await?.found;
+        let wish =
+            Wish { platform: &self.config.platform, require_bound: false, start: false, command: None };
+        let deadline = self.config.cache.deadline;
+        let found = resolve(&sources, &self.known, reference, wish, deadline).await?.found;
         sources.are_of(found.manifest);
-        let mut asked =
-            Asked { reference: reference.clone(), sources: sources.clone(), requests: 0, room: None };
+        let mut asked = Asked::new(reference.clone(), sources.clone());
         let tree = self.tree(&mut asked, &found, Turns::alone()).await?;
         Ok((found, tree, sources))
     }

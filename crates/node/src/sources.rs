@@ -21,13 +21,13 @@ use futures_util::future::{BoxFuture, select_all};
 use lamina_cache::{Class, Pieces, Source, SourceError};
 use lamina_chunk::{MOVES_MAX, Moved, PackId};
 use lamina_image::Digest;
-use lamina_wire::{Client, ClientConfig, Reference, Scheme, WireError};
+use lamina_wire::{Client, ClientConfig, PartStream, Reference, Scheme, WireError};
 use parking_lot::Mutex;
 use tokio::time::timeout;
 
 pub(crate) use self::host::{Host, State};
 use self::moved::{MovedPacks, Told, spread};
-use self::race::Race;
+use self::race::{Race, watched};
 use crate::NodeError;
 use crate::metrics::{FetchSeconds, fetch_seconds};
 use crate::spans::Within;
@@ -42,6 +42,8 @@ const DEMOTED: Duration = Duration::from_secs(60);
 const ROUNDS_UNURGENT: u32 = 4;
 /// How long the question where a pack went may take: the answer is a small file.
 const MOVED_WITHIN: Duration = Duration::from_secs(10);
+/// What comes without being asked for begins to, at the latest: behind the names of the largest tree over a slow link.
+const TAKEN_WITHIN: Duration = Duration::from_secs(90);
 /// Hosts that are remembered though nothing is mounted from them any more.
 const HOSTS_MAX: usize = 256;
 
@@ -160,6 +162,16 @@ impl Sources {
         if let Some(first) = self.hosts.iter().find(|host| !host.is_away()) {
             first.spare();
         }
+    }
+
+    /// All `len` bytes of a boot pack, which come from the registry though they were not asked for by themselves.
+    pub(crate) fn taken(&self, pack: PackId, len: u64, bytes: PartStream) -> Pieces {
+        let position = self.hosts.len() - 1;
+        let host = &self.hosts[position];
+        // others come before it on the same connection
+        let pieces = watched(Arc::clone(host), pack, bytes, TAKEN_WITHIN).from(position);
+        let fetch = self.within.fetch(pack, len, Class::Boot);
+        if fetch.is_unwanted() { pieces } else { fetch.answered(host.name(), pieces) }
     }
 
     /// Which image they are asked for, by the digest of its manifest: what hangs on it may say where packs went.

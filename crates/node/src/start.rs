@@ -14,6 +14,7 @@ use tracing::{Instrument, Span, debug, info, info_span, warn};
 
 use crate::KeptTraces;
 use crate::boot_files::KeptBoot;
+use crate::image::BegunBoot;
 use crate::spans::{Within, failed};
 use crate::turn::{Turn, TurnGuard};
 
@@ -78,51 +79,62 @@ pub(crate) struct Chosen {
     pub(crate) own: bool,
 }
 
-/// The boot pack for a command among what hangs on an image with this tree: its own, else the general one.
-fn choose(found: &[Descriptor], tree: Digest, command: Option<&CommandKey>) -> Option<Chosen> {
-    let of = |command: Option<&CommandKey>| {
-        let named = found.iter().filter(|one| CommandKey::is_named(command, &one.annotations));
-        named.filter_map(|one| BootPack::named_by(&one.annotations)).find(|pack| pack.tree == tree)
-    };
-    let own = command.and_then(|command| of(Some(command))).map(|pack| Chosen { pack, own: true });
-    own.or_else(|| Some(Chosen { pack: of(None)?, own: false }))
-}
-
 impl Starting {
-    /// Asks for the image's boot pack, away from whoever mounts it.
-    fn find_boot(&self) -> JoinHandle<Option<BootPack>> {
+    /// Asks for the image's boot pack, away from whoever mounts it, unless the registry sends one already; what a mirror sends is not the
+    /// registry's word. With it, whether it comes.
+    fn find_boot(&self, begun: Option<BegunBoot>) -> JoinHandle<Option<(BootPack, bool)>> {
         let this = self.clone();
         let span =
             info_span!("boot", pack = Empty, bytes = Empty, own = Empty, otel.status_description = Empty);
         self.within.begin_boot(span.clone());
         let find = async move {
-            let found = this.client.referrers(&this.repository, this.manifest, media_type::BOOT).await;
-            let found = found.inspect_err(|error| debug!(%error, "no boot pack")).ok()?;
-            let chosen = choose(&found, this.tree, this.command.as_ref())?;
+            let begun = begun.filter(|begun| begun.base == this.client.base());
+            let begun = begun.and_then(|begun| Some((this.choose(&[begun.said])?, begun.bytes)));
+            let (chosen, comes) = match begun {
+                Some((chosen, bytes)) => {
+                    this.kept.begin(chosen.pack.pack(), chosen.pack.bytes, bytes);
+                    (chosen, true)
+                }
+                None => {
+                    let found =
+                        this.client.referrers(&this.repository, this.manifest, media_type::BOOT).await;
+                    let found = found.inspect_err(|error| debug!(%error, "no boot pack")).ok()?;
+                    (this.choose(&found)?, false)
+                }
+            };
             let span = Span::current();
             span.record("pack", chosen.pack.blob.to_string())
                 .record("bytes", chosen.pack.bytes)
                 .record("own", chosen.own);
-            Some(this.chosen.get_or_init(|| chosen).pack)
+            Some((this.chosen.get_or_init(|| chosen).pack, comes))
         };
         tokio::spawn(find.instrument(span))
     }
 
+    fn choose(&self, found: &[Descriptor]) -> Option<Chosen> {
+        let chosen = BootPack::choose(found, self.tree, self.command.as_ref());
+        chosen.map(|(pack, own)| Chosen { pack, own })
+    }
+
     /// Looks for the boot pack at once, and begins to fetch it, away from whoever mounts the image, once `ahead` is over, and to open
-    /// all but its beginning once `unpacking` is. `before` goes on until the start has had all of it, or there is none.
+    /// all but its beginning once `unpacking` is. `before` goes on until the start has had all of it, or there is none. One that is `begun`
+    /// comes behind the names anyway.
     ///
     /// The tree's names may still come then: both begin slowly, as TCP does (RFC 5681), and the link has room for both.
     pub(crate) fn stream_boot(
         &self,
         source: Arc<dyn Source>,
+        begun: Option<BegunBoot>,
         room: BootRoom,
         (ahead, unpacking): (Turn, Turn),
         before: TurnGuard,
     ) -> ComingBoot {
-        let found = self.find_boot();
+        let found = self.find_boot(begun);
         let stream = tokio::spawn(async move {
-            let pack = found.await.ok().flatten()?;
-            ahead.over().await;
+            let (pack, comes) = found.await.ok().flatten()?;
+            if !comes {
+                ahead.over().await;
+            }
             Some((BootStream::start(pack, source, room, unpacking.over()), before))
         });
         ComingBoot(Some(stream))
@@ -235,40 +247,5 @@ impl Starting {
         let kept = tokio::task::spawn_blocking(kept).await;
         let kept = kept.expect("keeping does not panic");
         kept.inspect_err(|error| warn!(%error, "a trace is not kept")).is_ok()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_command_gets_its_own_boot_pack_and_else_the_general_one() {
-        let (tree, other) = (Digest::of(b"tree"), Digest::of(b"other"));
-        let key = |text: &str| text.parse::<CommandKey>().expect("a key");
-        let boot = |command: Option<&CommandKey>, tree: Digest, bytes: u64| {
-            let mut artifact = Descriptor::of(media_type::OCI_MANIFEST, b"");
-            artifact.annotations = BootPack { blob: Digest::of(b"boot"), bytes, tree }.annotations();
-            artifact.annotations.extend(CommandKey::annotation(command));
-            artifact
-        };
-        let (a, b, c) = (key("a"), key("b"), key("c"));
-        let found = [
-            boot(Some(&a), tree, 1),
-            boot(Some(&b), tree, 2),
-            boot(Some(&c), other, 3),
-            boot(None, other, 4),
-            boot(None, tree, 5),
-        ];
-        let chosen = |command: Option<&CommandKey>, found: &[Descriptor]| {
-            choose(found, tree, command).map(|chosen| (chosen.pack.bytes, chosen.own))
-        };
-        assert_eq!(chosen(Some(&a), &found), Some((1, true)));
-        assert_eq!(chosen(Some(&b), &found), Some((2, true)));
-        for none in [Some(&c), Some(&key("d")), None] {
-            assert_eq!(chosen(none, &found), Some((5, false)), "{none:?}");
-        }
-        assert_eq!(chosen(None, &found[..4]), None, "no other command's, and no other image's");
-        assert_eq!(chosen(Some(&b), &found[..1]), None);
     }
 }

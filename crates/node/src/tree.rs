@@ -5,11 +5,11 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::stream::{BoxStream, poll_fn};
+use futures_util::stream::{self, BoxStream, poll_fn};
 use futures_util::{StreamExt, TryStreamExt};
 use lamina_image::{Digest, Tree, TreeError, TreeNames};
 use lamina_mount::Contents;
-use lamina_wire::{Client, Reference, WireError};
+use lamina_wire::{Client, PartStream, Reference, WireError};
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
@@ -81,6 +81,8 @@ impl Node {
             span.record("from", what);
         };
         let digest = found.tree;
+        // where they are here already that makes way for what comes behind them
+        let begun = asked.begun.as_mut().and_then(|begun| begun.names.take());
         if let Some((tree, contents)) = self.loaded.lock().get(&digest)
             && let Some(tree) = tree.upgrade()
         {
@@ -103,11 +105,11 @@ impl Node {
             }
             None => {
                 from("network");
-                asked.requests += 1;
+                asked.requests += u32::from(begun.is_none());
                 let Asked { sources, reference, .. } = asked;
                 let wanted = Wanted { trees: self.trees.clone(), reference: reference.clone(), digest };
                 let names = found.names.filter(|names| names.bytes <= TREE_BLOB_BYTES_MAX);
-                wanted.receive(sources, names, turns).await?
+                wanted.receive(sources, names, begun, turns).await?
             }
         };
         let mut loaded = self.loaded.lock();
@@ -170,19 +172,25 @@ struct Wanted {
 }
 
 impl Wanted {
-    /// Receives it from whoever has it, up to its names where it is known what they are; then the rest comes in the background.
+    /// Receives it from whoever has it, up to its names where it is known what they are; then the rest comes in the background. Names that
+    /// have `begun` to come are not asked for.
     async fn receive(
         self,
         sources: &Sources,
         names: Option<TreeNames>,
+        begun: Option<PartStream>,
         Turns { names: turn, before_contents }: Turns,
     ) -> Result<(Arc<Tree>, Contents), NodeError> {
+        let begun = Mutex::new(begun);
         let ask = |client: Client| {
-            let (this, turn) = (self.clone(), &turn);
+            let (this, turn, begun) = (self.clone(), &turn, begun.lock().take());
             async move {
                 let named = match names {
-                    Some(names) => this.names(&client, names, turn).await?,
-                    None => None,
+                    Some(names) => this.names(&client, names, begun, turn).await?,
+                    None => {
+                        drop(begun);
+                        None
+                    }
                 };
                 Ok(match named {
                     Some((tree, named)) => (tree, Some(named)),
@@ -253,14 +261,21 @@ impl Wanted {
         &self,
         client: &Client,
         names: TreeNames,
+        begun: Option<PartStream>,
         turn: &NamesTurn,
     ) -> Result<Option<(Tree, Named)>, NodeError> {
         let client = client.with_tries(1);
-        let part = client.blob_range_stream(&self.reference.repository, self.digest, 0..names.bytes);
-        let part = match timeout(NAMES_HEAD, part).await {
-            Ok(Ok(part)) => part,
-            Ok(Err(error)) if error.is_not_found() => return Err(error.into()),
-            Ok(Err(_)) | Err(_) => return Ok(None),
+        let asked = client.blob_range_stream(&self.reference.repository, self.digest, 0..names.bytes);
+        let part = match begun {
+            Some(mut part) => match timeout(NAMES_HEAD, part.next()).await {
+                Ok(Some(first)) => stream::iter([first]).chain(part).boxed(),
+                Ok(None) | Err(_) => return Ok(None),
+            },
+            None => match timeout(NAMES_HEAD, asked).await {
+                Ok(Ok(part)) => part,
+                Ok(Err(error)) if error.is_not_found() => return Err(error.into()),
+                Ok(Err(_)) | Err(_) => return Ok(None),
+            },
         };
         turn.ahead.lock().take();
         let all_come = |bytes| {

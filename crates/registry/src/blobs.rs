@@ -6,7 +6,7 @@ use std::sync::Arc;
 use http::{HeaderValue, Response, StatusCode, header};
 use lamina_chunk::PackId;
 use lamina_image::Digest;
-use lamina_store::{Content, Repo};
+use lamina_store::{ByteStream, Content, Repo};
 
 use crate::ApiError;
 use crate::api::{Answer, Api, Head, empty, etag_of, not_modified};
@@ -84,11 +84,14 @@ impl Api {
 
     /// What an answer to a client carries of the store.
     pub(crate) fn sent(&self, content: Content) -> Body {
-        let bytes = match self.config().tls {
+        streamed(self.stream_of(content), self.metrics.sent.clone())
+    }
+
+    pub(crate) fn stream_of(&self, content: Content) -> ByteStream {
+        match self.config().tls {
             None => sendfile::frames(content),
             Some(_) => content.into_stream(),
-        };
-        streamed(bytes, self.metrics.sent.clone())
+        }
     }
 
     async fn read_any(&self, head: &Head, repo: &Repo, digest: Digest) -> Result<Download, ApiError> {

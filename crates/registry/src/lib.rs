@@ -24,6 +24,7 @@ mod manifests;
 mod messages;
 mod metrics;
 mod observe;
+mod prelude;
 mod profiles;
 mod put;
 mod query;

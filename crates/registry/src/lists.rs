@@ -85,7 +85,7 @@ impl Api {
     ///
     /// distribution-spec 1.1, "Listing Referrers", asks that all that is listed hangs there, and not that all is listed that does. To
     /// clients it is as if these were collected already; and nodes find in the other one the same tree, and where each pack went.
-    async fn leave_out_superseded(
+    pub(crate) async fn leave_out_superseded(
         &self,
         image: Digest,
         manifests: &mut Vec<Descriptor>,

@@ -8,6 +8,7 @@ use lamina_store::{Blob, Referrer, Repo, StoreError};
 use crate::ApiError;
 use crate::api::{Answer, Api, Head, empty, etag_of, not_modified};
 use crate::body::full;
+use crate::prelude::VARY;
 use crate::put::OUR_ARTIFACTS;
 use crate::route::Target;
 
@@ -29,6 +30,10 @@ impl Api {
         if head.knows(digest) {
             return Ok(not_modified(digest));
         }
+        // whatever is wrong with it shows again where its parts are asked for
+        if let Ok(Some(prelude)) = self.read_prelude(head, repo, digest, link.size).await {
+            return Ok(prelude);
+        }
         let (media_type, size) = (link.media_type, link.size);
         let body = match head.method == Method::HEAD {
             true => full(Bytes::new()),
@@ -44,6 +49,7 @@ impl Api {
         let ours = |text: String| text.parse::<HeaderValue>().expect("hexadecimal digits");
         headers.insert(header::CONTENT_TYPE, media_type);
         headers.insert(header::CONTENT_LENGTH, size.into());
+        headers.insert(header::VARY, VARY);
         headers.insert(header::ETAG, ours(etag_of(digest)));
         headers.insert("docker-content-digest", ours(digest.to_string()));
         Ok(response)

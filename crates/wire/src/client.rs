@@ -25,7 +25,7 @@ const UPLOAD: Duration = Duration::from_secs(1800);
 const RANGE_RESERVED: usize = 1 << 20;
 
 /// What is taken for a manifest or an index.
-const MANIFESTS: [&str; 4] =
+pub(crate) const MANIFESTS: [&str; 4] =
     [media_type::OCI_MANIFEST, media_type::OCI_INDEX, media_type::DOCKER_MANIFEST, media_type::DOCKER_INDEX];
 
 pub(crate) const USER_AGENT: &str = concat!("lamina/", env!("CARGO_PKG_VERSION"));
@@ -95,6 +95,37 @@ pub struct Fetched {
     pub digest: Digest,
     /// The document.
     pub bytes: Bytes,
+}
+
+impl Fetched {
+    /// What a registry has answered to who asked for this version.
+    pub(crate) async fn from_answer(answer: Answer, version: &Version) -> Result<Self, WireError> {
+        let (url, media_type) = (answer.url.clone(), media_type_of(&answer));
+        Self::checked(url, media_type, answer.bytes(MANIFEST_BYTES_MAX as u64).await?, version)
+    }
+
+    /// These bytes, if they are this version.
+    pub(crate) fn checked(
+        url: String,
+        media_type: String,
+        bytes: Bytes,
+        version: &Version,
+    ) -> Result<Self, WireError> {
+        let digest = match version {
+            Version::Digest(digest) if !digest.names(&bytes) => {
+                return Err(WireError::WrongBytes { url, digest: *digest });
+            }
+            Version::Digest(digest) => *digest,
+            Version::Tag(_) => Digest::of(&bytes),
+        };
+        Ok(Self { media_type, digest, bytes })
+    }
+}
+
+/// What an answer says that its body is, without parameters.
+pub(crate) fn media_type_of(answer: &Answer) -> String {
+    let media_type = answer.header(header::CONTENT_TYPE).unwrap_or_default();
+    media_type.split(';').next().unwrap_or_default().trim().to_owned()
 }
 
 /// One repository's registry, as seen from here. Cheap to clone; clones share connections.
@@ -167,7 +198,7 @@ impl Client {
         repository: &str,
         version: &Version,
     ) -> Result<Option<Digest>, WireError> {
-        let url = format!("{}/v2/{repository}/manifests/{version}", self.base);
+        let url = self.manifest_url(repository, version);
         self.retrying(|| async {
             let request = Request::head(&url).header(header::ACCEPT, MANIFESTS.join(", "));
             let answer = self.call(request, Payload::Empty).await?.expect(&[StatusCode::OK]).await?;
@@ -179,22 +210,17 @@ impl Client {
 
     /// The manifest or index of an image. One request.
     pub async fn manifest(&self, repository: &str, version: &Version) -> Result<Fetched, WireError> {
-        let url = format!("{}/v2/{repository}/manifests/{version}", self.base);
+        let url = self.manifest_url(repository, version);
         self.retrying(|| async {
             let request = Request::get(&url).header(header::ACCEPT, MANIFESTS.join(", "));
             let answer = self.call(request, Payload::Empty).await?.expect(&[StatusCode::OK]).await?;
-            let media_type = answer.header(header::CONTENT_TYPE).unwrap_or_default();
-            let media_type = media_type.split(';').next().unwrap_or_default().trim().to_owned();
-            let bytes = answer.bytes(MANIFEST_BYTES_MAX as u64).await?;
-            match version {
-                Version::Digest(wanted) if !wanted.names(&bytes) => {
-                    Err(WireError::WrongBytes { url: url.clone(), digest: *wanted })
-                }
-                Version::Digest(digest) => Ok(Fetched { media_type, digest: *digest, bytes }),
-                Version::Tag(_) => Ok(Fetched { media_type, digest: Digest::of(&bytes), bytes }),
-            }
+            Fetched::from_answer(answer, version).await
         })
         .await
+    }
+
+    pub(crate) fn manifest_url(&self, repository: &str, version: &Version) -> String {
+        format!("{}/v2/{repository}/manifests/{version}", self.base)
     }
 
     /// Whether the registry has this blob.

@@ -13,6 +13,7 @@ mod credentials;
 mod error;
 mod http_call;
 mod post;
+mod prelude;
 mod profile;
 mod proxy;
 mod push;
@@ -25,10 +26,11 @@ pub use client::{Blob, Client, ClientConfig, Fetched, Pong, Scheme};
 pub use credentials::CredentialFiles;
 pub use error::WireError;
 pub use post::Post;
+pub use prelude::{COMMAND_HEADER, PartStream, Prelude};
 pub use profile::{read_trace, write_trace};
 pub use push::{KnownLayer, write_places};
 pub use reference::{ParseReferenceError, Reference, Version, is_repository_name, is_tag};
-pub use referrers::{CREATED_ANNOTATION, created_after};
+pub use referrers::{CREATED_ANNOTATION, created_after, made_at, newest_first};
 
 /// The messages of `proto/lamina/v1`, as prost makes them.
 pub mod proto {

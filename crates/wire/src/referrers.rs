@@ -15,10 +15,16 @@ pub const CREATED_ANNOTATION: &str = "dev.lamina.created";
 /// What to write as [`CREATED_ANNOTATION`] on what takes the place of `old`, in seconds since 1970: `now`, or just after the newest
 /// of them, where a clock was ahead when that was made. It may stay listed, and would count until then.
 pub fn created_after(old: &[Descriptor], now: u64) -> u64 {
-    old.iter().filter_map(created).max().map_or(now, |newest| now.max(newest.saturating_add(1)))
+    old.iter().filter_map(made_at).max().map_or(now, |newest| now.max(newest.saturating_add(1)))
 }
 
-fn created(artifact: &Descriptor) -> Option<u64> {
+/// Puts what clients have made in the order in which it counts: the newest first, and last what does not say when it was made.
+pub fn newest_first(artifacts: &mut [Descriptor]) {
+    artifacts.sort_by_key(|one| std::cmp::Reverse(made_at(one)));
+}
+
+/// When an artifact says that it was made, in seconds since 1970.
+pub fn made_at(artifact: &Descriptor) -> Option<u64> {
     artifact.annotations.get(CREATED_ANNOTATION)?.parse().ok()
 }
 
@@ -53,7 +59,7 @@ impl Client {
                 None => break,
             }
         }
-        found.sort_by_key(|one| std::cmp::Reverse(created(one)));
+        newest_first(&mut found);
         Ok(found)
     }
 

@@ -5,13 +5,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use bytes::Bytes;
 use futures_util::future::{BoxFuture, select_all};
-use futures_util::stream::{BoxStream, FuturesUnordered, unfold};
+use futures_util::stream::{FuturesUnordered, unfold};
 use futures_util::{FutureExt, StreamExt};
 use lamina_cache::{Class, Pieces, SourceError};
 use lamina_chunk::PackId;
-use lamina_wire::WireError;
+use lamina_wire::{PartStream, WireError};
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::{Asked, Host};
@@ -24,7 +23,7 @@ const ASKED_MAX: usize = 4;
 /// waits after a cut of some seconds, longer than any queue.
 const STALL: Duration = Duration::from_secs(3);
 
-type Answer = Result<BoxStream<'static, Result<Bytes, WireError>>, WireError>;
+type Answer = Result<PartStream, WireError>;
 
 /// A request that has ended.
 struct Ended {
@@ -122,7 +121,7 @@ impl<'a> Race<'a> {
                 if hedge {
                     host.counters.hedges_won.fetch_add(1, Ordering::Relaxed);
                 }
-                Some(watched(host, self.pack, stream).from(position))
+                Some(watched(host, self.pack, stream, STALL).from(position))
             }
             Err(error) => {
                 failed(&host, &error);
@@ -146,25 +145,25 @@ fn failed(host: &Arc<Host>, error: &WireError) {
     }
 }
 
-/// The pieces of an answer, counted, and an error where they stop coming.
-fn watched(host: Arc<Host>, pack: PackId, stream: BoxStream<'static, Result<Bytes, WireError>>) -> Pieces {
-    let bytes = unfold((Some(stream), host), move |(stream, host)| async move {
+/// The pieces of an answer, counted, and an error where the first does not come `within` a time, or they stop coming.
+pub(super) fn watched(host: Arc<Host>, pack: PackId, stream: PartStream, within: Duration) -> Pieces {
+    let bytes = unfold((Some(stream), host, within), move |(stream, host, waited)| async move {
         let mut stream = stream?;
-        match timeout(STALL, stream.next()).await {
+        match timeout(waited, stream.next()).await {
             Ok(None) => None,
             Ok(Some(Ok(piece))) => {
                 host.counters.bytes.fetch_add(piece.len() as u64, Ordering::Relaxed);
-                Some((Ok(piece), (Some(stream), host)))
+                Some((Ok(piece), (Some(stream), host, STALL)))
             }
             Ok(Some(Err(error))) => {
                 failed(&host, &error);
-                Some((Err(translated(pack, error)), (None, host)))
+                Some((Err(translated(pack, error)), (None, host, STALL)))
             }
             Err(_) => {
                 let url = host.client().base().to_owned();
-                let error = WireError::Timeout { url, waited: STALL };
+                let error = WireError::Timeout { url, waited };
                 failed(&host, &error);
-                Some((Err(translated(pack, error)), (None, host)))
+                Some((Err(translated(pack, error)), (None, host, STALL)))
             }
         }
     });

@@ -1,6 +1,5 @@
 //! Profiles and boot packs as artifacts: which hang on an image, and how new ones take their place.
 
-use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
@@ -8,7 +7,7 @@ use lamina_image::{
     BootPack, COMMANDS_MAX, CommandKey, Descriptor, Digest, PROFILE_ANNOTATION, PROFILE_BYTES_MAX, media_type,
 };
 use lamina_store::{Repo, Store, StoreError};
-use lamina_wire::{CREATED_ANNOTATION, created_after};
+use lamina_wire::{CREATED_ANNOTATION, created_after, made_at, newest_first};
 
 use super::Subject;
 use crate::artifact::{Artifact, hang};
@@ -46,8 +45,8 @@ impl Hung {
                 _ => {}
             }
         }
-        hung.profiles.sort_by_key(|artifact| Reverse(created(artifact)));
-        hung.boots.sort_by_key(|artifact| Reverse(created(artifact)));
+        newest_first(&mut hung.profiles);
+        newest_first(&mut hung.boots);
         hung
     }
 
@@ -79,7 +78,7 @@ impl Hung {
     /// When the profile of a command was last written, in seconds since 1970.
     fn revised(&self, command: &CommandKey) -> u64 {
         let own = self.of(Some(command));
-        own.profiles.iter().filter_map(created).max().unwrap_or(0)
+        own.profiles.iter().filter_map(made_at).max().unwrap_or(0)
     }
 
     /// The profile's JSON, not parsed. What is lost or far too long is no profile: the next start makes another.
@@ -106,11 +105,6 @@ impl Hung {
         }
         Ok(())
     }
-}
-
-/// When an artifact says that it was made, in seconds since 1970.
-fn created(artifact: &Descriptor) -> Option<u64> {
-    artifact.annotations.get(CREATED_ANNOTATION)?.parse().ok()
 }
 
 impl Slot<'_> {
@@ -225,7 +219,7 @@ mod tests {
             .into_iter()
             .flat_map(|now| [media_type::PROFILE, media_type::BOOT].map(|kind| of_kind(kind, now)));
         let hung = Hung::among([undated].into_iter().chain(dated).collect());
-        let times = |artifacts: &[Descriptor]| artifacts.iter().map(created).collect::<Vec<_>>();
+        let times = |artifacts: &[Descriptor]| artifacts.iter().map(made_at).collect::<Vec<_>>();
         assert_eq!(times(&hung.profiles), [Some(100), Some(20), Some(9), None]);
         assert_eq!(times(&hung.boots), [Some(100), Some(20), Some(9)]);
     }

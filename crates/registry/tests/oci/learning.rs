@@ -18,6 +18,7 @@ use tokio::time::Instant;
 use crate::support::{Image, Registry, Reply};
 
 mod commands;
+mod preludes;
 
 /// Longer takes no step of a test on any machine.
 const DEADLINE: Duration = Duration::from_secs(60);
