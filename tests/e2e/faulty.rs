@@ -37,6 +37,13 @@ fn mount(rig: &Rig, proxy: &Proxy) -> Result<std::path::PathBuf> {
     Ok(point)
 }
 
+/// Unmounts, and has the next mount find a node that knows nothing.
+pub(crate) fn forget(rig: &Rig) -> Result<()> {
+    rig.unmount()?;
+    rig.node_ended()?;
+    Ok(fs::remove_dir_all(rig.path("cache"))?)
+}
+
 /// The reader gets EIO, within a time that has to do with its deadline.
 fn is_error(path: &Path) -> Result<()> {
     let begun = Instant::now();
@@ -180,9 +187,7 @@ fn packs_that_stay_wrong_are_an_error_to_the_reader_and_the_mount_stays() -> Res
         // once the registry is well again, so is the file
         broken.store(false, Ordering::SeqCst);
         ensure!(fs::read(mounted.join("big"))? == noise(BIG_BYTES, 5), "after {fault:?}");
-        rig.unmount()?;
-        rig.node_ended()?;
-        fs::remove_dir_all(rig.path("cache"))?;
+        forget(&rig)?;
     }
     Ok(())
 }
@@ -215,9 +220,7 @@ fn what_a_busy_registry_refuses_twice_is_asked_for_again_and_readers_do_not_noti
         let read = fs::read(point.join("big")).map_err(|error| anyhow::anyhow!("{fault:?}: {error}"))?;
         ensure!(read == noise(BIG_BYTES, 5), "{fault:?}");
         ensure!(proxy.faults() > 1);
-        rig.unmount()?;
-        rig.node_ended()?;
-        fs::remove_dir_all(rig.path("cache"))?;
+        forget(&rig)?;
     }
     Ok(())
 }

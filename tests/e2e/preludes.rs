@@ -12,6 +12,7 @@ use lamina_testkit::noise;
 use lamina_testkit::process::until;
 use serde_json::Value;
 
+use crate::faulty::forget;
 use crate::proxy::{Fault, Proxy};
 use crate::rig::{DEADLINE, Rig, programs, text};
 
@@ -117,9 +118,7 @@ fn a_boot_pack_that_breaks_off_in_a_prelude_goes_on_and_one_that_is_wrong_is_don
             }
             _ => ensure!(failed == 1 && stored < READ_BYTES as u64, "{mount}"),
         }
-        rig.unmount()?;
-        rig.node_ended()?;
-        fs::remove_dir_all(rig.path("cache"))?;
+        forget(&rig)?;
     }
     Ok(())
 }
@@ -154,9 +153,7 @@ fn a_registry_whose_preludes_cannot_be_read_is_asked_for_the_manifest_alone() ->
         let (point, _) = mounted(&rig, &proxy.name("a:t"))?;
         ensure!(proxy.faults() == 1, "{fault:?}: {} faults", proxy.faults());
         ensure!(fs::read(point.join("read"))? == noise(READ_BYTES, 1), "{fault:?}");
-        rig.unmount()?;
-        rig.node_ended()?;
-        fs::remove_dir_all(rig.path("cache"))?;
+        forget(&rig)?;
     }
     Ok(())
 }

@@ -31,7 +31,7 @@ impl Api {
             return Ok(not_modified(digest));
         }
         // whatever is wrong with it shows again where its parts are asked for
-        if let Ok(Some(prelude)) = self.read_prelude(head, repo, digest, link.size).await {
+        if let Ok(Some(prelude)) = self.read_prelude(head, repo, digest, &link).await {
             return Ok(prelude);
         }
         let (media_type, size) = (link.media_type, link.size);

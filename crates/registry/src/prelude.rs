@@ -8,7 +8,7 @@ use http::{HeaderValue, Method, Response, header};
 use lamina_image::{
     BootPack, CommandKey, Descriptor, Digest, Document, Manifest, PreludeHead, TreeNames, media_type,
 };
-use lamina_store::{Content, Repo};
+use lamina_store::{Content, ManifestLink, Repo};
 use lamina_wire::{COMMAND_HEADER, newest_first};
 
 use crate::ApiError;
@@ -21,29 +21,29 @@ const MANIFEST_BYTES_MAX: u64 = 256 << 10;
 pub(crate) const VARY: HeaderValue = HeaderValue::from_static("accept, lamina-command");
 
 impl Api {
-    /// The prelude of an image, whose manifest has `size` bytes, for a client that takes one; `None` where the manifest is all that there is, or no client of this kind asks.
+    /// The prelude of an image with this manifest, for a client that takes one; `None` where the manifest is all that there is, or no client
+    /// of this kind asks.
     pub(crate) async fn read_prelude(
         &self,
         head: &Head,
         repo: &Repo,
         image: Digest,
-        size: u64,
+        ManifestLink { media_type, size }: &ManifestLink,
     ) -> Result<Option<Response<Body>>, ApiError> {
-        if head.method != Method::GET || !takes_preludes(head) || size > MANIFEST_BYTES_MAX {
+        if head.method != Method::GET || !takes_preludes(head) || *size > MANIFEST_BYTES_MAX {
             return Ok(None);
         }
-        let Some((media_type, bytes)) = self.store.manifest(repo, image).await? else { return Ok(None) };
-        let Ok(Document::Manifest(manifest)) = Document::parse(&media_type, &bytes) else { return Ok(None) };
-        let (hung, more) = self.store.referrers_after(repo, image, None).await?;
+        let bytes = self.store.small_blob(image, MANIFEST_BYTES_MAX).await?;
+        let Ok(Document::Manifest(manifest)) = Document::parse(media_type, &bytes) else { return Ok(None) };
+        let (mut hung, more) = self.store.referrers_after(repo, image, None).await?;
         // the newest of them may be on another page
         if more {
             return Ok(None);
         }
-        let Some((tree, names)) = self.names_of(image, &manifest, hung.clone()).await? else {
-            return Ok(None);
-        };
+        newest_first(&mut hung);
+        let Some((tree, names)) = self.names_of(image, &manifest, &hung).await? else { return Ok(None) };
         let mut contents = Vec::new();
-        let mut prelude = PreludeHead::new(Descriptor::named(&media_type, image, bytes.len() as u64));
+        let mut prelude = PreludeHead::new(Descriptor::named(media_type, image, bytes.len() as u64));
         if let Some(part) = self.first_part(repo, tree, names.bytes).await {
             prelude = prelude.with_names(tree, names);
             contents.push(part);
@@ -80,18 +80,18 @@ impl Api {
         response
     }
 
-    /// The tree of an image, and the names that it begins with: those that its manifest binds, else those that hang on it.
+    /// The tree of an image, and the names that it begins with: those that its manifest binds, else the first that hang on it.
     async fn names_of(
         &self,
         image: Digest,
         manifest: &Manifest,
-        mut hung: Vec<Descriptor>,
+        hung: &[Descriptor],
     ) -> Result<Option<(Digest, TreeNames)>, ApiError> {
         if let Some(tree) = manifest.bound_tree()? {
             return Ok(TreeNames::noted_in(&manifest.annotations).map(|names| (tree, names)));
         }
+        let mut hung = hung.to_vec();
         self.leave_out_superseded(image, &mut hung).await?;
-        newest_first(&mut hung);
         let tree =
             hung.iter().find_map(|one| Some((one.hung_tree()?, TreeNames::noted_in(&one.annotations))));
         Ok(tree.and_then(|(tree, names)| Some((tree, names?))))
@@ -123,13 +123,12 @@ fn command_of(head: &Head) -> Option<CommandKey> {
     head.headers.get(COMMAND_HEADER)?.to_str().ok()?.parse().ok()
 }
 
-/// The boot pack for a command, as a node would choose it of what hangs on an image.
+/// The boot pack for a command, as a node would choose it of what hangs on an image, the newest first.
 fn boot_of(
     mut hung: Vec<Descriptor>,
     tree: Digest,
     command: Option<&CommandKey>,
 ) -> Option<(BootPack, bool)> {
     hung.retain(|one| one.artifact_type.as_deref() == Some(media_type::BOOT));
-    newest_first(&mut hung);
     BootPack::choose(&hung, tree, command)
 }

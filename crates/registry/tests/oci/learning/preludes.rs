@@ -8,13 +8,18 @@ use super::*;
 /// With what a node asks for a manifest.
 const ACCEPT: &str = "application/vnd.oci.image.manifest.v1+json, application/vnd.lamina.prelude.v1;q=1";
 
+/// The head of a prelude, and what comes behind it.
+fn head_of(reply: &Reply) -> (PreludeHead, &[u8]) {
+    let (length, rest) = reply.body.split_first_chunk::<PRELUDE_LENGTH_BYTES>().unwrap();
+    let (head, behind) = rest.split_at(PreludeHead::length(*length).unwrap());
+    (PreludeHead::parse(head).unwrap(), behind)
+}
+
 /// The parts of a prelude by their media types, in order, each with its bytes.
 fn parts(reply: &Reply) -> Vec<(String, Vec<u8>)> {
     assert_eq!(reply.header("content-type"), media_type::PRELUDE);
     assert_eq!((reply.header("vary"), reply.header("cache-control")), ("accept, lamina-command", "no-store"));
-    let (length, rest) = reply.body.split_first_chunk::<PRELUDE_LENGTH_BYTES>().unwrap();
-    let (head, mut rest) = rest.split_at(PreludeHead::length(*length).unwrap());
-    let head = PreludeHead::parse(head).unwrap();
+    let (head, mut rest) = head_of(reply);
     let parts = [head.manifest()].into_iter().chain(head.behind());
     let parts = parts.map(|part| {
         let (bytes, behind) = rest.split_at(usize::try_from(part.size).unwrap());
@@ -80,8 +85,7 @@ async fn a_command_finds_its_own_boot_pack_in_its_prelude() {
     let boot = loop {
         let asked = [("accept", ACCEPT), (COMMAND_HEADER, "own")];
         let reply = registry.send(Method::GET, "/v2/app/manifests/v1", &asked, "").await;
-        let (length, rest) = reply.body.split_first_chunk::<PRELUDE_LENGTH_BYTES>().unwrap();
-        let head = PreludeHead::parse(&rest[..PreludeHead::length(*length).unwrap()]).unwrap();
+        let (head, _) = head_of(&reply);
         let boot = head.behind().iter().find(|part| part.media_type == media_type::BOOT);
         if let Some(boot) = boot.filter(|boot| boot.annotations.contains_key("dev.lamina.command")) {
             break boot.clone();
