@@ -10,7 +10,10 @@
 mod boot;
 mod digest;
 mod document;
+mod elf;
+mod files;
 mod ingest;
+mod inherit;
 mod merge;
 mod prelude;
 mod profile;
@@ -24,9 +27,11 @@ pub use boot::{
 };
 pub use digest::{Algorithm, Digest, Hasher, NoPackError, ParseDigestError};
 pub use document::*;
+pub use elf::{ELF_SECTION_BYTES, ElfSections, elf_name, is_elf, u16_at, u32_at, u64_at};
 pub use ingest::{
     BATCH_CHUNKS, ChunkSink, Compression, IngestError, IngestOptions, LayerInput, Progress, SinkError, ingest,
 };
+pub use inherit::Inheritance;
 pub use merge::{MergeError, derive_tree};
 pub use prelude::{PRELUDE_HEAD_BYTES_MAX, PRELUDE_LENGTH_BYTES, PreludeHead};
 pub use profile::{

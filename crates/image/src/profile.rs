@@ -1,8 +1,7 @@
 //! Traces and profiles: what a start touches, in the order in which it touches it.
 //!
 //! A [`Trace`] is what one start did on one tree, by inode number. A [`Profile`] is many traces merged, by
-//! path, so that the next version of an image can take it over: unchanged files carry over exactly, changed
-//! ones by path and offset. As a blob it is JSON, which people read and write as well (`lamina profile
+//! path, so that the next version of an image can take it over ([`Inheritance`](crate::Inheritance)). As a blob it is JSON, which people read and write as well (`lamina profile
 //! export`).
 //!
 //! Paths that are not UTF-8 are left out: the file is then read in the ordinary way.
@@ -215,25 +214,10 @@ impl Profile {
         merge::merged(self, other, missed)
     }
 
-    /// The same for the next version of the image: files that are there under the same path, cut to their
-    /// size. Names stay, since it may matter as well that a name is not there.
-    pub fn inherited_by(&self, tree: &Tree) -> Result<Self, TreeError> {
-        let sizes = self.files.iter().map(|path| Ok(find(tree, path)?.and_then(|ino| file_size(tree, ino))));
-        let sizes: Vec<Option<u64>> = sizes.collect::<Result<_, TreeError>>()?;
-        let mut numbers = vec![None; self.files.len()];
+    /// One for the next version of the image, without pages yet.
+    pub(crate) fn heir(&self) -> Self {
         let (names, dirs) = (self.names.clone(), self.dirs.clone());
-        let mut inherited = Self { inherited: true, names, dirs, ..Self::empty(self.starts) };
-        for ProfileRun(file, first, pages, seen) in self.runs.iter().copied() {
-            let Some(size) = sizes[file as usize] else { continue };
-            let end = (first + pages).min(size.div_ceil(PAGE_BYTES));
-            if first < end {
-                let number = &mut numbers[file as usize];
-                let number =
-                    *number.get_or_insert_with(|| inherited.add_file(self.files[file as usize].clone()));
-                inherited.runs.push(ProfileRun(number, first, end - first, seen));
-            }
-        }
-        Ok(inherited)
+        Self { inherited: true, names, dirs, ..Self::empty(self.starts) }
     }
 
     fn empty(starts: u32) -> Self {
@@ -242,7 +226,7 @@ impl Profile {
     }
 
     /// Appends a page; false where there is no room for another run.
-    fn add_page(&mut self, file: u32, page: u64, seen: u32) -> bool {
+    pub(crate) fn add_page(&mut self, file: u32, page: u64, seen: u32) -> bool {
         let is_full = self.runs.len() == PROFILE_ITEMS_MAX;
         match self.runs.last_mut() {
             Some(last) if last.0 == file && last.1 + last.2 == page && last.3 == seen => last.2 += 1,
@@ -252,7 +236,7 @@ impl Profile {
         true
     }
 
-    fn add_file(&mut self, path: String) -> u32 {
+    pub(crate) fn add_file(&mut self, path: String) -> u32 {
         self.files.push(path);
         u32::try_from(self.files.len() - 1).expect("not more than there are runs")
     }

@@ -7,7 +7,7 @@
 use std::collections::HashSet;
 use std::ops::Range;
 
-use lamina_image::PAGE_BYTES;
+use lamina_image::{ElfSections, PAGE_BYTES, is_elf, u16_at, u32_at, u64_at};
 
 mod code;
 mod constructors;
@@ -25,10 +25,9 @@ const RELOCATIONS_BYTES_MAX: u64 = 32 << 20;
 const CONSTRUCTORS_BYTES_MAX: u64 = 128 << 10;
 /// Of all names of one library: those of CUDA's and torch's take up to 15 MiB.
 const NAMES_BYTES_MAX: u64 = 64 << 20;
-/// Bytes of a program header, of the header of a section, of an entry of the dynamic section, of a relocation with addend, of a
+/// Bytes of a program header, of an entry of the dynamic section, of a relocation with addend, of a
 /// symbol, of its version.
 const HEADER_BYTES: usize = 56;
-const SECTION_BYTES: usize = 64;
 const ENTRY_BYTES: usize = 16;
 pub(crate) const RELOCATION_BYTES: usize = 24;
 const SYMBOL_BYTES: u64 = 24;
@@ -62,9 +61,7 @@ pub(crate) struct Elf {
     pub(crate) dynamic: Range<u64>,
     /// Whether its code is looked at.
     pub(crate) is_x86_64: bool,
-    /// Where the headers of its sections are, in bytes of the file, and the number of the one with their names.
-    pub(crate) sections: Option<Range<u64>>,
-    section_names: usize,
+    pub(crate) sections: Option<ElfSections>,
 }
 
 /// What a dynamic section names, in bytes of the file.
@@ -80,24 +77,6 @@ pub(crate) struct Linked {
     pub(crate) names: Option<Range<u64>>,
     symbols: Option<u64>,
     versions: Option<u64>,
-}
-
-fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
-    Some(u16::from_le_bytes(bytes.get(at..at.checked_add(2)?)?.try_into().ok()?))
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
-    Some(u32::from_le_bytes(bytes.get(at..at.checked_add(4)?)?.try_into().ok()?))
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
-    Some(u64::from_le_bytes(bytes.get(at..at.checked_add(8)?)?.try_into().ok()?))
-}
-
-/// Whether a file with these first bytes may be one.
-pub(crate) fn is_elf(head: &[u8]) -> bool {
-    // magic, 64 bits, little-endian
-    head.starts_with(b"\x7fELF\x02\x01")
 }
 
 impl Elf {
@@ -126,14 +105,11 @@ impl Elf {
                 _ => {}
             }
         }
-        let sections = u64_at(head, 40)?;
-        let sections_len = u64::from(u16_at(head, 60)?) * SECTION_BYTES as u64;
         Some(Self {
             loads,
             dynamic: dynamic?,
             is_x86_64: u16_at(head, 18)? == EM_X86_64,
-            sections: sections.checked_add(sections_len).map(|end| sections..end),
-            section_names: u16_at(head, 62)?.into(),
+            sections: ElfSections::parse(head),
         })
     }
 
@@ -215,14 +191,9 @@ impl Elf {
     }
 }
 
-/// The name at the beginning of `bytes`, if it ends there.
-pub(crate) fn name(bytes: &[u8]) -> Option<&[u8]> {
-    let end = bytes.iter().position(|byte| *byte == 0)?;
-    Some(&bytes[..end])
-}
-
 #[cfg(test)]
 pub(crate) mod tests {
+    use lamina_image::elf_name;
     use proptest::prelude::*;
 
     use super::*;
@@ -294,8 +265,8 @@ pub(crate) mod tests {
         ] {
             assert!(Elf::parse(bytes).is_none(), "{bytes:?}");
         }
-        assert_eq!(name(b"libc.so.6\0rest"), Some(&b"libc.so.6"[..]));
-        assert_eq!(name(b"libc.so.6"), None);
+        assert_eq!(elf_name(b"libc.so.6\0rest"), Some(&b"libc.so.6"[..]));
+        assert_eq!(elf_name(b"libc.so.6"), None);
     }
 
     #[test]
@@ -307,7 +278,7 @@ pub(crate) mod tests {
         };
         let elf = Elf::parse(&program[..PAGE_BYTES as usize]).unwrap();
         let linked = elf.linked(part(&elf.dynamic));
-        let needed: Vec<&[u8]> = linked.needed.iter().filter_map(|range| name(part(range))).collect();
+        let needed: Vec<&[u8]> = linked.needed.iter().filter_map(|range| elf_name(part(range))).collect();
         assert!(needed.iter().any(|name| name.starts_with(b"libc.so")), "{needed:?}");
         let mut seen = HashSet::new();
         for table in &linked.relocations {

@@ -12,14 +12,14 @@ use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 use lamina_cache::{Class, Want};
-use lamina_image::{FileKind, Ino, Tree};
+use lamina_image::{FileKind, Ino, Tree, elf_name, is_elf};
 use tokio::sync::Semaphore;
 
 use crate::ahead::Ahead;
 use crate::bits::Bits;
 use crate::boot::Boot;
 use crate::bound::{Bound, BoundPages};
-use crate::elf::{self, Elf, Linked, RELOCATION_BYTES};
+use crate::elf::{Elf, Linked, RELOCATION_BYTES};
 use crate::order::want;
 use crate::trace::Recorder;
 
@@ -85,7 +85,7 @@ impl Loading {
 
     /// Takes note that the first bytes of a file were read, and follows it if it is a program or a library. Returns at once.
     pub(crate) fn note(self: &Arc<Self>, ino: Ino, head: &[u8]) {
-        if elf::is_elf(head) && !self.ahead.is_lean() && first(&self.seen, ino) {
+        if is_elf(head) && !self.ahead.is_lean() && first(&self.seen, ino) {
             self.follow(ino, None);
         }
     }
@@ -125,7 +125,7 @@ impl Loading {
         let elf = Elf::parse(&self.read(ino, 0..HEAD_BYTES).await?)?;
         let linked = elf.linked(&self.read(ino, elf.dynamic.clone()).await?);
         for range in &linked.needed {
-            if let Some(name) = elf::name(&self.read(ino, range.clone()).await?) {
+            if let Some(name) = elf_name(&self.read(ino, range.clone()).await?) {
                 self.need(dir, name).await;
             }
         }

@@ -11,7 +11,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
-use lamina_image::{CommandKey, Descriptor, Digest, Profile, ProfileError, Tree, TreeError, media_type};
+use lamina_chunk::{Chunk, FrameId, Place};
+use lamina_image::{
+    CommandKey, Descriptor, Digest, Inheritance, Profile, ProfileError, Tree, TreeError, media_type,
+};
 use lamina_store::{Repo, Store, StoreError};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
@@ -153,17 +156,51 @@ impl Learner {
 
     /// Takes over what was learnt of the image before. The general profile comes last: without it, all is tried again.
     async fn take_over(&self, repo: &Repo, image: Digest, hung: Hung) -> Result<(), LearnError> {
-        let Some(before) = self.predecessor(repo, image).await? else { return Ok(()) };
+        let Some((old, before)) = self.predecessor(repo, image).await? else { return Ok(()) };
         let Some(known) = self.known(repo, image, hung).await? else { return Ok(()) };
+        let old = self.known(repo, old, before.clone()).await?;
+        let mut inheritance = Inheritance::new(old.as_ref().map(|old| &old.tree), &known.tree);
         for command in before.commands().iter().map(Some).chain([None]) {
             if !known.hung.of(command).profiles.is_empty() {
                 continue;
             }
             if let Some(json) = before.of(command).profile(&self.store).await? {
-                self.revise(&known, command, Source::Predecessor(json)).await?;
+                let inherited;
+                (inheritance, inherited) = self.inherited(inheritance, json).await?;
+                self.revise(&known, command, Source::Predecessor(inherited)).await?;
             }
         }
         Ok(())
+    }
+
+    /// What follows from a profile of the image before, which is JSON.
+    async fn inherited(
+        &self,
+        mut inheritance: Inheritance,
+        json: Bytes,
+    ) -> Result<(Inheritance, Profile), LearnError> {
+        let mut open = self.frames();
+        let inherited = tokio::task::spawn_blocking(move || {
+            let profile = Profile::parse(&json)?;
+            let inherited = inheritance.of(&profile, |id, place| {
+                open(id, place).inspect_err(|error| tracing::warn!(%error, "libraries are not looked at"))
+            })?;
+            Ok((inheritance, inherited))
+        });
+        inherited.await.expect("taking over does not panic")
+    }
+
+    /// Opens frames of any image, on a thread that may wait.
+    fn frames(&self) -> impl FnMut(FrameId, Place) -> Result<Chunk, LearnError> + Send + 'static {
+        let (store, stopped) = (self.store.clone(), Arc::clone(&self.stopped));
+        let runtime = tokio::runtime::Handle::current();
+        move |id, place| {
+            if stopped.load(Ordering::Acquire) {
+                return Err(LearnError::Stopped);
+            }
+            let opened = runtime.block_on(store.sealed(place))?.open(id);
+            opened.map_err(|error| StoreError::Frame { pack: place.pack, error }.into())
+        }
     }
 
     /// Learns from a start: of its command, and of the image in general.
@@ -201,9 +238,9 @@ impl Learner {
         source: Source,
     ) -> Result<(), LearnError> {
         let hung = known.hung.of(command);
-        let (json, tree) = (hung.profile(&self.store).await?, known.tree.clone());
+        let json = hung.profile(&self.store).await?;
         let revised =
-            tokio::task::spawn_blocking(move || revise::revise(&tree, revise::stored(json).as_ref(), source));
+            tokio::task::spawn_blocking(move || revise::revise(revise::stored(json).as_ref(), source));
         let Some(revised) = revised.await.expect("merging does not panic")? else { return Ok(()) };
         let Revised { profile, json, pages_changed, steady } = revised;
         let builds = pages_changed || hung.boots.is_empty();
@@ -275,17 +312,8 @@ impl Learner {
     ) -> Result<(), LearnError> {
         let begun = Instant::now();
         let (subject, tree) = (&known.subject, known.tree.clone());
-        let (store, stopped) = (self.store.clone(), Arc::clone(&self.stopped));
-        let (runtime, digest) = (tokio::runtime::Handle::current(), subject.tree.digest);
-        let built = tokio::task::spawn_blocking(move || {
-            revise::build(&tree, digest, profile, |id, place| {
-                if stopped.load(Ordering::Acquire) {
-                    return Err(LearnError::Stopped);
-                }
-                let opened = runtime.block_on(store.sealed(place))?.open(id);
-                opened.map_err(|error| StoreError::Frame { pack: place.pack, error }.into())
-            })
-        });
+        let (open, digest) = (self.frames(), subject.tree.digest);
+        let built = tokio::task::spawn_blocking(move || revise::build(&tree, digest, profile, open));
         let boot = built.await.expect("building does not panic")?;
         let bytes = boot.as_ref().map_or(0, Vec::len);
         let (repo, image, elapsed) = (&subject.repo, subject.image.digest, begun.elapsed());

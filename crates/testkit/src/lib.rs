@@ -2,6 +2,7 @@
 //!
 //! - [`image`]: container images described in code, written as OCI layouts;
 //! - [`noise()`]: contents that do not compress;
+//! - [`library`]: ELF libraries described in code;
 //! - [`link`]: two network namespaces with a link of a set rate and delay between them;
 //! - [`compare`]: every difference between two directory trees;
 //! - [`s3`]: a real S3 server over a directory;
@@ -11,6 +12,7 @@
 
 pub mod compare;
 pub mod image;
+pub mod library;
 pub mod link;
 pub mod mounts;
 mod noise;

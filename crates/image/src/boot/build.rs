@@ -1,18 +1,15 @@
 //! Making a boot pack from a tree, a profile, and the image's frames.
 
 use std::collections::HashSet;
-use std::num::NonZeroUsize;
 
 use lamina_chunk::{Chunk, FrameId, Place};
-use lru::LruCache;
 
 use super::plan::{PlannedRun, plan};
 use super::{BOOT_BYTES_MAX, BootHead, FRAME_RECORD_BYTES, NAMES_MAX, RUN_RECORD_BYTES, TABLE_BYTES_MAX};
+use crate::files::{Files, ReadError};
 use crate::profile::PAGE_BYTES;
 use crate::{Digest, Profile, Tree, TreeError};
 
-/// Frames held while building, each at most 256 KiB: 64 MiB. A start comes back to a frame soon, or not.
-const HELD_FRAMES: NonZeroUsize = NonZeroUsize::new(256).expect("not zero");
 /// A small start is as long as its bytes take, and the highest level saves a seventh of these, for 3 s of work at most.
 const SMALL_BYTES: u64 = 16 << 20;
 const SMALL_LEVEL: i32 = 19;
@@ -34,6 +31,15 @@ pub enum BuildError<E> {
     TooLarge,
 }
 
+impl<E> From<ReadError<E>> for BuildError<E> {
+    fn from(error: ReadError<E>) -> Self {
+        match error {
+            ReadError::Tree(error) => Self::Tree(error),
+            ReadError::Frame(error) => Self::Frame(error),
+        }
+    }
+}
+
 /// Builds the boot pack of `profile` for the tree whose blob has this digest. `open` gives the image's
 /// frames, several times each in the worst case. Cost: all of it in memory, a third of the pages' bytes.
 /// Nothing for a profile without pages and names.
@@ -49,12 +55,13 @@ pub fn build_boot<E>(
     }
     let pages: u64 = frames.iter().flatten().map(|run| run.pages).sum();
     let level = if pages * PAGE_BYTES <= SMALL_BYTES { SMALL_LEVEL } else { LEVEL };
-    let mut held: LruCache<u32, Chunk> = LruCache::new(HELD_FRAMES);
+    let mut files = Files::of(tree);
     let (mut records, mut body) = (Vec::new(), Vec::new());
     for frame in &frames {
         let mut plain = Vec::new();
         for run in frame {
-            read(tree, *run, &mut held, &mut open, &mut plain)?;
+            let from = run.first * PAGE_BYTES;
+            files.read(run.ino, from..from + run.pages * PAGE_BYTES, &mut open, &mut plain)?;
         }
         let sealed = zstd::bulk::compress(&plain, level).ok().filter(|sealed| sealed.len() < plain.len());
         let sealed = sealed.as_ref().unwrap_or(&plain);
@@ -89,34 +96,6 @@ pub fn build_boot<E>(
 /// A length or count that a profile's and a frame's bounds keep far below 2³².
 fn small(number: usize) -> u32 {
     u32::try_from(number).expect("bounded by the profile")
-}
-
-/// Appends the bytes of a run.
-fn read<E>(
-    tree: &Tree,
-    run: PlannedRun,
-    held: &mut LruCache<u32, Chunk>,
-    open: &mut impl FnMut(FrameId, Place) -> Result<Chunk, E>,
-    plain: &mut Vec<u8>,
-) -> Result<(), BuildError<E>> {
-    let from = run.first * PAGE_BYTES;
-    for extent in tree.extents(run.ino, from, from + run.pages * PAGE_BYTES)? {
-        let extent = extent?;
-        let len = usize::try_from(extent.len).map_err(|_| BuildError::TooLarge)?;
-        let Some(number) = extent.frame else {
-            plain.resize(plain.len() + len, 0);
-            continue;
-        };
-        if !held.contains(&number) {
-            let (id, place) = tree.frame(number)?;
-            held.put(number, open(id, place).map_err(BuildError::Frame)?);
-        }
-        let frame = held.get(&number).expect("just put").bytes();
-        let skip = extent.skip as usize;
-        let part = frame.get(skip..skip + len).ok_or(TreeError::Bounds("extent", extent.offset))?;
-        plain.extend_from_slice(part);
-    }
-    Ok(())
 }
 
 /// All inodes, then all first pages, then all counts.

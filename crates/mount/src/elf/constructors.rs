@@ -2,8 +2,10 @@
 
 use std::ops::Range;
 
+use lamina_image::{ELF_SECTION_BYTES, elf_name, u32_at, u64_at};
+
 use super::code::{self, Named};
-use super::{CONSTRUCTORS_BYTES_MAX, Elf, SECTION_BYTES, lies_in, name, u32_at, u64_at};
+use super::{CONSTRUCTORS_BYTES_MAX, Elf, lies_in};
 
 /// The longest names of sections.
 const SECTION_NAMES_BYTES_MAX: u64 = 4096;
@@ -11,7 +13,8 @@ const SECTION_NAMES_BYTES_MAX: u64 = 4096;
 impl Elf {
     /// Where the names of sections are, by their headers.
     pub(crate) fn section_names(&self, sections: &[u8]) -> Option<Range<u64>> {
-        section(sections.chunks_exact(SECTION_BYTES).nth(self.section_names)?, SECTION_NAMES_BYTES_MAX)
+        let names = self.sections.as_ref()?.names;
+        section(sections.chunks_exact(ELF_SECTION_BYTES).nth(names)?, SECTION_NAMES_BYTES_MAX)
     }
 
     /// Where the addresses of constructors are in a library that its dynamic section names none of: in `.ctors`, which
@@ -19,9 +22,9 @@ impl Elf {
     pub(crate) fn old_constructors(sections: &[u8], names: &[u8]) -> Option<Range<u64>> {
         let is_it = |header: &&[u8]| {
             let at = u32_at(header, 0).and_then(|at| usize::try_from(at).ok());
-            at.and_then(|at| name(names.get(at..)?)) == Some(b".ctors")
+            at.and_then(|at| elf_name(names.get(at..)?)) == Some(b".ctors")
         };
-        section(sections.chunks_exact(SECTION_BYTES).find(is_it)?, CONSTRUCTORS_BYTES_MAX)
+        section(sections.chunks_exact(ELF_SECTION_BYTES).find(is_it)?, CONSTRUCTORS_BYTES_MAX)
     }
 
     /// Where in the file each of the constructors begins whose addresses these are.
@@ -87,7 +90,7 @@ mod tests {
     #[test]
     fn old_constructors_are_found_by_the_name_of_their_section() {
         let elf = library(62);
-        assert_eq!(elf.sections, Some(0x80..0x80 + 3 * 64));
+        assert_eq!(elf.sections.as_ref().unwrap().headers, 0x80..0x80 + 3 * 64);
         let section = |name: u64, offset, len| words(&[name, 0, 0, offset, len, 0, 0, 0]);
         let sections = [section(1, 0x10, 0x20), section(7, 0x300, 0x40), section(0, 0x500, 14)].concat();
         assert_eq!(elf.section_names(&sections), Some(0x500..0x50e));
@@ -109,7 +112,7 @@ mod tests {
         };
         let elf = Elf::parse(&library[..4096]).unwrap();
         assert!(elf.linked(part(&elf.dynamic)).constructors.is_some());
-        let sections = part(elf.sections.as_ref().unwrap());
+        let sections = part(&elf.sections.as_ref().unwrap().headers);
         let names = part(&elf.section_names(sections).unwrap());
         assert!(names.windows(7).any(|name| name == b"\0.text\0"), "{names:?}");
         assert_eq!(Elf::old_constructors(sections, names), None, "nothing has had it since 2012");

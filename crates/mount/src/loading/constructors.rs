@@ -109,7 +109,7 @@ impl Loading {
         let mut starts = match linked.constructors.clone() {
             Some(list) => elf.constructors(&self.read(ino, list).await?),
             None => {
-                let sections = self.read(ino, elf.sections.clone()?).await?;
+                let sections = self.read(ino, elf.sections.as_ref()?.headers.clone()).await?;
                 let names = self.read(ino, elf.section_names(&sections)?).await?;
                 let list = Elf::old_constructors(&sections, &names)?;
                 let mut starts = elf.constructors(&self.read(ino, list).await?);

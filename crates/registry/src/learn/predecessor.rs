@@ -20,8 +20,12 @@ struct Value {
 }
 
 impl Learner {
-    /// What was learnt of the image that this one follows. `None` where it is not tagged, or follows none with a profile.
-    pub(super) async fn predecessor(&self, repo: &Repo, image: Digest) -> Result<Option<Hung>, StoreError> {
+    /// The image that this one follows, and what was learnt of that. `None` where it is not tagged, or follows none with a profile.
+    pub(super) async fn predecessor(
+        &self,
+        repo: &Repo,
+        image: Digest,
+    ) -> Result<Option<(Digest, Hung)>, StoreError> {
         let mut values = Vec::new();
         for (tag, digest) in self.store.tag_values(repo, VALUES_MAX).await? {
             values.push(Value { tag, images: self.images_under(repo, digest).await? });
@@ -30,7 +34,7 @@ impl Learner {
             let hung = Hung::find(&self.store, repo, candidate).await?;
             if hung.of(None).profile(&self.store).await?.is_some() || !hung.commands().is_empty() {
                 tracing::info!(%repo, %image, %candidate, "an image takes profiles over");
-                return Ok(Some(hung));
+                return Ok(Some((candidate, hung)));
             }
         }
         Ok(None)

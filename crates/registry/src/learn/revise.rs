@@ -28,8 +28,8 @@ pub(super) enum Source {
     Start(Start),
     /// Somebody who knows, as JSON.
     Profile(Bytes),
-    /// The profile of the image before, as JSON.
-    Predecessor(Bytes),
+    /// What follows from the profile of the image before.
+    Predecessor(Profile),
 }
 
 /// A profile that is to be stored.
@@ -66,20 +66,13 @@ pub(super) fn starts(
 }
 
 /// The next profile; `None` where what came changes nothing.
-pub(super) fn revise(
-    tree: &Tree,
-    stored: Option<&Profile>,
-    source: Source,
-) -> Result<Option<Revised>, LearnError> {
+pub(super) fn revise(stored: Option<&Profile>, source: Source) -> Result<Option<Revised>, LearnError> {
     let is_start = matches!(source, Source::Start(_));
     let next = match source {
         Source::Start(start) => learnt(stored, start),
         Source::Profile(json) => Some(Profile::parse(&json)?),
-        Source::Predecessor(json) => {
-            // worth one start, however many there were: those of this image count
-            let inherited = Profile::parse(&json)?.inherited_by(tree)?.weighing(1);
-            Some(inherited).filter(|profile| profile.pages() > 0)
-        }
+        // worth one start, however many there were: those of this image count
+        Source::Predecessor(inherited) => Some(inherited.weighing(1)).filter(|profile| profile.pages() > 0),
     };
     let Some(profile) = next else { return Ok(None) };
     let json = Bytes::from(profile.to_json());

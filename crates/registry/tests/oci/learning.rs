@@ -9,6 +9,7 @@ use lamina_image::{
     Profile, TREE_ANNOTATION, Trace, TraceRun, Tree, media_type, unpack_tree,
 };
 use lamina_registry::RegistryConfig;
+use lamina_testkit::library::Library;
 use lamina_testkit::noise;
 use lamina_wire::{Client, ClientConfig, proto, write_trace};
 use prost::Message;
@@ -354,6 +355,24 @@ async fn a_new_tag_inherits_and_its_first_start_corrects_it() {
         client.drop_profile("app", new.digest, None).await.unwrap();
         new.until(&registry, |status| status.get("profile").is_none()).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_a_library_that_was_built_anew_the_pages_are_inherited_where_its_symbols_are_now() {
+    let registry = eager().await;
+    let library = |before: usize| {
+        let library = Library::new().section(".head", &noise(before * 4096 - 64, 1));
+        let library = library.section(".text", &noise(400_000, 2)).symbol("f", ".text", 200 * 1024);
+        vec![("lib/libf.so", library.bytes()), ("etc/motd", vec![b'x'; before])]
+    };
+    let old = Pushed::new(&registry, "app", "v1", &image_of(&library(1))).await;
+    old.tell(&registry, &old.trace(&[("lib/libf.so", 53, 2)])).await;
+    old.after_starts(&registry, 1).await;
+    let new = Pushed::new(&registry, "app", "v2", &image_of(&library(30))).await;
+    let status = new.after_starts(&registry, 1).await;
+    assert_eq!(status["profile"]["inherited"], true);
+    let (runs, _) = new.boot(&registry, &status, &library(30)).await;
+    assert_eq!(runs, [("lib/libf.so".to_owned(), (53 + 29) * 4096, 2 * 4096)]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
