@@ -40,6 +40,11 @@ impl Files {
         &self.tree
     }
 
+    /// Gives up the frames that are held.
+    pub(crate) fn let_go(&mut self) {
+        self.held.clear();
+    }
+
     /// Appends what a file has of these bytes. `open` gives the image's frames.
     pub(crate) fn read<E>(
         &mut self,

@@ -1,8 +1,8 @@
 //! Traces and profiles: what a start touches, in the order in which it touches it.
 //!
 //! A [`Trace`] is what one start did on one tree, by inode number. A [`Profile`] is many traces merged, by
-//! path, so that the next version of an image can take it over ([`Inheritance`](crate::Inheritance)). As a blob it is JSON, which people read and write as well (`lamina profile
-//! export`).
+//! path, so that the next version of an image can take it over: [`Inheritance`](crate::Inheritance). As a blob
+//! it is JSON, which people read and write as well (`lamina profile export`).
 //!
 //! Paths that are not UTF-8 are left out: the file is then read in the ordinary way.
 
@@ -21,8 +21,8 @@ mod paths;
 mod start;
 
 pub use command::{COMMAND_KEY_BYTES_MAX, COMMANDS_MAX, CommandKey, ParseCommandKeyError};
-use paths::{PathBudget, Paths};
-pub(crate) use paths::{file_size, find, is_inside};
+use paths::Paths;
+pub(crate) use paths::{PathBudget, file_size, find, is_inside};
 pub use start::{BootHad, Start, Starts};
 
 /// Bytes of a page.
@@ -216,7 +216,9 @@ impl Profile {
 
     /// One for the next version of the image, without pages yet.
     pub(crate) fn heir(&self) -> Self {
-        let (names, dirs) = (self.names.clone(), self.dirs.clone());
+        let mut budget = PathBudget::full();
+        let [names, dirs] = [&self.names, &self.dirs]
+            .map(|paths| paths.iter().filter(|path| budget.take(path)).cloned().collect());
         Self { inherited: true, names, dirs, ..Self::empty(self.starts) }
     }
 

@@ -130,6 +130,53 @@ fn where_frames_cannot_be_had_pages_stay_what_they_were() {
 }
 
 #[test]
+fn what_lies_in_no_section_stays_where_it_was() {
+    // a program with an archive behind it
+    let with_archive = |before: usize| [library(before, &[("a", 10)]), noise(20 * PAGE, 6)].concat();
+    assert_eq!(taken([&with_archive(1), &with_archive(3)], &[(0, 1), (25, 2), (5, 1)]), [0, 25, 26, 7]);
+}
+
+#[test]
+fn a_section_that_shrank_gives_no_page_of_the_one_behind_it() {
+    let with_table = |pages: usize| {
+        let table = noise(pages * PAGE, 3);
+        let library = Library::new().section(".head", &noise(PAGE - 64, 1)).section(".table", &table);
+        library.section(".text", &noise(20 * PAGE, 4)).bytes()
+    };
+    assert_eq!(taken([&with_table(16), &with_table(4)], &[(2, 1), (3, 1), (10, 1)]), [2, 3]);
+}
+
+#[test]
+fn a_page_that_a_profile_names_a_thousand_times_is_looked_for_once() {
+    let (old, new) = (library(1, &[("a", 10), ("b", 10)]), library(4, &[("a", 10), ("b", 10)]));
+    assert_eq!(taken([&old, &new], &[(13, 2); 1000]), [16, 17]);
+}
+
+#[test]
+fn a_file_with_two_names_is_looked_at_once() {
+    let sink = Memory::default();
+    let with_link = |bytes: &[u8]| {
+        let mut tar = tar::Builder::new(Vec::new());
+        tar.append_data(&mut header(tar::EntryType::Regular, bytes.len() as u64), "lib", bytes).unwrap();
+        tar.append_link(&mut header(tar::EntryType::Link, 0), "same", "lib").unwrap();
+        let recipes = take_in(&sink, vec![tar.into_inner().unwrap()]).unwrap();
+        Tree::open(Bytes::from(derive_tree(&recipes).unwrap())).unwrap()
+    };
+    let [old, new] = [1, 4].map(|before| with_link(&library(before, &[("a", 10), ("b", 10)])));
+    let mut inheritance = Inheritance::new(Some(&old), &new);
+    let mut opened = [0, 0];
+    for (path, opened) in ["lib", "same"].into_iter().zip(&mut opened) {
+        let counted = |id, place| {
+            *opened += 1;
+            opening(&sink)(id, place)
+        };
+        let inherited = inheritance.of(&profile(path, &[(13, 1)]), counted).unwrap();
+        assert_eq!((&inherited.files[0][..], &inherited.runs[..]), (path, &[ProfileRun(0, 16, 1, 1)][..]));
+    }
+    assert!(opened[0] > 0 && opened[1] == 0, "{opened:?}");
+}
+
+#[test]
 fn many_symbols_in_one_page_do_not_make_many_pages_of_it() {
     let scattered = |apart: u64| {
         let mut library = Library::new().section(".text", &noise(1000 * PAGE, 5));

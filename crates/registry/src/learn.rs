@@ -158,8 +158,11 @@ impl Learner {
     async fn take_over(&self, repo: &Repo, image: Digest, hung: Hung) -> Result<(), LearnError> {
         let Some((old, before)) = self.predecessor(repo, image).await? else { return Ok(()) };
         let Some(known) = self.known(repo, image, hung).await? else { return Ok(()) };
-        let old = self.known(repo, old, before.clone()).await?;
-        let mut inheritance = Inheritance::new(old.as_ref().map(|old| &old.tree), &known.tree);
+        let old = self.tree_of(repo, old).await.unwrap_or_else(|error| {
+            tracing::warn!(%repo, %image, %old, %error, "libraries are not looked at");
+            None
+        });
+        let mut inheritance = Inheritance::new(old.as_ref(), &known.tree);
         for command in before.commands().iter().map(Some).chain([None]) {
             if !known.hung.of(command).profiles.is_empty() {
                 continue;
@@ -291,6 +294,13 @@ impl Learner {
         let Some(tree) = record.and_then(|record| record.tree) else { return Ok(None) };
         let image = Descriptor::named(&link.media_type, image, link.size);
         Ok(Some(Subject { repo: repo.clone(), image, tree }))
+    }
+
+    async fn tree_of(&self, repo: &Repo, image: Digest) -> Result<Option<Tree>, LearnError> {
+        match self.subject(repo, image).await? {
+            Some(subject) => Ok(Some(self.tree(&subject).await?)),
+            None => Ok(None),
+        }
     }
 
     async fn tree(&self, subject: &Subject) -> Result<Tree, LearnError> {

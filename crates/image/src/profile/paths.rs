@@ -12,18 +12,18 @@ const NAME_BYTES_MAX: usize = 255;
 const PATHS_JSON_BYTES_MAX: usize = 6 << 20;
 
 /// What is left for a list of paths, so that the profile's JSON can be read again.
-pub(super) struct PathBudget {
+pub(crate) struct PathBudget {
     json_bytes: usize,
     items: usize,
 }
 
 impl PathBudget {
-    pub(super) fn full() -> Self {
+    pub(crate) fn full() -> Self {
         Self { json_bytes: PATHS_JSON_BYTES_MAX, items: PROFILE_ITEMS_MAX }
     }
 
     /// Whether there is room for one more path; if so, it is taken.
-    pub(super) fn take(&mut self, path: &str) -> bool {
+    pub(crate) fn take(&mut self, path: &str) -> bool {
         let escaped = path.bytes().filter(|byte| matches!(byte, 0..0x20 | b'"' | b'\\')).count();
         // quotes and a comma; an escape has at most six bytes
         let json_bytes = path.len() + 3 + 5 * escaped;

@@ -360,19 +360,21 @@ async fn a_new_tag_inherits_and_its_first_start_corrects_it() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn of_a_library_that_was_built_anew_the_pages_are_inherited_where_its_symbols_are_now() {
     let registry = eager().await;
-    let library = |before: usize| {
-        let library = Library::new().section(".head", &noise(before * 4096 - 64, 1));
-        let library = library.section(".text", &noise(400_000, 2)).symbol("f", ".text", 200 * 1024);
-        vec![("lib/libf.so", library.bytes()), ("etc/motd", vec![b'x'; before])]
+    // its text begins at page 1, and the function at another place of it
+    let library = |version: &str, function: u64| {
+        let library = Library::new().section(".head", &noise(4096 - 64, 1));
+        let library = library.section(".text", &noise(400_000, 2)).symbol("f", ".text", function * 4096);
+        vec![("lib/libf.so", library.bytes()), ("etc/motd", version.as_bytes().to_vec())]
     };
-    let old = Pushed::new(&registry, "app", "v1", &image_of(&library(1))).await;
+    let old = Pushed::new(&registry, "app", "v1", &image_of(&library("v1", 50))).await;
     old.tell(&registry, &old.trace(&[("lib/libf.so", 53, 2)])).await;
     old.after_starts(&registry, 1).await;
-    let new = Pushed::new(&registry, "app", "v2", &image_of(&library(30))).await;
+    let files = library("v2", 70);
+    let new = Pushed::new(&registry, "app", "v2", &image_of(&files)).await;
     let status = new.after_starts(&registry, 1).await;
     assert_eq!(status["profile"]["inherited"], true);
-    let (runs, _) = new.boot(&registry, &status, &library(30)).await;
-    assert_eq!(runs, [("lib/libf.so".to_owned(), (53 + 29) * 4096, 2 * 4096)]);
+    let (runs, _) = new.boot(&registry, &status, &files).await;
+    assert_eq!(runs, [("lib/libf.so".to_owned(), 73 * 4096, 2 * 4096)]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
