@@ -162,6 +162,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
         #[test]
         fn any_bytes_are_read_without_a_panic(bytes in prop::collection::vec(any::<u8>(), 0..80), address in any::<u64>()) {
             let _ = (ElfSections::parse(&bytes), ElfSymbol::parse(&bytes), elf_name(&bytes), is_elf(&bytes));

@@ -131,26 +131,19 @@ pub(super) struct Rebuilt {
 impl Rebuilt {
     /// Cost: a step for each symbol of either, and a sort of them.
     pub(super) fn between(old: &Library, new: &Library) -> Self {
+        let (before, now) = (apart(&old.sections), apart(&new.sections));
         let mut known = HashMap::new();
-        new.sections.iter().for_each(|(name, is)| {
+        for (name, is) in &now {
             known.entry(name).or_insert(is);
-        });
-        let sections = old.sections.iter();
-        let mut sections: Vec<_> = sections
-            .map(|(name, was)| Section { was: was.clone(), is: known.get(name).map(|is| (*is).clone()) })
-            .collect();
-        sections.sort_by_key(|section| section.was.start);
-        let mut end = 0;
-        sections.retain(|section| {
-            let is_apart = section.was.start >= end;
-            end = if is_apart { section.was.end } else { end };
-            is_apart
-        });
-        let mut ends: Vec<_> = new.sections.iter().map(|(_, is)| is.clone()).collect();
-        ends.sort_by_key(|is| is.start);
+        }
+        let section = |(name, was): &&(Vec<u8>, Range<u64>)| Section {
+            was: was.clone(),
+            is: known.get(name).map(|is| (*is).clone()),
+        };
+        let sections: Vec<_> = before.iter().map(section).collect();
         let up_to_end = |at: u64| {
-            let section = ends[..ends.partition_point(|is| is.start <= at)].last();
-            section.filter(|is| is.contains(&at)).map(|is| at..is.end)
+            let section = now[..now.partition_point(|(_, is)| is.start <= at)].last();
+            section.filter(|(_, is)| is.contains(&at)).map(|(_, is)| at..is.end)
         };
         let begin = |section: &Section| (Anchor { was: section.was.start, is: section.is.clone() }, 1);
         let mut anchors: Vec<_> = sections.iter().map(begin).collect();
@@ -273,6 +266,19 @@ impl Following<'_> {
     }
 }
 
+/// Sections by where they are, without those that have bytes of one before.
+fn apart(sections: &[(Vec<u8>, Range<u64>)]) -> Vec<&(Vec<u8>, Range<u64>)> {
+    let mut apart: Vec<_> = sections.iter().collect();
+    apart.sort_by_key(|(_, range)| range.start);
+    let mut end = 0;
+    apart.retain(|(_, range)| {
+        let is_apart = range.start >= end;
+        end = if is_apart { range.end } else { end };
+        is_apart
+    });
+    apart
+}
+
 /// The pages that these bytes lie in.
 fn pages(bytes: &Range<u64>) -> Range<u64> {
     match bytes.is_empty() {
@@ -364,6 +370,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
         #[test]
         fn in_the_same_build_each_page_is_where_it_was(
             library in library(), read in prop::collection::btree_set(0u64..400, 1..60),
