@@ -62,8 +62,6 @@ pub(crate) struct ElfSection {
     /// Where its name begins among the names.
     pub(crate) name: usize,
     pub(crate) kind: u32,
-    /// Whether it is mapped when the file is loaded.
-    pub(crate) is_mapped: bool,
     /// At which address.
     pub(crate) address: u64,
     /// Where it is, in bytes of the file.
@@ -78,12 +76,10 @@ impl ElfSection {
     pub(crate) const DYNAMIC_SYMBOLS: u32 = 11;
 
     pub(crate) fn parse(header: &[u8]) -> Option<Self> {
-        const MAPPED: u64 = 2;
         let (kind, start, len) = (u32_at(header, 4)?, u64_at(header, 24)?, u64_at(header, 32)?);
         Some(Self {
             name: usize::try_from(u32_at(header, 0)?).ok()?,
             kind,
-            is_mapped: u64_at(header, 8)? & MAPPED != 0,
             address: u64_at(header, 16)?,
             range: start..if kind == Self::NO_BYTES { start } else { start.checked_add(len)? },
             link: usize::try_from(u32_at(header, 40)?).ok()?,
@@ -122,16 +118,14 @@ impl ElfSymbol {
 
 #[cfg(test)]
 mod tests {
+    use lamina_testkit::library::libc;
     use proptest::prelude::*;
 
     use super::*;
 
     #[test]
     fn a_real_library_says_where_its_code_is() {
-        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
-        let path =
-            maps.lines().find(|line| line.contains("/libc.so")).and_then(|line| line.split(' ').next_back());
-        let library = std::fs::read(path.expect("linked with a libc")).unwrap();
+        let library = libc().unwrap();
         let part = |range: &Range<u64>| {
             &library[usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap()]
         };
@@ -143,7 +137,6 @@ mod tests {
             .collect();
         let names = part(&sections[table.names].range);
         let text = sections.iter().position(|one| elf_name(&names[one.name..]) == Some(b".text")).unwrap();
-        assert!(sections[text].is_mapped && !sections[table.names].is_mapped);
         let symbols = sections.iter().find(|one| one.kind == ElfSection::DYNAMIC_SYMBOLS).unwrap();
         let names = part(&sections[symbols.link].range);
         let symbols = part(&symbols.range).chunks_exact(ELF_SYMBOL_BYTES).filter_map(ElfSymbol::parse);

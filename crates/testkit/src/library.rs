@@ -1,4 +1,4 @@
-//! ELF libraries described in code: sections, and symbols in them.
+//! ELF libraries: described in code by sections, and symbols in them; and a real one.
 //!
 //! ```
 //! use lamina_testkit::library::Library;
@@ -7,7 +7,19 @@
 //! assert!(library.starts_with(b"\x7fELF"));
 //! ```
 //!
-//! Nothing in them can be run. The layout is that of the System V gABI, chapter 4: 64 bits, little-endian.
+//! Nothing in those that are described can be run. The layout is that of the System V gABI, chapter 4: 64 bits, little-endian.
+
+use std::{fs, io};
+
+/// The C library that this program runs with, whole.
+///
+/// *Errors*: it runs with none, or that cannot be read.
+pub fn libc() -> io::Result<Vec<u8>> {
+    let maps = fs::read_to_string("/proc/self/maps")?;
+    let line = maps.lines().find(|line| line.contains("/libc.so"));
+    let path = line.and_then(|line| line.split(' ').next_back());
+    fs::read(path.ok_or(io::ErrorKind::NotFound)?)
+}
 
 /// What is mapped is this far behind where it lies in the file.
 const ADDRESS: u64 = 0x10_0000;

@@ -59,6 +59,7 @@ fn section(header: &[u8], max: u64) -> Option<Range<u64>> {
 
 #[cfg(test)]
 mod tests {
+    use lamina_testkit::library::libc;
     use proptest::prelude::*;
 
     use super::super::tests::{head, header, words};
@@ -102,10 +103,7 @@ mod tests {
 
     #[test]
     fn the_sections_of_a_real_library_are_found() {
-        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
-        let path =
-            maps.lines().find(|line| line.contains("/libc.so")).and_then(|line| line.split(' ').next_back());
-        let library = std::fs::read(path.expect("linked with a libc")).unwrap();
+        let library = libc().unwrap();
         let part = |range: &Range<u64>| {
             let range = usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap();
             &library[range.start..range.end.min(library.len())]
