@@ -20,6 +20,7 @@ mod push;
 mod reference;
 mod referrers;
 mod tls;
+mod window;
 
 pub use access::{Access, ClientCertificate, HostAccess, ProxySettings};
 pub use client::{Blob, Client, ClientConfig, Fetched, Pong, Scheme};

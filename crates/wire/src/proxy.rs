@@ -18,6 +18,7 @@ use tower_service::Service;
 
 use crate::access::ProxySettings;
 use crate::client::is_loopback;
+use crate::window;
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -58,7 +59,7 @@ impl Service<Uri> for Connector {
     fn call(&mut self, url: Uri) -> Self::Future {
         let mut tcp = self.tcp.clone();
         let Some(proxy) = self.proxies.intercept(&url) else {
-            return async move { Ok(Stream { io: tcp.call(url).await?, proxied: false }) }.boxed();
+            return async move { Ok(Stream::new(tcp.call(url).await?, false)) }.boxed();
         };
         async move {
             let address = proxy.uri().clone();
@@ -66,13 +67,13 @@ impl Service<Uri> for Connector {
                 return Err(format!("proxies are spoken to by http://, not as {address} asks for").into());
             }
             if url.scheme_str() != Some("https") {
-                return Ok(Stream { io: tcp.call(address).await?, proxied: true });
+                return Ok(Stream::new(tcp.call(address).await?, true));
             }
             let mut tunnel = Tunnel::new(address, tcp);
             if let Some(auth) = proxy.basic_auth() {
                 tunnel = tunnel.with_auth(auth.clone());
             }
-            Ok(Stream { io: tunnel.call(url).await?, proxied: false })
+            Ok(Stream::new(tunnel.call(url).await?, false))
         }
         .boxed()
     }
@@ -83,6 +84,13 @@ impl Service<Uri> for Connector {
 pub(crate) struct Stream {
     io: TokioIo<TcpStream>,
     proxied: bool,
+}
+
+impl Stream {
+    fn new(io: TokioIo<TcpStream>, proxied: bool) -> Self {
+        window::open_wide(io.inner());
+        Self { io, proxied }
+    }
 }
 
 impl Connection for Stream {
