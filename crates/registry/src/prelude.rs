@@ -33,25 +33,31 @@ impl Api {
         if head.method != Method::GET || !takes_preludes(head) || *size > MANIFEST_BYTES_MAX {
             return Ok(None);
         }
-        let bytes = self.store.small_blob(image, MANIFEST_BYTES_MAX).await?;
-        let Ok(Document::Manifest(manifest)) = Document::parse(media_type, &bytes) else { return Ok(None) };
-        let (mut hung, more) = self.store.referrers_after(repo, image, None).await?;
+        // what an object store answers takes a round trip each, and the node waits for all of them
+        let manifest = self.store.small_blob(image, MANIFEST_BYTES_MAX);
+        let (bytes, (mut hung, more)) =
+            tokio::try_join!(manifest, self.store.referrers_after(repo, image, None))?;
         // the newest of them may be on another page
         if more {
             return Ok(None);
         }
+        let Ok(Document::Manifest(manifest)) = Document::parse(media_type, &bytes) else { return Ok(None) };
         newest_first(&mut hung);
         let Some((tree, names)) = self.names_of(image, &manifest, &hung).await? else { return Ok(None) };
+        let command = command_of(head);
+        let boot = boot_of(hung, tree, command.as_ref());
+        let booted = async {
+            let (pack, own) = boot?;
+            Some((self.first_part(repo, pack.blob, pack.bytes).await?, pack, own))
+        };
+        let (named, booted) = tokio::join!(self.first_part(repo, tree, names.bytes), booted);
         let mut contents = Vec::new();
         let mut prelude = PreludeHead::new(Descriptor::named(media_type, image, bytes.len() as u64));
-        if let Some(part) = self.first_part(repo, tree, names.bytes).await {
+        if let Some(part) = named {
             prelude = prelude.with_names(tree, names);
             contents.push(part);
         }
-        let command = command_of(head);
-        if let Some((pack, own)) = boot_of(hung, tree, command.as_ref())
-            && let Some(part) = self.first_part(repo, pack.blob, pack.bytes).await
-        {
+        if let Some((part, pack, own)) = booted {
             prelude = prelude.with_boot(pack, command.as_ref().filter(|_| own));
             contents.push(part);
         }
