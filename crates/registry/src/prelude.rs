@@ -30,7 +30,8 @@ impl Api {
         image: Digest,
         ManifestLink { media_type, size }: &ManifestLink,
     ) -> Result<Option<Response<Body>>, ApiError> {
-        if head.method != Method::GET || !takes_preludes(head) || *size > MANIFEST_BYTES_MAX {
+        let may_have_one = is_image(media_type) && *size <= MANIFEST_BYTES_MAX;
+        if head.method != Method::GET || !takes_preludes(head) || !may_have_one {
             return Ok(None);
         }
         // what an object store answers takes a round trip each, and the node waits for all of them
@@ -108,6 +109,11 @@ impl Api {
         let part = self.store.part_in(repo, blob, 0..len).await.ok()??;
         (part.range == (0..len)).then_some(part.bytes)
     }
+}
+
+/// Whether what has this type is one image, and no index of several.
+fn is_image(kind: &str) -> bool {
+    [media_type::OCI_MANIFEST, media_type::DOCKER_MANIFEST].contains(&kind)
 }
 
 /// Whether the client says that it takes them.
