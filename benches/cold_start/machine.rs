@@ -23,10 +23,12 @@ const SPARE_BYTES: u64 = 2 << 30;
 /// Taken at once by [`touch_free_memory`], in bytes.
 const TOUCHED_AT_ONCE: usize = 64 << 20;
 
-/// Writes to all free memory once and gives it back. The host of a virtual machine may find a page only when it is first
-/// touched, in some 10 µs: without this, whoever is measured first pays for all who come after.
-pub(crate) fn touch_free_memory() {
-    let blocks = memory("MemFree").saturating_sub(SPARE_BYTES) / TOUCHED_AT_ONCE as u64;
+/// Writes to free memory once, to `max_bytes` of it, and gives it back. The host of a virtual machine may find a page only when it is
+/// first touched, in some 10 µs, and takes back what was free for two seconds (free page reporting, `mm/page_reporting.c`): without this
+/// whoever is measured next pays for that.
+pub(crate) fn touch_free_memory(max_bytes: u64) {
+    let free = memory("MemFree").saturating_sub(SPARE_BYTES);
+    let blocks = free.min(max_bytes) / TOUCHED_AT_ONCE as u64;
     let touched: Vec<Vec<u8>> = (0..blocks).map(|_| vec![1; TOUCHED_AT_ONCE]).collect();
     drop(std::hint::black_box(touched));
 }

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 /// Images of so many compressed bytes have parts that a start never touches.
 const LARGE_IMAGE_BYTES: u64 = 1 << 30;
 /// What a node may receive without having fetched anything: acknowledgements and health checks.
-const NEAR_NOTHING_BYTES: u64 = 256 << 10;
+pub(crate) const NEAR_NOTHING_BYTES: u64 = 256 << 10;
 
 /// One start of one system.
 #[derive(Clone, Debug, Default)]

@@ -13,7 +13,7 @@ use rustix::mount::MountFlags;
 
 use crate::args::Args;
 use crate::layout::Layout;
-use crate::sample::Sample;
+use crate::sample::{NEAR_NOTHING_BYTES, Sample};
 use crate::{machine, page_cache};
 
 /// A server that does not listen by then never will.
@@ -22,6 +22,10 @@ pub(crate) const START: Duration = Duration::from_secs(20);
 pub(crate) const DEADLINE: Duration = Duration::from_secs(3600);
 /// A registry that has done nothing for so long has finished converting what was pushed, and building boot packs.
 const QUIET: Duration = Duration::from_millis(500);
+/// Once nothing has come over the link for so long a start has got all: what is left of a tree comes a second behind a boot pack.
+const REST: Duration = Duration::from_secs(2);
+/// What one start takes of memory, in bytes, and more: the page cache of torch is 200 MiB, and its program has twice that.
+const START_BYTES: u64 = 2 << 30;
 const PORT: u16 = 5000;
 const PEER_PORT: u16 = 5001;
 
@@ -78,7 +82,7 @@ impl Stage {
         if !args.quick {
             stage.drop_caches()?;
             let start = Instant::now();
-            machine::touch_free_memory();
+            machine::touch_free_memory(u64::MAX);
             eprintln!("prepare: touch free memory: {:.2} s", start.elapsed().as_secs_f64());
         }
         let lazy = args.has_lazy();
@@ -134,10 +138,28 @@ impl Stage {
         Ok(dir)
     }
 
-    /// Empties the node's caches of files, names and inodes.
+    /// Empties the node's caches of files, names and inodes. Of the memory that this leaves free the host has enough for a start.
     pub(crate) fn drop_caches(&self) -> Result<()> {
         let storages = [self.lamina_storage(), self.peer_storage()];
-        page_cache::drop_all_but(&storages).context("drop the page cache")
+        page_cache::drop_all_but(&storages).context("drop the page cache")?;
+        if !self.quick {
+            machine::touch_free_memory(START_BYTES);
+        }
+        Ok(())
+    }
+
+    /// Waits until nothing but acknowledgements comes to the node any more.
+    pub(crate) fn rest(&self) -> Result<()> {
+        let (mut since, mut before) = (Instant::now(), self.link.received());
+        process::until("nothing to come over the link", DEADLINE, || {
+            if since.elapsed() < REST {
+                return Ok(None);
+            }
+            since = Instant::now();
+            let received = self.link.received();
+            let come = received - std::mem::replace(&mut before, received);
+            Ok((come < NEAR_NOTHING_BYTES).then_some(()))
+        })
     }
 
     /// Where lamina's registry stores.
