@@ -336,7 +336,7 @@ pub(crate) struct InspectArguments {
 
 #[derive(Args, Debug)]
 pub(crate) struct StatsArguments {
-    /// Where an image is mounted [default: all mounts of the cache]
+    /// Where an image is mounted [default: all mounts of the cache]; then also how much of its boot pack was used
     pub(crate) directory: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) cache: CacheArguments,

@@ -116,6 +116,20 @@ fn a_profile_gets_a_boot_pack_and_a_mount_uses_it_unless_told_not_to() -> Result
         Ok((counter(&rig, "boot_stored_bytes")? > 0).then_some(()))
     })?;
     ensure!(fs::read(mounted.join("data/first"))? == noise(1_000_000, 1));
+    let directory = mounted.display().to_string();
+    let used = until("what the start used", DEADLINE, || {
+        let stats = rig.json(&["stats", &directory])?;
+        let mount = &stats["mounts"][0];
+        ensure!(mount["boot_unseen"].is_null(), "{mount}");
+        Ok(Some(mount["counters"].clone()).filter(|counters| counters["boot_used_bytes"].as_u64() > Some(0)))
+    })?;
+    let bytes = |name: &str| used[name].as_u64().with_context(|| format!("{name} in {used}"));
+    let known: u64 = ["used", "unused", "unseen", "dropped"]
+        .iter()
+        .map(|kind| bytes(&format!("boot_{kind}_bytes")))
+        .sum::<Result<u64>>()?;
+    ensure!(bytes("boot_used_bytes")? >= 1_000_000 && bytes("boot_unused_bytes")? > 0, "{used}");
+    ensure!(known >= bytes("boot_stored_bytes")?, "{used}");
     rig.unmount()
 }
 

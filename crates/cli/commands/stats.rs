@@ -18,9 +18,10 @@ pub(crate) async fn run(arguments: StatsArguments) -> Result<()> {
     if arguments.watch {
         return watch::run(&controller, Duration::from_secs(arguments.interval)).await;
     }
-    let mut stats = controller.stats().await?;
-    if let Some(directory) = &arguments.directory {
-        let wanted = mountpoint(directory)?.display().to_string();
+    let wanted = arguments.directory.as_deref().map(mountpoint).transpose()?;
+    let wanted = wanted.map(|directory| directory.display().to_string());
+    let mut stats = controller.mount_stats(wanted.as_deref().unwrap_or_default()).await?;
+    if let Some(wanted) = wanted {
         stats.mounts.retain(|mount| mount.directory == wanted);
         ensure!(!stats.mounts.is_empty(), "{wanted}: nothing of this cache's node is mounted there");
     }
@@ -58,6 +59,9 @@ pub(crate) async fn run(arguments: StatsArguments) -> Result<()> {
             println!("  {:28} {}, {of}", "boot pack", mount.boot);
         }
         print_counters(&mount.counters);
+        if !mount.boot_unseen.is_empty() {
+            println!("  {:28} not seen: {}", "pages used", mount.boot_unseen);
+        }
     }
     Ok(())
 }
@@ -72,6 +76,7 @@ fn json(stats: &StatsResponse) -> serde_json::Value {
             "command": Some(&mount.command).filter(|command| !command.is_empty()),
             "boot": Some(&mount.boot).filter(|boot| !boot.is_empty()),
             "boot_own": mount.boot_own,
+            "boot_unseen": Some(&mount.boot_unseen).filter(|reason| !reason.is_empty()),
             "restored": Some(&mount.restored).filter(|how| !how.is_empty()),
         })
     });

@@ -21,15 +21,15 @@ use bytes::Bytes;
 use lamina_cache::{Class, Source, SourceError};
 use lamina_chunk::PackId;
 use lamina_image::{BootError, BootFrame, BootTable, Ino};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::time::timeout;
 
-use self::brought::BROUGHT_NAME;
 pub(crate) use self::brought::{BROUGHT, is_brought};
 use self::crew::Crew;
 use self::opened::Opened;
 pub(crate) use self::run::Booting;
 pub use self::stream::{BootRoom, BootStream};
+pub use self::used::BootUse;
 use self::wanted::Wanted;
 
 mod brought;
@@ -41,6 +41,7 @@ mod names;
 mod opened;
 mod run;
 mod stream;
+mod used;
 mod wanted;
 
 /// Opened frames that wait to be stored, at most 1 MiB each. A read waits for a frame that is no further away than this
@@ -107,7 +108,7 @@ pub(crate) struct Boot {
     /// The thread that looks up what the boot pack names, or lists, by its number; 0 where there is none.
     asker: AtomicU32,
     listing: Mutex<Listing>,
-    /// No more is to be listed, not even of the directory that is being.
+    /// Somebody waits for the listing to be let go.
     ending: AtomicBool,
     wanted: Wanted,
 }
@@ -122,6 +123,11 @@ enum Listing {
     Below(OwnedFd),
     /// It was the last, or the mount is to go.
     Over,
+}
+
+/// While this lives the boot opens nothing of the mount.
+pub(crate) struct Unlisted<'a> {
+    _listing: MutexGuard<'a, Listing>,
 }
 
 /// What a boot pack has of a read.
@@ -158,11 +164,14 @@ impl Boot {
         pid != 0 && pid == self.asker.load(Ordering::Relaxed)
     }
 
-    /// Lists no more directories, now and later. Blocks for as long as one request takes, and then nothing of the boot's listings is open
-    /// any more.
-    pub(crate) fn end_listing(&self) {
+    /// Lists no more directories, now and later. Blocks for as long as one request takes, and then nothing is open of the boot's any more,
+    /// nor will be while what is returned lives.
+    pub(crate) fn end_listing(&self) -> Unlisted<'_> {
         self.ending.store(true, Ordering::Relaxed);
-        *self.listing.lock() = Listing::Over;
+        let mut listing = self.listing.lock();
+        self.ending.store(false, Ordering::Relaxed);
+        *listing = Listing::Over;
+        Unlisted { _listing: listing }
     }
 
     /// Whether it brings this byte of a file, or brought it.

@@ -40,6 +40,7 @@ struct Load {
     offset: u64,
     len: u64,
     is_code: bool,
+    is_written: bool,
 }
 
 impl Load {
@@ -86,6 +87,7 @@ impl Elf {
         const PT_LOAD: u32 = 1;
         const PT_DYNAMIC: u32 = 2;
         const PF_X: u32 = 1;
+        const PF_W: u32 = 2;
         const EM_X86_64: u16 = 62;
         if !is_elf(head) {
             return None;
@@ -99,7 +101,9 @@ impl Elf {
             let (offset, address, len) = (u64_at(header, 8)?, u64_at(header, 16)?, u64_at(header, 32)?);
             match u32_at(header, 0)? {
                 PT_LOAD if loads.len() < LOADS_MAX => {
-                    loads.push(Load { address, offset, len, is_code: u32_at(header, 4)? & PF_X != 0 });
+                    let flags = u32_at(header, 4)?;
+                    let (is_code, is_written) = (flags & PF_X != 0, flags & PF_W != 0);
+                    loads.push(Load { address, offset, len, is_code, is_written });
                 }
                 PT_DYNAMIC => dynamic = Some(offset..offset.checked_add(len.min(DYNAMIC_BYTES_MAX))?),
                 _ => {}
@@ -111,6 +115,12 @@ impl Elf {
             is_x86_64: u16_at(head, 18)? == EM_X86_64,
             sections: ElfSections::parse(head),
         })
+    }
+
+    /// Which bytes of the file programs map to write to what they have of them.
+    pub(crate) fn written(&self) -> impl Iterator<Item = Range<u64>> {
+        let written = self.loads.iter().filter(|load| load.is_written);
+        written.map(|load| load.offset..load.offset.saturating_add(load.len))
     }
 
     /// Where in the file lies what is mapped at `address`.

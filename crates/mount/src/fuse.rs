@@ -329,6 +329,10 @@ impl Filesystem for Fuse {
             let attr = if is_asker { brought() } else { absent() };
             return reply.entry_with_ttls(&TTL, &Duration::ZERO, &attr, Generation(0));
         }
+        if Ino(parent.0) == BROUGHT {
+            let found = self.files.boot.brought_as(name).and_then(|ino| self.attributes(ino).ok());
+            return reply.entry(&TTL, &found.unwrap_or_else(absent), Generation(0));
+        }
         one(&counters.lookups);
         self.name(req, parent, name.as_bytes());
         match self.found(Ino(parent.0), name) {
@@ -466,7 +470,7 @@ impl Filesystem for Fuse {
         if Ino(ino.0) == BROUGHT {
             for (ino, next) in self.files.boot.brought(offset).iter().zip(offset + 1..) {
                 let Ok(attr) = self.attributes(*ino) else { continue };
-                // any name will do, once
+                // its name is its position
                 if reply.add(attr.ino, next, next.to_string(), &TTL, &attr, Generation(0)) {
                     break;
                 }

@@ -156,6 +156,11 @@ fn unescaped(text: &str) -> PathBuf {
 }
 
 impl Device {
+    /// Of an `st_dev`.
+    pub(crate) fn of(st_dev: u64) -> Self {
+        Self { major: rustix::fs::major(st_dev), minor: rustix::fs::minor(st_dev) }
+    }
+
     /// Where its kernel readahead is set.
     pub(crate) fn read_ahead_path(self) -> PathBuf {
         PathBuf::from(format!("/sys/class/bdi/{}:{}/read_ahead_kb", self.major, self.minor))

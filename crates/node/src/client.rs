@@ -89,7 +89,13 @@ impl Controller {
 
     /// All counters.
     pub async fn stats(&self) -> Result<StatsResponse, ControlError> {
-        self.call(async |mut node| node.stats(StatsRequest {}).await).await
+        self.mount_stats("").await
+    }
+
+    /// The same, and what became of the pages that the boot pack of the mount at `directory` stored.
+    pub async fn mount_stats(&self, directory: &str) -> Result<StatsResponse, ControlError> {
+        let request = StatsRequest { directory: directory.to_owned() };
+        self.call(async move |mut node| node.stats(request).await).await
     }
 
     /// Puts another program in the daemon's place.

@@ -173,10 +173,10 @@ impl proto::node_server::Node for Control {
 
     async fn stats(
         &self,
-        _request: Request<proto::StatsRequest>,
+        request: Request<proto::StatsRequest>,
     ) -> Result<Response<proto::StatsResponse>, Status> {
         let _busy = self.0.busy();
-        Ok(Response::new(self.0.stats()))
+        Ok(Response::new(self.0.stats(Path::new(&request.into_inner().directory)).await))
     }
 
     async fn upgrade(

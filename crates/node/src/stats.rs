@@ -1,6 +1,11 @@
 //! What a node says of itself.
 
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+
 use lamina_wire::proto::{MountStats, SourceStats, StatsResponse};
+use tokio::task::spawn_blocking;
 
 use crate::Node;
 use crate::sources::State;
@@ -11,11 +16,25 @@ impl Node {
         self.mounts.lock().values().map(|mounted| mounted.mount.snapshot().named()).collect()
     }
 
-    /// All counters.
-    pub fn stats(&self) -> StatsResponse {
-        let named = |counters: Vec<(&'static str, u64)>| {
-            counters.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+    /// All counters, and what became of the pages that the boot pack of the mount at `directory` stored, where there is one.
+    pub async fn stats(&self, directory: &Path) -> StatsResponse {
+        let looked_at = self.mounts.lock().get(directory).map(|mounted| Arc::clone(&mounted.mount));
+        let used = match looked_at {
+            Some(mount) => spawn_blocking(move || mount.boot_use()).await.expect("the work does not panic"),
+            None => Ok(None),
         };
+        let mut stats = self.counted();
+        let directory = directory.display().to_string();
+        let asked = stats.mounts.iter_mut().find(|mount| mount.directory == directory);
+        match (asked, used) {
+            (Some(mount), Ok(Some(used))) => mount.counters.extend(named(used.named())),
+            (Some(mount), Err(error)) => mount.boot_unseen = error.to_string(),
+            _ => {}
+        }
+        stats
+    }
+
+    fn counted(&self) -> StatsResponse {
         let mounts = self.mounts.lock();
         let mounts = mounts.iter().map(|(directory, mounted)| MountStats {
             directory: directory.display().to_string(),
@@ -25,6 +44,7 @@ impl Node {
             command: mounted.record.request.clone().unwrap_or_default().command,
             boot: mounted.chosen.get().map_or_else(String::new, |chosen| chosen.pack.blob.to_string()),
             boot_own: mounted.chosen.get().is_some_and(|chosen| chosen.own),
+            boot_unseen: String::new(),
             counters: named(mounted.mount.snapshot().named()),
         });
         let mounts = mounts.collect();
@@ -49,4 +69,9 @@ impl Node {
         let (pid, sources) = (std::process::id(), sources.collect());
         StatsResponse { pid, cache, mounts, sources, fills, fills_paused, version }
     }
+}
+
+/// Counters as they are sent.
+fn named(counters: impl IntoIterator<Item = (&'static str, u64)>) -> HashMap<String, u64> {
+    counters.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
 }

@@ -8,6 +8,7 @@
 use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
 
+use fuser::{INodeNo, Notifier};
 use lamina_image::{Ino, Tree};
 use rustix::fs::{OFlags, fstat};
 
@@ -32,6 +33,17 @@ impl Boot {
     pub(crate) fn brought(&self, from: u64) -> &[Ino] {
         let all = self.coming.get().map_or(&[][..], |coming| &coming.order);
         usize::try_from(from).ok().and_then(|from| all.get(from..)).unwrap_or_default()
+    }
+
+    /// What a name in it leads to: a position, from 1 on.
+    pub(crate) fn brought_as(&self, name: &OsStr) -> Option<Ino> {
+        let position: usize = name.to_str()?.parse().ok()?;
+        self.coming.get()?.order.get(position.checked_sub(1)?).copied()
+    }
+
+    /// Has the kernel forget the directory, and the names in it: every file is known by a name of its own.
+    pub(crate) fn hide_brought(notifier: &Notifier) {
+        let _ = notifier.inval_entry(INodeNo::ROOT, OsStr::new(BROUGHT_NAME));
     }
 }
 

@@ -2,13 +2,11 @@
 
 use std::collections::{HashMap, HashSet};
 use std::convert::Infallible;
-use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use fuser::INodeNo;
 use lamina_image::{FileKind, Ino, Tree};
 use parking_lot::MutexGuard;
 use rustix::fs::{
@@ -23,7 +21,7 @@ use super::brought::make_known;
 use super::crew::{spawn, step_back};
 use super::known::{Finishing, Known};
 use super::run::Booting;
-use super::{BROUGHT_NAME, Boot, Listing};
+use super::{Boot, Listing};
 use crate::metrics::{Counters, one};
 
 /// The kernel learns at the first opening whether it is to ask at each (not of a passthrough mount, where it is), and at the first
@@ -65,9 +63,8 @@ impl Booting<'_> {
             }
             let asker = Asker { root: &root, tree: &tree, boot: &boot, known: &known, counters: &counters };
             asker.name_all(&names, first);
-            // every file is known by a name of its own now
             if brought.is_ok_and(|brought| brought) {
-                let _ = notifier.inval_entry(INodeNo::ROOT, OsStr::new(BROUGHT_NAME));
+                Boot::hide_brought(&notifier);
             }
             // neither pages nor the boot's end wait for a listing
             drop(finishing);
@@ -132,7 +129,7 @@ impl Asker<'_> {
 /// Lists directories behind programs, which may have listed them before.
 fn list_behind(boot: Arc<Boot>, mountpoint: PathBuf, dirs: Vec<String>, counters: Arc<Counters>) {
     if dirs.is_empty() {
-        return boot.end_listing();
+        return drop(boot.end_listing());
     }
     let listing = Arc::clone(&boot);
     let listed = spawn(move || {
@@ -141,7 +138,7 @@ fn list_behind(boot: Arc<Boot>, mountpoint: PathBuf, dirs: Vec<String>, counters
         listing.list(&mountpoint, &dirs, &counters);
     });
     if listed.is_err() {
-        boot.end_listing();
+        drop(boot.end_listing());
     }
 }
 
@@ -207,7 +204,7 @@ impl Boot {
             // who waits for the end waits for one request
             MutexGuard::unlock_fair(listing);
         }
-        self.end_listing();
+        drop(self.end_listing());
     }
 }
 
@@ -248,10 +245,10 @@ pub(super) fn listed(
 }
 
 /// Says that this thread asks for the boot, as long as it lives.
-struct Asking<'a>(&'a Boot);
+pub(super) struct Asking<'a>(&'a Boot);
 
 impl<'a> Asking<'a> {
-    fn begin(boot: &'a Boot) -> Self {
+    pub(super) fn begin(boot: &'a Boot) -> Self {
         let thread = rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs();
         boot.asker.store(thread, Ordering::Relaxed);
         Self(boot)

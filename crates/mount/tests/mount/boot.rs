@@ -1,12 +1,13 @@
 //! Boot packs: what they bring, and what happens when they bring something else.
 
 use std::fs;
-use std::sync::atomic::Ordering;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
 use lamina_image::{BOOT_HEAD_BYTES, BootError, Digest};
-use lamina_mount::{BootFailure, MountConfig, Record};
+use lamina_mount::{BootFailure, BootUse, MountConfig, Record};
 
 use crate::rig::{Layer, Packs, Rig, noise, until};
 
@@ -120,6 +121,71 @@ fn an_unmount_right_after_a_boot_waits_for_no_more_than_one_listing() {
     let pack = rig.boot_pack_listing(&["d0/f"], &listed);
     rig.boot(&pack).expect("booted");
     rig.mount().unmount(false).expect("nothing of the boot is in its way");
+    rig.ended();
+}
+
+#[test]
+fn of_the_pages_that_a_boot_pack_stored_those_that_were_read_or_mapped_are_used_however_often_it_is_asked() {
+    const PAGE: u64 = 4096;
+    let rig = rig(Packs::default());
+    let stored: u64 =
+        contents().iter().take(3).map(|(_, bytes)| (bytes.len() as u64).next_multiple_of(PAGE)).sum();
+    let used = || rig.mount().boot_use().expect("this test needs CAP_SYS_ADMIN");
+    assert_eq!(used(), None, "nothing is stored yet");
+    let pack = rig.boot_pack(&["text", "large", "small"]);
+    rig.boot(&pack).expect("booted");
+    until("the boot opens nothing any more", || used().is_some());
+    let all = |used_bytes, dropped_bytes| {
+        let unused_bytes = stored - used_bytes - dropped_bytes;
+        Some(BootUse { used_bytes, unused_bytes, unseen_bytes: 0, dropped_bytes })
+    };
+    // the boot itself opens the smallest one, and reads nothing of it
+    assert_eq!((used(), used()), (all(0, 0), all(0, 0)));
+    let open = |path: &str| fs::File::open(rig.path(path)).expect("opened");
+    let (large, text) = (open("large"), open("text"));
+    large.read_exact_at(&mut vec![0; 65_536], 1 << 20).expect("read");
+    assert_eq!(fs::read(rig.path("small")).expect("read"), b"small");
+    assert_eq!((used(), used()), (all(17 * PAGE, 0), all(17 * PAGE, 0)));
+    #[expect(unsafe_code, reason = "the file is immutable, so the mapping is")]
+    // SAFETY: nothing can change the file under the mapping, since the mount is read-only.
+    let map = unsafe { memmap2::Mmap::map(&text) }.expect("mapped");
+    assert_eq!(used(), all(17 * PAGE, 0), "nothing of it was touched");
+    assert_eq!(map[300_000], contents()[1].1[300_000]);
+    let around = used().expect("as before").used_bytes - 17 * PAGE;
+    assert!((PAGE..=16 * PAGE).contains(&around), "{around}");
+    drop(map);
+    assert_eq!(used(), all(17 * PAGE + around, 0), "also once it is mapped no more");
+    rustix::fs::fadvise(&large, 0, None, rustix::fs::Advice::DontNeed).expect("dropped");
+    assert_eq!(used(), all(PAGE + around, 3_000_123_u64.next_multiple_of(PAGE)));
+    assert_eq!(rig.mount().snapshot().boot_again, 0, "what was dropped stays so");
+    fs::metadata(rig.path(BROUGHT)).expect_err("nobody else finds the directory");
+    rig.mount().unmount(true).expect("unmounted");
+    assert_eq!(used(), None, "it is not there any more");
+}
+
+#[test]
+fn an_unmount_is_not_refused_because_somebody_looks_at_what_was_used() {
+    let files: Vec<String> = (0..300).map(|number| format!("f{number}")).collect();
+    let files: Vec<&str> = files.iter().map(String::as_str).collect();
+    let rig =
+        Rig::with(files.iter().fold(Layer::new(), |layer, path| layer.file(path, b"x")), Packs::default());
+    rig.boot(&rig.boot_pack(&files)).expect("booted");
+    until("the boot opens nothing any more", || rig.mount().boot_use().expect("seen").is_some());
+    let (is_over, looks) = (AtomicBool::new(false), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                while !is_over.load(Ordering::Relaxed) {
+                    let _ = rig.mount().boot_use();
+                    looks.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        until("some look all the time", || looks.load(Ordering::Relaxed) > 8);
+        let unmounted = rig.mount().unmount(false);
+        is_over.store(true, Ordering::Relaxed);
+        unmounted.expect("it is not in use");
+    });
     rig.ended();
 }
 
