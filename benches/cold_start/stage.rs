@@ -24,6 +24,8 @@ pub(crate) const DEADLINE: Duration = Duration::from_secs(3600);
 const QUIET: Duration = Duration::from_millis(500);
 /// Once nothing has come over the link for so long a start has got all: what is left of a tree comes a second behind a boot pack.
 const REST: Duration = Duration::from_secs(2);
+/// That is so by then, or never.
+const REST_MAX: Duration = Duration::from_secs(60);
 /// What one start takes of memory, in bytes, and more: the page cache of torch is 200 MiB, and its program has twice that.
 const START_BYTES: u64 = 2 << 30;
 const PORT: u16 = 5000;
@@ -151,13 +153,13 @@ impl Stage {
     /// Waits until nothing but acknowledgements comes to the node any more.
     pub(crate) fn rest(&self) -> Result<()> {
         let (mut since, mut before) = (Instant::now(), self.link.received());
-        process::until("nothing to come over the link", DEADLINE, || {
+        process::until("nothing to come over the link", REST_MAX, || {
             if since.elapsed() < REST {
                 return Ok(None);
             }
             since = Instant::now();
             let received = self.link.received();
-            let come = received - std::mem::replace(&mut before, received);
+            let come = received.saturating_sub(std::mem::replace(&mut before, received));
             Ok((come < NEAR_NOTHING_BYTES).then_some(()))
         })
     }

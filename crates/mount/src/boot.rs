@@ -13,7 +13,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -107,9 +107,11 @@ pub(crate) struct Boot {
     coming: OnceLock<Arc<Coming>>,
     /// The thread that looks up what the boot pack names, or lists, by its number; 0 where there is none.
     asker: AtomicU32,
+    /// The same of the thread that looks at what was used.
+    looker: AtomicU32,
     listing: Mutex<Listing>,
-    /// Somebody waits for the listing to be let go.
-    ending: AtomicBool,
+    /// How many wait for the listing to be let go.
+    ending: AtomicUsize,
     wanted: Wanted,
 }
 
@@ -161,17 +163,22 @@ impl Boot {
     /// Whether a request of the kernel is the boot's own, and so none of the start's. `pid` is the request's, which is the
     /// number of the thread that asks, or 0 where that is in no process namespace of the mount's.
     pub(crate) fn asks(&self, pid: u32) -> bool {
-        pid != 0 && pid == self.asker.load(Ordering::Relaxed)
+        pid != 0 && [&self.asker, &self.looker].iter().any(|asks| asks.load(Ordering::Relaxed) == pid)
     }
 
-    /// Lists no more directories, now and later. Blocks for as long as one request takes, and then nothing is open of the boot's any more,
-    /// nor will be while what is returned lives.
+    /// Lists no more directories, now and later. Blocks for as long as one request takes, or one look at a MiB, and then nothing is open of
+    /// the boot's any more, nor will be while what is returned lives.
     pub(crate) fn end_listing(&self) -> Unlisted<'_> {
-        self.ending.store(true, Ordering::Relaxed);
+        self.ending.fetch_add(1, Ordering::Relaxed);
         let mut listing = self.listing.lock();
-        self.ending.store(false, Ordering::Relaxed);
+        self.ending.fetch_sub(1, Ordering::Relaxed);
         *listing = Listing::Over;
         Unlisted { _listing: listing }
+    }
+
+    /// Whether somebody waits for what the boot has open.
+    fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::Relaxed) > 0
     }
 
     /// Whether it brings this byte of a file, or brought it.

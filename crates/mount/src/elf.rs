@@ -80,47 +80,54 @@ pub(crate) struct Linked {
     versions: Option<u64>,
 }
 
+/// What is mapped of a file with these first bytes, and its dynamic section, where it has one.
+fn segments(head: &[u8]) -> Option<(Vec<Load>, Option<Range<u64>>)> {
+    const PT_LOAD: u32 = 1;
+    const PT_DYNAMIC: u32 = 2;
+    const PF_X: u32 = 1;
+    const PF_W: u32 = 2;
+    if !is_elf(head) {
+        return None;
+    }
+    let first = usize::try_from(u64_at(head, 32)?).ok()?;
+    let (size, count) = (usize::from(u16_at(head, 54)?), usize::from(u16_at(head, 56)?));
+    let (mut loads, mut dynamic) = (Vec::new(), None);
+    for number in 0..count {
+        let at = first.checked_add(number.checked_mul(size)?)?;
+        let header = head.get(at..at.checked_add(HEADER_BYTES)?)?;
+        let (offset, address, len) = (u64_at(header, 8)?, u64_at(header, 16)?, u64_at(header, 32)?);
+        match u32_at(header, 0)? {
+            PT_LOAD if loads.len() < LOADS_MAX => {
+                let flags = u32_at(header, 4)?;
+                let (is_code, is_written) = (flags & PF_X != 0, flags & PF_W != 0);
+                loads.push(Load { address, offset, len, is_code, is_written });
+            }
+            PT_DYNAMIC => dynamic = Some(offset..offset.checked_add(len.min(DYNAMIC_BYTES_MAX))?),
+            _ => {}
+        }
+    }
+    Some((loads, dynamic))
+}
+
+/// Which bytes of a file with these first ones programs map to write to what they have of them; none where it is no program.
+pub(crate) fn written(head: &[u8]) -> impl Iterator<Item = Range<u64>> {
+    let loads = segments(head).map(|(loads, _)| loads).unwrap_or_default();
+    let written = loads.into_iter().filter(|load| load.is_written);
+    written.map(|load| load.offset..load.offset.saturating_add(load.len))
+}
+
 impl Elf {
     /// Reads the first bytes of a file. `None` where it is no such file, is not linked dynamically, or its program headers are not
     /// among them.
     pub(crate) fn parse(head: &[u8]) -> Option<Self> {
-        const PT_LOAD: u32 = 1;
-        const PT_DYNAMIC: u32 = 2;
-        const PF_X: u32 = 1;
-        const PF_W: u32 = 2;
         const EM_X86_64: u16 = 62;
-        if !is_elf(head) {
-            return None;
-        }
-        let first = usize::try_from(u64_at(head, 32)?).ok()?;
-        let (size, count) = (usize::from(u16_at(head, 54)?), usize::from(u16_at(head, 56)?));
-        let (mut loads, mut dynamic) = (Vec::new(), None);
-        for number in 0..count {
-            let at = first.checked_add(number.checked_mul(size)?)?;
-            let header = head.get(at..at.checked_add(HEADER_BYTES)?)?;
-            let (offset, address, len) = (u64_at(header, 8)?, u64_at(header, 16)?, u64_at(header, 32)?);
-            match u32_at(header, 0)? {
-                PT_LOAD if loads.len() < LOADS_MAX => {
-                    let flags = u32_at(header, 4)?;
-                    let (is_code, is_written) = (flags & PF_X != 0, flags & PF_W != 0);
-                    loads.push(Load { address, offset, len, is_code, is_written });
-                }
-                PT_DYNAMIC => dynamic = Some(offset..offset.checked_add(len.min(DYNAMIC_BYTES_MAX))?),
-                _ => {}
-            }
-        }
+        let (loads, dynamic) = segments(head)?;
         Some(Self {
             loads,
             dynamic: dynamic?,
             is_x86_64: u16_at(head, 18)? == EM_X86_64,
             sections: ElfSections::parse(head),
         })
-    }
-
-    /// Which bytes of the file programs map to write to what they have of them.
-    pub(crate) fn written(&self) -> impl Iterator<Item = Range<u64>> {
-        let written = self.loads.iter().filter(|load| load.is_written);
-        written.map(|load| load.offset..load.offset.saturating_add(load.len))
     }
 
     /// Where in the file lies what is mapped at `address`.

@@ -219,7 +219,8 @@ impl Mount {
             _ = ended.wait_for(|ended| *ended) => Err(BootFailure::Refused),
         };
         if matches!(done, Err(BootFailure::Overtaken)) {
-            drop(self.boot.end_listing());
+            let boot = Arc::clone(&self.boot);
+            let _ = tokio::task::spawn_blocking(move || drop(boot.end_listing())).await;
         }
         counters.boot_us.store(us_since(begun), Ordering::Relaxed);
         // what is missing from now on is not in it: a boot pack of other starts must not make this one slow
@@ -232,12 +233,17 @@ impl Mount {
     }
 
     /// What became of the pages that the boot pack has stored, as far as that is seen now: `None` where there are none, or not all have
-    /// come. Blocks for some 2 µs a page. *Errors*: it cannot be seen, as where this process has not CAP_SYS_ADMIN.
+    /// come, or not to this process. Blocks for some 2 µs a page. *Errors*: it cannot be seen, as where this process has not
+    /// CAP_SYS_ADMIN, or of a passthrough mount.
     pub fn boot_use(&self) -> io::Result<Option<BootUse>> {
-        let used = self.boot.used(self.point.path(), self.device);
-        // nobody else is to find the directory that they were looked for in
-        Boot::hide_brought(&self.booting);
-        used
+        if self.passthrough.is_some() {
+            // an open would give it the whole file instead, and drop what was stored
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "the kernel reads files of this mount by itself",
+            ));
+        }
+        self.boot.used(self.point.path(), self.device, &self.booting)
     }
 
     /// The frames of all files that were read so far, or of which the boot pack brought something, each once, in no order.

@@ -28,6 +28,9 @@ impl Node {
         let asked = stats.mounts.iter_mut().find(|mount| mount.directory == directory);
         match (asked, used) {
             (Some(mount), Ok(Some(used))) => mount.counters.extend(named(used.named())),
+            (Some(mount), Ok(None)) if !mount.boot.is_empty() => {
+                mount.boot_unseen = "not all of it has come, or not to this process".to_owned();
+            }
             (Some(mount), Err(error)) => mount.boot_unseen = error.to_string(),
             _ => {}
         }

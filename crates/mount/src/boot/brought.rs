@@ -38,10 +38,12 @@ impl Boot {
     /// What a name in it leads to: a position, from 1 on.
     pub(crate) fn brought_as(&self, name: &OsStr) -> Option<Ino> {
         let position: usize = name.to_str()?.parse().ok()?;
-        self.coming.get()?.order.get(position.checked_sub(1)?).copied()
+        let ino = self.coming.get()?.order.get(position.checked_sub(1)?).copied();
+        ino.filter(|_| name == OsStr::new(&position.to_string()))
     }
 
-    /// Has the kernel forget the directory, and the names in it: every file is known by a name of its own.
+    /// Has the kernel forget the directory, and the names in it: once every file is known by a name of its own. Those that are not would be
+    /// forgotten with what was stored of them.
     pub(crate) fn hide_brought(notifier: &Notifier) {
         let _ = notifier.inval_entry(INodeNo::ROOT, OsStr::new(BROUGHT_NAME));
     }

@@ -5,7 +5,7 @@ use std::convert::Infallible;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use lamina_image::{FileKind, Ino, Tree};
 use parking_lot::MutexGuard;
@@ -50,7 +50,7 @@ impl Booting<'_> {
         let (boot, known, notifier) = (Arc::clone(self.boot), Arc::clone(known), self.notifier.clone());
         // not behind programs: these look up the same names, and wait for whoever was first
         spawn_blocking(move || {
-            let asking = Asking::begin(&boot);
+            let asking = Asking::begin(&boot.asker);
             let finishing = Finishing(&known);
             let first = listed_first(&tree, &names, &dirs);
             dirs.retain(|dir| !first.contains(dir));
@@ -134,7 +134,7 @@ fn list_behind(boot: Arc<Boot>, mountpoint: PathBuf, dirs: Vec<String>, counters
     let listing = Arc::clone(&boot);
     let listed = spawn(move || {
         step_back();
-        let _asking = Asking::begin(&listing);
+        let _asking = Asking::begin(&listing.asker);
         listing.list(&mountpoint, &dirs, &counters);
     });
     if listed.is_err() {
@@ -198,9 +198,8 @@ impl Boot {
             if device(stat(mountpoint)) != device(fstat(root)) {
                 break;
             }
-            let ending = || self.ending.load(Ordering::Relaxed);
             let done = open_inside(root, dir, OFlags::DIRECTORY);
-            counted(done.and_then(|opened| listed(opened, |_| !ending())), dir, counters);
+            counted(done.and_then(|opened| listed(opened, |_| !self.is_ending())), dir, counters);
             // who waits for the end waits for one request
             MutexGuard::unlock_fair(listing);
         }
@@ -245,18 +244,19 @@ pub(super) fn listed(
 }
 
 /// Says that this thread asks for the boot, as long as it lives.
-pub(super) struct Asking<'a>(&'a Boot);
+pub(super) struct Asking<'a>(&'a AtomicU32, u32);
 
 impl<'a> Asking<'a> {
-    pub(super) fn begin(boot: &'a Boot) -> Self {
+    pub(super) fn begin(asker: &'a AtomicU32) -> Self {
         let thread = rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs();
-        boot.asker.store(thread, Ordering::Relaxed);
-        Self(boot)
+        asker.store(thread, Ordering::Relaxed);
+        Self(asker, thread)
     }
 }
 
 impl Drop for Asking<'_> {
     fn drop(&mut self) {
-        self.0.asker.store(0, Ordering::Relaxed);
+        // another may have begun meanwhile
+        let _ = self.0.compare_exchange(self.1, 0, Ordering::Relaxed, Ordering::Relaxed);
     }
 }

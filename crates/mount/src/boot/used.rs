@@ -6,28 +6,31 @@
 //! (`folio_mark_accessed` in mm/swap.c). A mapping counts as one when it ends. What lies within 64 KiB of a fault was mapped along with it
 //! (`filemap_map_pages` in mm/filemap.c), and counts as used.
 //!
-//! Two things are not seen: a page that a program wrote to in a mapping of its own, as most data of libraries, is copied at once and leaves
-//! no trace (`do_cow_fault` in mm/memory.c). And where the kernel has its pages in generations (CONFIG_LRU_GEN) it counts otherwise.
+//! So it is an account and no proof. A page that a program wrote to in a mapping of its own, as most data of libraries, is copied at once
+//! and leaves no trace (`do_cow_fault` in mm/memory.c), nor does a mapping that was advised to be read at random. Where memory is short the
+//! kernel takes references back. The last few pages wait in lists of each processor for what was said of them. And where the kernel has
+//! its pages in generations (CONFIG_LRU_GEN) it counts otherwise, and nothing is seen.
 //!
-//! To learn where a page lies it must be mapped here. That is done as little as possible: no page is brought back that was dropped, and
-//! none counts as referenced afterwards (`vma_has_recency` in mm/internal.h), so whoever asks again is told the same.
+//! To learn where a page lies it must be mapped here. None counts as referenced by that (`vma_has_recency` in mm/internal.h), so whoever
+//! asks again is told the same, and each is touched right after it was seen to be in memory, so that nothing comes back that was dropped.
 
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::Ordering;
 
+use fuser::Notifier;
 use memmap2::{Advice, Mmap, MmapOptions};
 use rustix::fs::{CWD, MemfdFlags, Mode, OFlags, fstat, memfd_create, openat};
 use rustix::param::page_size;
 
 use super::brought::BROUGHT_NAME;
 use super::names::{Asking, open_inside};
-use super::{BROUGHT, Boot, Coming, Listing, Place};
-use crate::elf::Elf;
+use super::{BROUGHT, Boot, Listing, Place};
+use crate::elf::written;
 use crate::mountpoint::Device;
 
 /// Of an entry in /proc/self/pagemap: the page is mapped, and the number of its frame, which is 0 for whoever may not see it.
@@ -72,46 +75,59 @@ impl BootUse {
 impl Boot {
     /// What became of the pages, now; `None` where there are none, or not all have come. `device` is the mount's. Blocks for some
     /// 2 µs a page. *Errors*: where this process may not see it (CAP_SYS_ADMIN), or the kernel does not show it (CONFIG_PROC_PAGE_MONITOR).
-    pub(crate) fn used(&self, mountpoint: &Path, device: Device) -> io::Result<Option<BootUse>> {
+    pub(crate) fn used(
+        &self,
+        mountpoint: &Path,
+        device: Device,
+        notifier: &Notifier,
+    ) -> io::Result<Option<BootUse>> {
         let Some(coming) = self.coming.get() else { return Ok(None) };
         // whoever unmounts waits for this, and says so
         let listing = self.listing.lock();
-        if !matches!(*listing, Listing::Over) || !coming.opened.has_ended() {
+        // not before every file is known by a name of its own, since those in the directory are forgotten afterwards
+        let is_over = matches!(*listing, Listing::Over) && self.asker.load(Ordering::Relaxed) == 0;
+        if !is_over || !coming.opened.has_ended() {
             return Ok(None);
         }
-        let root =
-            openat(CWD, mountpoint, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let root = openat(CWD, mountpoint, flags | OFlags::PATH | OFlags::DIRECTORY, Mode::empty())?;
         if Device::of(fstat(&root)?.st_dev) != device {
             return Ok(None);
         }
         let frames = PageFrames::open()?;
-        let _asking = Asking::begin(self);
+        let _hiding = Hiding(notifier);
+        let _asking = Asking::begin(&self.looker);
         let files = open_inside(&root, BROUGHT_NAME, OFlags::DIRECTORY)?;
         if fstat(&files)?.st_ino != BROUGHT.0 {
-            return Err(io::Error::new(
-                io::ErrorKind::Unsupported,
-                format!("the image has a {BROUGHT_NAME}"),
-            ));
+            let reason = format!("the image has a {BROUGHT_NAME}");
+            return Err(io::Error::new(io::ErrorKind::Unsupported, reason));
         }
-        let mut used = BootUse::default();
+        let (mut used, stored) = (BootUse::default(), coming.stored.load(Ordering::Relaxed));
         for (ino, position) in coming.order.iter().zip(1..) {
-            if self.ending.load(Ordering::Relaxed) {
-                return Ok(None);
+            let mut places =
+                coming.files[ino].iter().filter(|place| (place.frame as usize) < stored).peekable();
+            if places.peek().is_none() {
+                continue;
             }
-            let name = position.to_string();
             let file =
-                openat(&files, &name, OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
-            frames.add_file(&file, coming.stored_of(*ino), &mut used)?;
+                StoredFile::open(&frames, openat(&files, position.to_string(), flags, Mode::empty())?)?;
+            for place in places {
+                if self.is_ending() {
+                    return Ok(None);
+                }
+                file.add(place, &mut used)?;
+            }
         }
         Ok(Some(used))
     }
 }
 
-impl Coming {
-    /// What was stored of a file.
-    fn stored_of(&self, ino: lamina_image::Ino) -> impl Iterator<Item = &Place> {
-        let stored = self.stored.load(Ordering::Relaxed);
-        self.files.get(&ino).into_iter().flatten().filter(move |place| (place.frame as usize) < stored)
+/// Has the directory of files forgotten when nobody looks into it any more, so that nobody else finds it.
+struct Hiding<'a>(&'a Notifier);
+
+impl Drop for Hiding<'_> {
+    fn drop(&mut self) {
+        Boot::hide_brought(self.0);
     }
 }
 
@@ -141,59 +157,6 @@ impl PageFrames {
         Ok(Self { map, flags, counts, scratch: memfd_create("lamina-used", MemfdFlags::CLOEXEC)? })
     }
 
-    /// Adds what became of these places of a file.
-    fn add_file<'a>(
-        &self,
-        file: &impl AsFd,
-        places: impl Iterator<Item = &'a Place>,
-        used: &mut BootUse,
-    ) -> io::Result<()> {
-        let page = page_size() as u64;
-        let len = fstat(file)?.st_size.unsigned_abs();
-        let mut pages = places.flat_map(|place| {
-            let end = (place.offset + u64::from(place.len)).min(len);
-            (place.offset / page..end.div_ceil(page))
-                .map(|at| usize::try_from(at).expect("below the file's length"))
-        });
-        let Some(first) = pages.next() else { return Ok(()) };
-        let file = file.as_fd().try_clone_to_owned()?;
-        #[expect(unsafe_code, reason = "mapping a file is unsafe because others could truncate it")]
-        // SAFETY: the mount is read-only, and nothing here looks at what is mapped
-        let map = unsafe { MmapOptions::new().map(&file) }?;
-        map.advise(Advice::Random)?;
-        let in_memory = in_memory(&map)?;
-        let written = if in_memory[0] { self.written(&map) } else { Vec::new() };
-        let mut entries = Entries { frames: self, map: &map, first: 0, entries: Vec::new() };
-        for at in std::iter::once(first).chain(pages) {
-            let frame = match in_memory[at] {
-                true => entries.frame(at)?,
-                false => None,
-            };
-            let bytes = match frame {
-                Some(frame) if self.is_used(frame)? => &mut used.used_bytes,
-                Some(_) if written.iter().any(|pages| pages.contains(&at)) => &mut used.unseen_bytes,
-                Some(_) => &mut used.unused_bytes,
-                None => &mut used.dropped_bytes,
-            };
-            *bytes += page;
-        }
-        Ok(())
-    }
-
-    /// Which pages of a file, if it is a library, programs map to write to.
-    fn written(&self, map: &Mmap) -> Vec<Range<usize>> {
-        let mut head = vec![0; HEAD_BYTES.min(map.len())];
-        let copied = rustix::io::pwrite(&self.scratch, &map[..head.len()], 0)
-            .and_then(|_| rustix::io::pread(&self.scratch, &mut head[..], 0));
-        let page = page_size() as u64;
-        let pages = |bytes: Range<u64>| {
-            let at = |page| usize::try_from(page).unwrap_or(usize::MAX);
-            at(bytes.start / page)..at(bytes.end.div_ceil(page))
-        };
-        let elf = copied.ok().and_then(|_| Elf::parse(&head));
-        elf.iter().flat_map(Elf::written).map(pages).collect()
-    }
-
     /// Whether a page was referenced after it was stored, or is mapped by anybody else.
     fn is_used(&self, frame: u64) -> io::Result<bool> {
         let word = |file: &File| Ok::<_, io::Error>(words(file, frame, 1)?[0]);
@@ -201,46 +164,96 @@ impl PageFrames {
     }
 }
 
-/// The frames of a few pages that are mapped, as far as they have been looked at.
-struct Entries<'a> {
+/// A file of which pages were stored, mapped.
+struct StoredFile<'a> {
     frames: &'a PageFrames,
-    map: &'a Mmap,
-    /// Of the first page.
-    first: usize,
-    entries: Vec<u64>,
+    map: Mmap,
+    /// Pages that programs map to write to.
+    written: Vec<Range<usize>>,
 }
 
-impl Entries<'_> {
-    /// The frame of a page that was in memory; `None` where it is no more. *Errors*: it is not shown.
-    fn frame(&mut self, at: usize) -> io::Result<Option<u64>> {
-        if self.entry(at).is_none_or(|entry| entry & PRESENT == 0) {
-            let byte = at * page_size();
-            // it may have been dropped, and cannot be had
-            if rustix::io::pwrite(&self.frames.scratch, &self.map[byte..=byte], 0).is_err() {
-                return Ok(None);
+impl<'a> StoredFile<'a> {
+    fn open(frames: &'a PageFrames, file: OwnedFd) -> io::Result<Self> {
+        #[expect(unsafe_code, reason = "mapping a file is unsafe because others could truncate it")]
+        // SAFETY: the mount is read-only, and nothing here looks at what is mapped
+        let map = unsafe { MmapOptions::new().map(&file) }?;
+        map.advise(Advice::Random)?;
+        let mut opened = Self { frames, map, written: Vec::new() };
+        opened.written = opened.find_written()?;
+        Ok(opened)
+    }
+
+    /// All of it where its beginning is not in memory: it may be a library.
+    fn find_written(&self) -> io::Result<Vec<Range<usize>>> {
+        let (all, page) = (0..usize::MAX, page_size() as u64);
+        let mut head = vec![0; HEAD_BYTES.min(self.map.len())];
+        if !self.in_memory(0..1)?[0] {
+            return Ok(vec![all]);
+        }
+        // not by reading, which is a reference
+        let copied = rustix::io::pwrite(&self.frames.scratch, &self.map[..head.len()], 0)
+            .and_then(|_| rustix::io::pread(&self.frames.scratch, &mut head[..], 0));
+        if copied.is_err() {
+            return Ok(vec![all]);
+        }
+        let at = |page| usize::try_from(page).unwrap_or(usize::MAX);
+        Ok(written(&head).map(|bytes| at(bytes.start / page)..at(bytes.end.div_ceil(page))).collect())
+    }
+
+    /// Adds what became of the pages of a place.
+    fn add(&self, place: &Place, used: &mut BootUse) -> io::Result<()> {
+        let page = page_size();
+        let first = usize::try_from(place.offset).unwrap_or(usize::MAX) / page;
+        let pages = first..(first + (place.len as usize).div_ceil(page)).min(self.map.len().div_ceil(page));
+        let in_memory = self.in_memory(pages.clone())?;
+        let mut entries = vec![0; in_memory.len()];
+        for (at, number) in pages.clone().zip(0..) {
+            if in_memory[number] && entries[number] & PRESENT == 0 {
+                self.touch(at, &mut entries[number..])?;
             }
-            self.look_at(at)?;
+            let bytes = match entries[number] {
+                entry if entry & PRESENT == 0 => &mut used.dropped_bytes,
+                entry if self.frames.is_used(entry & FRAME)? => &mut used.used_bytes,
+                _ if self.written.iter().any(|pages| pages.contains(&at)) => &mut used.unseen_bytes,
+                _ => &mut used.unused_bytes,
+            };
+            *bytes += page as u64;
         }
-        match self.entry(at).filter(|entry| entry & PRESENT != 0).map(|entry| entry & FRAME) {
-            Some(0) => Err(io::Error::new(
-                io::ErrorKind::PermissionDenied,
-                "page frames are not shown without CAP_SYS_ADMIN",
-            )),
-            frame => Ok(frame),
-        }
-    }
-
-    fn entry(&self, at: usize) -> Option<u64> {
-        self.entries.get(at.checked_sub(self.first)?).copied()
-    }
-
-    /// Looks at what a fault at this page may have mapped.
-    fn look_at(&mut self, at: usize) -> io::Result<()> {
-        let pages = self.map.len().div_ceil(page_size());
-        let before = self.map.as_ptr().addr() / page_size();
-        let entries = words(&self.frames.map, (before + at) as u64, AROUND.min(pages - at))?;
-        (self.first, self.entries) = (at, entries);
         Ok(())
+    }
+
+    /// Has a page mapped, if it is still in memory, and takes note of what was mapped with it: `entries` are those from it on.
+    /// *Errors*: that is not shown.
+    fn touch(&self, at: usize, entries: &mut [u64]) -> io::Result<()> {
+        let byte = at * page_size();
+        // what was dropped meanwhile and cannot be had is met by an error here, and not by a signal
+        if !self.in_memory(at..at + 1)?[0]
+            || rustix::io::pwrite(&self.frames.scratch, &self.map[byte..=byte], 0).is_err()
+        {
+            return Ok(());
+        }
+        let before = self.map.as_ptr().addr() / page_size();
+        let seen = words(&self.frames.map, (before + at) as u64, AROUND.min(entries.len()))?;
+        if seen[0] & PRESENT != 0 && seen[0] & FRAME == 0 {
+            let reason = "page frames are not shown without CAP_SYS_ADMIN";
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, reason));
+        }
+        entries[..seen.len()].copy_from_slice(&seen);
+        Ok(())
+    }
+
+    /// Which of these pages are in memory: mincore(2).
+    fn in_memory(&self, pages: Range<usize>) -> io::Result<Vec<bool>> {
+        let page = page_size();
+        let part = &self.map[pages.start * page..(pages.end * page).min(self.map.len())];
+        let mut here = vec![0_u8; pages.len()];
+        #[expect(unsafe_code, reason = "rustix lacks mincore")]
+        // SAFETY: this is a part of the mapping, from the beginning of a page on, and there is a byte for each page of it
+        let done = unsafe { libc::mincore(part.as_ptr().cast_mut().cast(), part.len(), here.as_mut_ptr()) };
+        match done {
+            0 => Ok(here.into_iter().map(|page| page & 1 == 1).collect()),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 }
 
@@ -250,16 +263,4 @@ fn words(file: &File, first: u64, count: usize) -> io::Result<Vec<u64>> {
     let mut bytes = vec![0; count * 8];
     file.read_exact_at(&mut bytes, first * 8)?;
     Ok(bytes.chunks_exact(8).map(|word| u64::from_ne_bytes(word.try_into().expect("8 bytes"))).collect())
-}
-
-/// Which pages of a mapped file are in memory: mincore(2).
-fn in_memory(map: &Mmap) -> io::Result<Vec<bool>> {
-    let mut pages = vec![0_u8; map.len().div_ceil(page_size())];
-    #[expect(unsafe_code, reason = "rustix lacks mincore")]
-    // SAFETY: the mapping is that long, and there is a byte for each of its pages
-    let done = unsafe { libc::mincore(map.as_ptr().cast_mut().cast(), map.len(), pages.as_mut_ptr()) };
-    match done {
-        0 => Ok(pages.into_iter().map(|page| page & 1 == 1).collect()),
-        _ => Err(io::Error::last_os_error()),
-    }
 }
