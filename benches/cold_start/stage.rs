@@ -82,7 +82,7 @@ impl Stage {
             link,
         };
         if !args.quick {
-            stage.drop_caches()?;
+            stage.drop_page_cache()?;
             let start = Instant::now();
             machine::touch_free_memory(u64::MAX);
             eprintln!("prepare: touch free memory: {:.2} s", start.elapsed().as_secs_f64());
@@ -142,12 +142,16 @@ impl Stage {
 
     /// Empties the node's caches of files, names and inodes. Of the memory that this leaves free the host has enough for a start.
     pub(crate) fn drop_caches(&self) -> Result<()> {
-        let storages = [self.lamina_storage(), self.peer_storage()];
-        page_cache::drop_all_but(&storages).context("drop the page cache")?;
+        self.drop_page_cache()?;
         if !self.quick {
             machine::touch_free_memory(START_BYTES);
         }
         Ok(())
+    }
+
+    fn drop_page_cache(&self) -> Result<()> {
+        let storages = [self.lamina_storage(), self.peer_storage()];
+        page_cache::drop_all_but(&storages).context("drop the page cache")
     }
 
     /// Waits until nothing but acknowledgements comes to the node any more.

@@ -166,12 +166,10 @@ fn of_the_pages_that_a_boot_pack_stored_those_that_were_read_or_mapped_are_used_
 #[test]
 fn who_looks_at_what_was_used_while_a_boot_pack_comes_is_not_in_its_way() {
     let files: Vec<String> = (0..1000).map(|number| format!("d{}/f{number}", number % 50)).collect();
-    let files: Vec<&str> = files.iter().map(String::as_str).collect();
-    let mounted =
-        || Rig::with(files.iter().fold(Layer::new(), |layer, path| layer.file(path, b"x")), Packs::default());
+    let paths: Vec<&str> = files.iter().map(String::as_str).collect();
     // of another mount, since to make it is to look its names up
-    let pack = mounted().boot_pack(&files);
-    let rig = mounted();
+    let pack = small_files(&files).boot_pack(&paths);
+    let rig = small_files(&files);
     let (is_over, begun) = (AtomicBool::new(false), Instant::now());
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -192,10 +190,9 @@ fn who_looks_at_what_was_used_while_a_boot_pack_comes_is_not_in_its_way() {
 #[test]
 fn an_unmount_is_not_refused_because_somebody_looks_at_what_was_used() {
     let files: Vec<String> = (0..300).map(|number| format!("f{number}")).collect();
-    let files: Vec<&str> = files.iter().map(String::as_str).collect();
-    let rig =
-        Rig::with(files.iter().fold(Layer::new(), |layer, path| layer.file(path, b"x")), Packs::default());
-    rig.boot(&rig.boot_pack(&files)).expect("booted");
+    let paths: Vec<&str> = files.iter().map(String::as_str).collect();
+    let rig = small_files(&files);
+    rig.boot(&rig.boot_pack(&paths)).expect("booted");
     until("the boot opens nothing any more", || rig.mount().boot_use().expect("seen").is_some());
     let (is_over, looks, begun) = (AtomicBool::new(false), AtomicUsize::new(0), Instant::now());
     std::thread::scope(|scope| {
