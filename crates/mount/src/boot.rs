@@ -23,12 +23,13 @@ use lamina_chunk::PackId;
 use lamina_image::{BootError, BootFrame, BootTable, Ino};
 use parking_lot::{Mutex, MutexGuard};
 use tokio::time::timeout;
+use tracing::trace;
 
 pub(crate) use self::brought::{BROUGHT, is_brought};
 use self::crew::Crew;
 use self::opened::Opened;
 pub(crate) use self::run::Booting;
-pub use self::stream::{BootRoom, BootStream};
+pub use self::stream::{BootRoom, BootRooms, BootStream};
 pub use self::used::BootUse;
 use self::wanted::Wanted;
 
@@ -197,6 +198,7 @@ impl Boot {
             .iter()
             .fold((u32::MAX, 0), |(first, last), part| (first.min(part.frame), last.max(part.frame)));
         if let Some(bytes) = coming.assemble(&parts) {
+            trace!(frame = last, "read before it is stored");
             coming.is_read(last as usize + 1);
             return Booted::Here(bytes);
         }
@@ -237,12 +239,14 @@ impl Waiting {
     /// The bytes, if they come in time.
     pub(crate) async fn bytes(self) -> Option<Bytes> {
         let Self { coming, parts, last } = self;
+        trace!(frame = last, opened = coming.opened.count(), "a read waits");
         let (_awaited, before) = (coming.crew.awaited(), coming.opened.count());
         let come = timeout(NEAR, coming.opened.wait(last)).await.is_ok();
         if !come && coming.opened.count() == before {
             // nobody waits again until something comes
             coming.stalled.store(before, Ordering::Relaxed);
         }
+        trace!(frame = last, come, "a read waited");
         come.then(|| coming.assemble(&parts)).flatten()
     }
 }

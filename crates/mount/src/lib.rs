@@ -35,7 +35,7 @@ mod walks;
 mod whole;
 mod window;
 
-pub use boot::{BootFailure, BootRoom, BootStream, BootUse};
+pub use boot::{BootFailure, BootRoom, BootRooms, BootStream, BootUse};
 pub use config::{MountConfig, Record};
 pub use contents::{Bringing, Contents};
 pub use error::MountError;

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use futures_util::future::join_all;
 use lamina_cache::{Cache, CacheConfig, Source};
 use lamina_image::{CommandKey, Digest, Platform, Tree};
-use lamina_mount::{BootRoom, Contents, Mount, MountConfig, MountError, Record, Terms};
+use lamina_mount::{BootRoom, BootRooms, Contents, Mount, MountConfig, MountError, Record, Terms};
 use lamina_wire::proto::{MountRecord, MountRequest, MountResponse, UnmountResponse};
 use lamina_wire::{ClientConfig, Reference};
 use parking_lot::Mutex;
@@ -77,6 +77,7 @@ pub struct Node {
     pub(crate) pins: Pins,
     pub(crate) trees: Trees,
     boot_files: BootFiles,
+    boot_rooms: BootRooms,
     pub(crate) mounts: Mutex<BTreeMap<PathBuf, Mounted>>,
     /// Directories that are being mounted on.
     reserved: Mutex<BTreeSet<PathBuf>>,
@@ -195,6 +196,7 @@ impl Node {
             pins,
             trees,
             boot_files,
+            boot_rooms: BootRooms::prepare(),
             mounts: Mutex::default(),
             reserved: Mutex::default(),
             records,
@@ -267,7 +269,7 @@ impl Node {
         let _reserved = self.reserve(Path::new(&request.directory))?;
         let mut asked = self.ask(&request)?;
         // while the processors wait for the network, though there may be no boot pack
-        asked.room = wants_boot(&request).then(BootRoom::prepare);
+        asked.room = wants_boot(&request).then(|| self.boot_rooms.take());
         let span = Span::current();
         asked.sources.within.begin(span.clone());
         let Asked { sources, reference, .. } = &asked;
@@ -327,7 +329,7 @@ impl Node {
         let (unpacking, unpacked) = turn();
         let boot = match wants_boot(&request) {
             true => {
-                let room = asked.room.take().unwrap_or_else(BootRoom::prepare);
+                let room = asked.room.take().unwrap_or_else(|| self.boot_rooms.take());
                 let begun = asked.begun.as_mut().and_then(Begun::take_boot);
                 starting.stream_boot(Arc::clone(&source), begun, room, (ahead, unpacked), before_contents)
             }

@@ -1,5 +1,6 @@
 //! Buffers that frames are opened into, again and again: memory that is fresh from the kernel costs as much as decompressing into it.
 
+use std::mem;
 use std::sync::{Arc, Weak};
 
 use bytes::Bytes;
@@ -15,27 +16,65 @@ const PREPARED: usize = 8;
 /// A frame that is not longer has memory of its own.
 const SHORT_BYTES: usize = BOOT_FRAME_BYTES / 2;
 
-/// The buffers of one boot. Those that nobody uses are freed with it.
+/// Buffers for the next boot, which outlive each.
 #[derive(Debug, Default)]
-pub(super) struct Buffers(Mutex<Vec<Vec<u8>>>);
+pub(super) struct Spare(Mutex<Vec<Vec<u8>>>);
+
+/// The buffers of one boot. Those that nobody uses go back with it.
+#[derive(Debug)]
+pub(super) struct Buffers {
+    idle: Mutex<Vec<Vec<u8>>>,
+    spare: Arc<Spare>,
+}
+
+impl Spare {
+    /// Makes what is missing, and has the kernel give the memory for it: better while nobody starts, or a start waits for the network,
+    /// than while one waits for these. Blocks for some 5 ms; ends early where nobody else has `self`.
+    pub(super) fn prepare(self: &Arc<Self>) {
+        while Arc::strong_count(self) > 1 && self.0.lock().len() < PREPARED {
+            self.give(prepared());
+        }
+    }
+
+    /// All that there are, for one boot.
+    pub(super) fn take(self: &Arc<Self>) -> Arc<Buffers> {
+        let idle = Mutex::new(mem::take(&mut *self.0.lock()));
+        Arc::new(Buffers { idle, spare: Arc::clone(self) })
+    }
+
+    fn give(&self, buffer: Vec<u8>) {
+        let mut spare = self.0.lock();
+        if spare.len() < PREPARED {
+            spare.push(buffer);
+        }
+    }
+}
+
+fn prepared() -> Vec<u8> {
+    let mut buffer = Vec::with_capacity(BOOT_FRAME_BYTES);
+    // what it is does not matter, but that it was written to
+    buffer.resize(BOOT_FRAME_BYTES, 1);
+    buffer.clear();
+    buffer
+}
 
 impl Buffers {
-    /// Makes some, and has the kernel give the memory for them: better while a start waits for the network than while it waits for
-    /// these. Blocks for some 5 ms; ends early where `this` is not needed any more.
-    pub(super) fn prepare(this: &Weak<Self>) {
-        for _ in 0..PREPARED {
-            let mut buffer = Vec::with_capacity(BOOT_FRAME_BYTES);
-            // what it is does not matter, but that it was written to
-            buffer.resize(BOOT_FRAME_BYTES, 1);
-            buffer.clear();
-            let Some(this) = this.upgrade() else { return };
-            this.0.lock().push(buffer);
+    /// Makes those that were not to be had when they were taken, as [`Spare::prepare`] does; ends early where nobody else has `self`.
+    pub(super) fn prepare(self: &Arc<Self>) {
+        while Arc::strong_count(self) > 1 && !self.are_prepared() {
+            let buffer = prepared();
+            self.idle.lock().push(buffer);
         }
+    }
+
+    /// Whether it has what a small start takes.
+    pub(super) fn are_prepared(&self) -> bool {
+        self.idle.lock().len() >= PREPARED
     }
 
     /// One to fill with so many bytes: where these are few, none of those that a long frame needs.
     pub(super) fn take(&self, len: usize) -> Vec<u8> {
-        if len <= SHORT_BYTES { Vec::new() } else { self.0.lock().pop().unwrap_or_default() }
+        if len <= SHORT_BYTES { Vec::new() } else { self.idle.lock().pop().unwrap_or_default() }
     }
 
     /// What is in it now, to be shared; once nobody has it any more, it is there to be filled again.
@@ -58,10 +97,16 @@ impl AsRef<[u8]> for Filled {
 impl Drop for Filled {
     fn drop(&mut self) {
         let Some(of) = self.of.upgrade().filter(|_| self.plain.capacity() > SHORT_BYTES) else { return };
-        let mut idle = of.0.lock();
+        let mut idle = of.idle.lock();
         if idle.len() < BUFFERS_MAX {
-            idle.push(std::mem::take(&mut self.plain));
+            idle.push(mem::take(&mut self.plain));
         }
+    }
+}
+
+impl Drop for Buffers {
+    fn drop(&mut self) {
+        self.idle.get_mut().drain(..).for_each(|buffer| self.spare.give(buffer));
     }
 }
 
@@ -71,19 +116,42 @@ mod tests {
 
     #[test]
     fn what_was_prepared_is_there_to_be_filled_and_for_nobody_nothing_is() {
-        let buffers = Arc::new(Buffers::default());
-        Buffers::prepare(&Arc::downgrade(&buffers));
+        let spare = Arc::<Spare>::default();
+        spare.prepare();
+        assert!(!spare.take().are_prepared(), "nobody else has it");
+        let other = Arc::clone(&spare);
+        other.prepare();
+        let buffers = spare.take();
+        assert!(buffers.are_prepared());
         for _ in 0..PREPARED {
             let buffer = buffers.take(BOOT_FRAME_BYTES);
             assert!(buffer.is_empty() && buffer.capacity() >= BOOT_FRAME_BYTES);
         }
         assert_eq!(buffers.take(BOOT_FRAME_BYTES).capacity(), 0);
-        Buffers::prepare(&Weak::new());
+        buffers.prepare();
+        assert!(!buffers.are_prepared(), "nobody else has them");
+        Arc::clone(&buffers).prepare();
+        assert!(buffers.are_prepared());
+    }
+
+    #[test]
+    fn the_next_boot_has_the_buffers_of_the_one_before_and_no_more_than_a_small_one_takes_are_kept() {
+        let spare = Arc::<Spare>::default();
+        let (one, other) = (spare.take(), spare.take());
+        for buffers in [&one, &other] {
+            Arc::clone(buffers).prepare();
+        }
+        let at = one.idle.lock()[0].as_ptr();
+        drop(one);
+        drop(other);
+        assert_eq!(spare.0.lock().len(), PREPARED);
+        let again = spare.take();
+        assert!(again.are_prepared() && again.idle.lock().iter().any(|buffer| buffer.as_ptr() == at));
     }
 
     #[test]
     fn a_buffer_is_filled_again_once_nobody_has_its_bytes() {
-        let buffers = Arc::new(Buffers::default());
+        let buffers = Arc::<Spare>::default().take();
         let mut buffer = buffers.take(BOOT_FRAME_BYTES);
         buffer.resize(BOOT_FRAME_BYTES, 1);
         buffer[1] = 2;

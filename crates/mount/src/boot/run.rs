@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 use fuser::{INodeNo, Notifier};
 use lamina_image::{BOOT_FRAME_BYTES, BootRun, Tree};
 use tokio::sync::{mpsc, oneshot};
+use tracing::trace;
 
 use super::crew::Role;
 use super::known::Known;
@@ -65,6 +66,7 @@ impl Booting<'_> {
         crew.spawn(Role::Stores, move || {
             let (mut oldest, mut kept_bytes) = (0, 0);
             while let Some((number, plain)) = queue.blocking_recv() {
+                trace!(frame = number, "storing");
                 for run in &runs[coming.frames[number as usize].runs.clone()] {
                     known.wait(run.ino);
                     touched.set(u32::try_from(run.ino.0).unwrap_or(u32::MAX));
@@ -82,6 +84,7 @@ impl Booting<'_> {
                     add(&counters.boot_stored_bytes, len as u64);
                 }
                 coming.has_stored(number as usize + 1);
+                trace!(frame = number, "stored");
                 counters.boot_bytes.store(coming.opened.taken_bytes(), Ordering::Relaxed);
                 kept_bytes += plain.len();
                 while let len = coming.frames[oldest as usize].plain_len as usize

@@ -16,8 +16,9 @@ use lamina_image::{BOOT_BYTES_MAX, BOOT_HEAD_BYTES, BootError, BootFrame, BootHe
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
+use tracing::trace;
 
-use super::buffers::Buffers;
+use super::buffers::{Buffers, Spare};
 use super::crew::{self, Crew, Role, step_back};
 use super::fetch::Fetching;
 use super::opened::Opened;
@@ -30,6 +31,10 @@ const OPENING_MAX: usize = 4;
 /// So much is opened as soon as it comes, in bytes: a ms of work, and what a program reads first. Three frames, where the first has 64 KiB
 /// and each after it twice as much.
 const AT_ONCE_BYTES: u64 = 448 << 10;
+
+/// Memory for boot packs, 8 MiB while nothing starts: what one boot used is there for the next.
+#[derive(Debug)]
+pub struct BootRooms(Arc<Spare>);
 
 /// What a boot pack needs that is not known yet. Dropping it gives that back.
 #[derive(Debug)]
@@ -49,19 +54,32 @@ pub struct BootStream {
 /// A frame's number, and its plaintext.
 pub(super) type OpenedFrame = (u32, Bytes);
 
-impl BootRoom {
-    /// Makes room for one, 8 MiB, in the background.
+impl BootRooms {
+    /// Makes the memory for one, in the background.
     pub fn prepare() -> Self {
-        let buffers = Arc::<Buffers>::default();
-        let prepared = Arc::downgrade(&buffers);
-        // what the mount itself has to do comes first
-        let prepare = move || {
-            step_back();
-            Buffers::prepare(&prepared);
-        };
-        let _ = crew::spawn(prepare);
-        Self(buffers)
+        let spare = Arc::<Spare>::default();
+        let prepared = Arc::clone(&spare);
+        behind_others(move || prepared.prepare());
+        Self(spare)
     }
+
+    /// Room for one: what is there, and where that is less than a small start takes, more, which is made in the background.
+    pub fn take(&self) -> BootRoom {
+        let buffers = self.0.take();
+        if !buffers.are_prepared() {
+            let prepared = Arc::clone(&buffers);
+            behind_others(move || prepared.prepare());
+        }
+        BootRoom(buffers)
+    }
+}
+
+/// Does `work` on a thread of its own, if there can be one; what a mount itself has to do comes first.
+fn behind_others(work: impl FnOnce() + Send + 'static) {
+    let _ = crew::spawn(move || {
+        step_back();
+        work();
+    });
 }
 
 impl BootStream {
@@ -218,6 +236,7 @@ impl Opening {
                 biased;
                 Some(plain) = opening.next() => {
                     let plain = plain.map_err(|_| BootFailure::Refused)??;
+                    trace!(frame = number, "opened");
                     // for the reads that wait, before anything that may block
                     self.opened.add(number, plain.clone());
                     if queue.send((number, plain)).await.is_err() {
@@ -229,6 +248,7 @@ impl Opening {
                 sealed = self.take(len.unwrap_or(0)), if len.is_some() && opening.len() < side_by_side => {
                     let (sealed, frame) = (sealed?, frames.next().expect("just seen").clone());
                     plain_bytes += u64::from(frame.plain_len);
+                    trace!(bytes = self.fetching.taken(), "came");
                     let (opened, done) = oneshot::channel();
                     jobs.send(Job { frame, sealed, opened }).map_err(|_| BootFailure::Refused)?;
                     opening.push_back(done);

@@ -18,7 +18,7 @@ use lamina_image::{
     BootPack, ChunkSink, Digest, IngestOptions, Ino, LayerInput, Profile, Progress, SinkError, Trace,
     TraceRun, Tree, build_boot, derive_tree, ingest,
 };
-use lamina_mount::{BootFailure, BootRoom, BootStream, Contents, Mount, MountConfig, MountError, Record};
+use lamina_mount::{BootFailure, BootRooms, BootStream, Contents, Mount, MountConfig, MountError, Record};
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 
@@ -259,7 +259,7 @@ impl Rig {
     pub(crate) fn stream(&self, blob: &Bytes, free: impl Future<Output = ()> + Send + 'static) -> BootStream {
         let pack = BootPack { blob: self.packs.add(blob.clone()), bytes: blob.len() as u64, tree: TREE };
         let _inside = self.runtime.enter();
-        BootStream::start(pack, self.packs.clone(), BootRoom::prepare(), free)
+        BootStream::start(pack, self.packs.clone(), BootRooms::prepare().take(), free)
     }
 
     /// Boots from what is on its way.
