@@ -1,10 +1,10 @@
 //! Frames of a boot pack that were opened and not given up yet, for reads.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::{MappedMutexGuard, Mutex, MutexGuard};
 use tokio::sync::watch;
 
 use super::KEPT;
@@ -15,11 +15,18 @@ const ALL: usize = usize::MAX;
 /// What was opened so far.
 #[derive(Debug)]
 pub(super) struct Opened {
-    frames: Mutex<HashMap<u32, Bytes>>,
+    frames: Mutex<Frames>,
     /// How many frames were opened, from the first on; [`ALL`] once it has ended, however.
     progress: watch::Sender<usize>,
     /// Bytes of the blob that were taken.
     taken: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Frames {
+    here: HashMap<u32, Bytes>,
+    /// Which of them came again, the oldest first.
+    again: VecDeque<u32>,
 }
 
 impl Default for Opened {
@@ -33,7 +40,7 @@ impl Opened {
     pub(super) fn add(&self, number: u32, plain: Bytes) {
         let mut frames = self.frames.lock();
         if !self.has_ended() {
-            frames.insert(number, plain);
+            frames.here.insert(number, plain);
             self.progress.send_replace(number as usize + 1);
         }
     }
@@ -53,24 +60,29 @@ impl Opened {
         self.count() == ALL
     }
 
-    /// One that came again, for its neighbours. Few are kept so, once it has ended.
+    /// One that came again, since the kernel has dropped what was stored of it, for its neighbours. The last few are kept.
     pub(super) fn add_again(&self, number: u32, plain: Bytes) {
         let mut frames = self.frames.lock();
-        if frames.len() >= KEPT && self.has_ended() {
-            frames.clear();
+        if frames.here.contains_key(&number) {
+            return;
         }
-        frames.insert(number, plain);
+        let oldest = if frames.again.len() < KEPT { None } else { frames.again.pop_front() };
+        let old = oldest.and_then(|oldest| frames.here.remove(&oldest));
+        frames.again.push_back(number);
+        frames.here.insert(number, plain);
+        drop(frames);
+        drop(old);
     }
 
     /// It was stored, and is not needed here any more.
     pub(super) fn give_up(&self, number: u32) {
-        let old = self.frames.lock().remove(&number);
+        let old = self.frames.lock().here.remove(&number);
         drop(old);
     }
 
     /// Those that are here.
-    pub(super) fn frames(&self) -> MutexGuard<'_, HashMap<u32, Bytes>> {
-        self.frames.lock()
+    pub(super) fn frames(&self) -> MappedMutexGuard<'_, HashMap<u32, Bytes>> {
+        MutexGuard::map(self.frames.lock(), |frames| &mut frames.here)
     }
 
     /// How many were opened; all that there can be once it has ended.
@@ -107,9 +119,22 @@ mod tests {
         opened.end();
         opened.add(1, Bytes::from_static(b"b"));
         assert!(opened.has_ended() && opened.frames().is_empty());
-        for number in 0..2 * u32::try_from(KEPT).expect("few") {
-            opened.add_again(number, Bytes::from_static(b"c"));
-            assert!((1..=KEPT).contains(&opened.frames().len()));
+    }
+
+    #[test]
+    fn of_what_came_again_the_last_few_are_kept_also_while_more_comes() {
+        let opened = Opened::default();
+        let kept = u32::try_from(KEPT).expect("few");
+        let (coming, again) = (100..103, 0..3 * kept);
+        coming.clone().for_each(|number| opened.add(number, Bytes::from_static(b"a")));
+        for number in again.clone().chain([again.end - 1]) {
+            opened.add_again(number, Bytes::from_static(b"b"));
         }
+        let mut here: Vec<u32> = opened.frames().keys().copied().collect();
+        here.sort_unstable();
+        assert_eq!(here, (2 * kept..3 * kept).chain(coming).collect::<Vec<_>>());
+        opened.end();
+        again.clone().for_each(|number| opened.add_again(number, Bytes::from_static(b"c")));
+        assert_eq!(opened.frames().len(), KEPT);
     }
 }
