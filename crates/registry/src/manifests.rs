@@ -28,7 +28,9 @@ impl Api {
             upstream.want_image(repo, digest).await?;
         }
         if head.knows(digest) {
-            return Ok(not_modified(digest));
+            let mut known = not_modified(digest);
+            known.headers_mut().insert(header::VARY, VARY);
+            return Ok(known);
         }
         // whatever is wrong with it shows again where its parts are asked for
         if let Ok(Some(prelude)) = self.read_prelude(head, repo, digest, &link).await {

@@ -94,7 +94,11 @@ async fn end_3_a_manifest_is_read_by_tag_and_by_digest() {
         assert_eq!(read.header("content-type"), media_type::OCI_MANIFEST);
         assert_eq!(read.header("docker-content-digest"), digest.to_string());
         let known = [("if-none-match", read.header("etag"))];
-        registry.send(Method::GET, &path, &known, "").await.expect(StatusCode::NOT_MODIFIED);
+        let same = registry.send(Method::GET, &path, &known, "").await.expect(StatusCode::NOT_MODIFIED);
+        // RFC 9110, 15.4.5
+        for name in ["etag", "vary"] {
+            assert_eq!(same.header(name), read.header(name));
+        }
     }
     for algorithm in ALGORITHMS {
         let path = format!("/v2/a/manifests/{}", absent(algorithm));
