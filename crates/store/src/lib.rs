@@ -23,6 +23,7 @@ mod keys;
 mod layers;
 mod lease;
 mod links;
+mod listed;
 mod local;
 mod manifests;
 mod mark;

@@ -134,7 +134,8 @@ impl Store {
             .await?;
         digests.retain(|digest| Some(*digest) > last);
         digests.sort_unstable();
-        let read = |digest| async move { self.objects.json(&keys::referrer(repo, subject, digest)).await };
+        let read =
+            |digest| async move { self.objects.listed_json(&keys::referrer(repo, subject, digest)).await };
         let mut read = stream::iter(digests.into_iter().map(read)).buffered(REFERRER_READS);
         let (mut found, mut bytes) = (Vec::<Descriptor>::new(), 0);
         while let Some(descriptor) = read.next().await {

@@ -17,6 +17,7 @@ use serde::de::DeserializeOwned;
 use crate::StoreError;
 use crate::frames::{Content, FileRange};
 use crate::lease::Lease;
+use crate::listed::Listed;
 
 /// Bodies come in frames of 1 MiB, the last one shorter: an HTTP server is twice as fast with them as with 64 KiB.
 pub const FRAME_BYTES: u64 = 1 << 20;
@@ -38,11 +39,12 @@ pub(crate) struct Objects {
     copy_bytes_max: u64,
     /// Holds what is written and taken; `None` for whoever only collects and checks.
     lease: Option<Arc<Lease>>,
+    listed: Arc<Listed>,
 }
 
 impl Objects {
     pub(crate) fn new(objects: Arc<dyn ObjectStore>) -> Self {
-        Self { raw: objects, copy_bytes_max: u64::MAX, lease: None }
+        Self { raw: objects, copy_bytes_max: u64::MAX, lease: None, listed: Arc::default() }
     }
 
     pub(crate) fn with_copies_up_to(self, copy_bytes_max: u64) -> Self {
@@ -159,9 +161,19 @@ impl Objects {
     }
 
     pub(crate) async fn json<T: DeserializeOwned>(&self, key: &Path) -> Result<Option<T>, StoreError> {
+        self.read(key, RECORD_BYTES_MAX).await?.map(|bytes| record(key, &bytes)).transpose()
+    }
+
+    /// The same of a record that a listing has just shown, and that never changes under its key: one that was read before comes from
+    /// memory. What is in memory is no proof that it is there.
+    pub(crate) async fn listed_json<T: DeserializeOwned>(&self, key: &Path) -> Result<Option<T>, StoreError> {
+        if let Some(bytes) = self.listed.get(key) {
+            return record(key, &bytes).map(Some);
+        }
         let Some(bytes) = self.read(key, RECORD_BYTES_MAX).await? else { return Ok(None) };
-        let parsed = serde_json::from_slice(&bytes);
-        parsed.map(Some).map_err(|error| StoreError::Record { key: key.to_string(), error })
+        let parsed = record(key, &bytes)?;
+        self.listed.keep(key, bytes);
+        Ok(Some(parsed))
     }
 
     pub(crate) async fn put(&self, key: &Path, payload: PutPayload) -> Result<(), StoreError> {
@@ -227,6 +239,10 @@ impl Objects {
     pub(crate) fn list(&self, prefix: &Path) -> BoxStream<'static, Result<ObjectMeta, StoreError>> {
         self.raw.list(Some(prefix)).map_err(StoreError::from).boxed()
     }
+}
+
+fn record<T: DeserializeOwned>(key: &Path, bytes: &[u8]) -> Result<T, StoreError> {
+    serde_json::from_slice(bytes).map_err(|error| StoreError::Record { key: key.to_string(), error })
 }
 
 fn json_bytes<T: Serialize>(value: &T) -> PutPayload {
