@@ -2,15 +2,19 @@
 
 use std::fs;
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use lamina_testkit::image::Image;
 use lamina_testkit::mounts::mounted_on;
 use lamina_testkit::noise;
-use lamina_testkit::process::Process;
+use lamina_testkit::process::{Process, until};
 use rustix::process::Signal;
 
 use crate::node::restored;
+use crate::proxy::{Fault, Proxy};
 use crate::rig::{DEADLINE, Rig, text};
 
 /// `lamina node`, as a service runs it.
@@ -77,4 +81,32 @@ fn what_was_unmounted_does_not_come_again_though_its_node_is_stopped_before_it_h
     rig.ok(&["unmount", &text(&stays)])?;
     ensure!(second.stop(DEADLINE)?.success());
     Ok(())
+}
+
+#[test]
+fn a_node_that_is_stopped_after_a_start_tells_the_registry_of_it_first() -> Result<()> {
+    let rig = Rig::new()?;
+    let source = rig.layout("layout", &Image::new().layer(|layer| layer.file("small", "s")))?;
+    rig.ok(&["push", &source, &rig.name("a:t")])?;
+    let released = Arc::new(AtomicBool::new(false));
+    let release = Arc::clone(&released);
+    let proxy = Proxy::start(&rig.address, move |request| {
+        if request.line.contains("/traces/") {
+            let _ = until("the release", DEADLINE, || Ok(release.load(Ordering::SeqCst).then_some(())));
+        }
+        Fault::None
+    })?;
+    let mut node = node(&rig)?;
+    let point = rig.path("mount");
+    rig.ok(&["mount", &proxy.name("a:t"), &text(&point)])?;
+    ensure!(fs::read(point.join("small"))? == b"s");
+    rig.ok(&["unmount", &text(&point)])?;
+    node.signal(Signal::TERM)?;
+    let ended = node.wait(Duration::from_secs(1)).is_ok();
+    released.store(true, Ordering::SeqCst);
+    ensure!(!ended, "it did not wait");
+    ensure!(node.wait(DEADLINE)?.success());
+    until("the profile", DEADLINE, || {
+        Ok((!rig.json(&["profile", "show", &rig.name("a:t")])?["profile"].is_null()).then_some(()))
+    })
 }

@@ -36,6 +36,7 @@ use crate::start::{Chosen, ComingBoot, Report, Starting};
 use crate::tree::{Around, Turns};
 use crate::trees::Trees;
 use crate::turn::turn;
+use crate::untold::Untold;
 use crate::{Found, KeptTraces, NodeError};
 
 /// One daemon takes no more mounts.
@@ -91,6 +92,7 @@ pub struct Node {
     pub(crate) loaded: Mutex<BTreeMap<Digest, (std::sync::Weak<Tree>, Contents)>>,
     /// Mounts, and requests that are being answered: what keeps the daemon from ending.
     count: watch::Sender<usize>,
+    untold: Untold,
 }
 
 /// Something that the daemon is busy with, until it is dropped.
@@ -205,6 +207,7 @@ impl Node {
             replaced: AtomicBool::new(false),
             loaded: Mutex::default(),
             count,
+            untold: Untold::default(),
         })
     }
 
@@ -466,8 +469,9 @@ impl Node {
         // nobody who only unmounts waits for a registry
         let known = report.clone().flatten();
         let (started, watched) = watch::channel(known.clone());
-        mounted.report = report.is_some().then_some(watched);
         let (mount, number) = (Arc::clone(&mounted.mount), mounted.number);
+        self.untold.begin(number, &mount, &watched);
+        mounted.report = report.is_some().then_some(watched);
         let path = mount.mountpoint().to_owned();
         let request = mounted.record.request.clone().unwrap_or_default();
         let owner = owner::ended(request.owner, mounted.record.owner_began);
@@ -481,6 +485,7 @@ impl Node {
             let life = async {
                 let report = starting.see(Arc::clone(&mount), booted).await;
                 started.send_replace(Some(known.unwrap_or(report)));
+                node.untold.end(number);
                 if timeout(AT_REST, mount.wait()).await.is_err() {
                     node.trees.let_go();
                     mount.wait().await;
@@ -567,6 +572,7 @@ impl Node {
                 let _ = self.unmount(&directory, true).await;
             }
         }
+        self.untold.told().await;
     }
 }
 

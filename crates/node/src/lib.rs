@@ -30,6 +30,7 @@ mod traces;
 mod tree;
 mod trees;
 mod turn;
+mod untold;
 mod upgrade;
 
 pub use client::{ControlError, Controller};
