@@ -3,6 +3,7 @@
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use lamina_image::{Descriptor, Digest, MANIFEST_BYTES_MAX};
+use object_store::ObjectMeta;
 
 use crate::objects::Objects;
 use crate::record::ManifestLink;
@@ -128,15 +129,16 @@ impl Store {
         last: Option<Digest>,
     ) -> Result<(Vec<Descriptor>, bool), StoreError> {
         let listing = self.objects.list(&keys::referrers(repo, subject));
-        let mut digests: Vec<Digest> = listing
-            .try_filter_map(|object| async move { Ok(keys::parse_digest(&object.location)) })
+        let mut listed: Vec<(Digest, ObjectMeta)> = listing
+            .try_filter_map(|object| async move {
+                Ok(keys::parse_digest(&object.location).map(|digest| (digest, object)))
+            })
             .try_collect()
             .await?;
-        digests.retain(|digest| Some(*digest) > last);
-        digests.sort_unstable();
-        let read =
-            |digest| async move { self.objects.listed_json(&keys::referrer(repo, subject, digest)).await };
-        let mut read = stream::iter(digests.into_iter().map(read)).buffered(REFERRER_READS);
+        listed.retain(|(digest, _)| Some(*digest) > last);
+        listed.sort_unstable_by_key(|(digest, _)| *digest);
+        let read = |(_, object)| async move { self.objects.listed_json(&object).await };
+        let mut read = stream::iter(listed.into_iter().map(read)).buffered(REFERRER_READS);
         let (mut found, mut bytes) = (Vec::<Descriptor>::new(), 0);
         while let Some(descriptor) = read.next().await {
             // whoever was deleted meanwhile hangs no more

@@ -164,15 +164,18 @@ impl Objects {
         self.read(key, RECORD_BYTES_MAX).await?.map(|bytes| record(key, &bytes)).transpose()
     }
 
-    /// The same of a record that a listing has just shown, and that never changes under its key: one that was read before comes from
-    /// memory. What is in memory is no proof that it is there.
-    pub(crate) async fn listed_json<T: DeserializeOwned>(&self, key: &Path) -> Result<Option<T>, StoreError> {
-        if let Some(bytes) = self.listed.get(key) {
+    /// The same of a record that a listing has just shown: one that was read before, and is shown as it was then, comes from memory.
+    pub(crate) async fn listed_json<T: DeserializeOwned>(
+        &self,
+        object: &ObjectMeta,
+    ) -> Result<Option<T>, StoreError> {
+        let key = &object.location;
+        if let Some(bytes) = self.listed.get(object) {
             return record(key, &bytes).map(Some);
         }
         let Some(bytes) = self.read(key, RECORD_BYTES_MAX).await? else { return Ok(None) };
         let parsed = record(key, &bytes)?;
-        self.listed.keep(key, bytes);
+        self.listed.keep(object.clone(), &bytes);
         Ok(Some(parsed))
     }
 

@@ -41,9 +41,7 @@ impl Store {
                 return Ok(Reference { number: 0, manifest: None });
             };
             // where it has gone, 16 values were written since the listing
-            if let Some(value) =
-                self.objects.listed_json::<RefValue>(&keys::tag_value(repo, tag, number)).await?
-            {
+            if let Some(value) = self.objects.json::<RefValue>(&keys::tag_value(repo, tag, number)).await? {
                 return Ok(Reference { number, manifest: value.manifest });
             }
         }
@@ -137,7 +135,7 @@ impl Store {
         found.sort_unstable_by(|one, other| other.cmp(one));
         found.truncate(limit);
         let read = |(_, number, tag)| async move {
-            let value = self.objects.listed_json::<RefValue>(&keys::tag_value(repo, &tag, number)).await?;
+            let value = self.objects.json::<RefValue>(&keys::tag_value(repo, &tag, number)).await?;
             Ok(value.and_then(|value| value.manifest).map(|manifest| (tag, manifest)))
         };
         let values = stream::iter(found.into_iter().map(read)).buffered(READS);
