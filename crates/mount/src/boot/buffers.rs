@@ -44,7 +44,7 @@ impl Spare {
 
     fn give(&self, buffer: Vec<u8>) {
         let mut spare = self.0.lock();
-        if spare.len() < PREPARED {
+        if spare.len() < PREPARED && buffer.capacity() >= BOOT_FRAME_BYTES {
             spare.push(buffer);
         }
     }
@@ -61,15 +61,18 @@ fn prepared() -> Vec<u8> {
 impl Buffers {
     /// Makes those that were not to be had when they were taken, as [`Spare::prepare`] does; ends early where nobody else has `self`.
     pub(super) fn prepare(self: &Arc<Self>) {
-        while Arc::strong_count(self) > 1 && !self.are_prepared() {
+        for _ in 0..self.missing() {
+            if Arc::strong_count(self) == 1 {
+                return;
+            }
             let buffer = prepared();
             self.idle.lock().push(buffer);
         }
     }
 
-    /// Whether it has what a small start takes.
-    pub(super) fn are_prepared(&self) -> bool {
-        self.idle.lock().len() >= PREPARED
+    /// How many there are less than a small start takes.
+    pub(super) fn missing(&self) -> usize {
+        PREPARED.saturating_sub(self.idle.lock().len())
     }
 
     /// One to fill with so many bytes: where these are few, none of those that a long frame needs.
@@ -79,13 +82,14 @@ impl Buffers {
 
     /// What is in it now, to be shared; once nobody has it any more, it is there to be filled again.
     pub(super) fn share(self: &Arc<Self>, plain: Vec<u8>) -> Bytes {
-        Bytes::from_owner(Filled { plain, of: Arc::downgrade(self) })
+        Bytes::from_owner(Filled { plain, of: Arc::downgrade(self), spare: Arc::clone(&self.spare) })
     }
 }
 
 struct Filled {
     plain: Vec<u8>,
     of: Weak<Buffers>,
+    spare: Arc<Spare>,
 }
 
 impl AsRef<[u8]> for Filled {
@@ -96,10 +100,15 @@ impl AsRef<[u8]> for Filled {
 
 impl Drop for Filled {
     fn drop(&mut self) {
-        let Some(of) = self.of.upgrade().filter(|_| self.plain.capacity() > SHORT_BYTES) else { return };
+        if self.plain.capacity() <= SHORT_BYTES {
+            return;
+        }
+        let plain = mem::take(&mut self.plain);
+        // the last frames outlive their boot
+        let Some(of) = self.of.upgrade() else { return self.spare.give(plain) };
         let mut idle = of.idle.lock();
         if idle.len() < BUFFERS_MAX {
-            idle.push(mem::take(&mut self.plain));
+            idle.push(plain);
         }
     }
 }
@@ -118,20 +127,20 @@ mod tests {
     fn what_was_prepared_is_there_to_be_filled_and_for_nobody_nothing_is() {
         let spare = Arc::<Spare>::default();
         spare.prepare();
-        assert!(!spare.take().are_prepared(), "nobody else has it");
+        assert_eq!(spare.take().missing(), PREPARED, "nobody else has it");
         let other = Arc::clone(&spare);
         other.prepare();
         let buffers = spare.take();
-        assert!(buffers.are_prepared());
+        assert_eq!(buffers.missing(), 0);
         for _ in 0..PREPARED {
             let buffer = buffers.take(BOOT_FRAME_BYTES);
             assert!(buffer.is_empty() && buffer.capacity() >= BOOT_FRAME_BYTES);
         }
         assert_eq!(buffers.take(BOOT_FRAME_BYTES).capacity(), 0);
         buffers.prepare();
-        assert!(!buffers.are_prepared(), "nobody else has them");
+        assert_eq!(buffers.missing(), PREPARED, "nobody else has them");
         Arc::clone(&buffers).prepare();
-        assert!(buffers.are_prepared());
+        assert_eq!(buffers.missing(), 0);
     }
 
     #[test]
@@ -141,12 +150,16 @@ mod tests {
         for buffers in [&one, &other] {
             Arc::clone(buffers).prepare();
         }
-        let at = one.idle.lock()[0].as_ptr();
+        // a frame that is there longer than its boot
+        let mut buffer = one.take(BOOT_FRAME_BYTES);
+        buffer.resize(BOOT_FRAME_BYTES, 1);
+        let (at, last) = (buffer.as_ptr(), one.share(buffer));
         drop(one);
+        drop(last);
         drop(other);
         assert_eq!(spare.0.lock().len(), PREPARED);
         let again = spare.take();
-        assert!(again.are_prepared() && again.idle.lock().iter().any(|buffer| buffer.as_ptr() == at));
+        assert!(again.missing() == 0 && again.idle.lock().iter().any(|buffer| buffer.as_ptr() == at));
     }
 
     #[test]

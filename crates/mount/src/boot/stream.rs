@@ -66,7 +66,7 @@ impl BootRooms {
     /// Room for one: what is there, and where that is less than a small start takes, more, which is made in the background.
     pub fn take(&self) -> BootRoom {
         let buffers = self.0.take();
-        if !buffers.are_prepared() {
+        if buffers.missing() > 0 {
             let prepared = Arc::clone(&buffers);
             behind_others(move || prepared.prepare());
         }
