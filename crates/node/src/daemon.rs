@@ -470,10 +470,12 @@ impl Node {
         let known = report.clone().flatten();
         let (started, watched) = watch::channel(known.clone());
         let (mount, number) = (Arc::clone(&mounted.mount), mounted.number);
-        self.untold.begin(number, &mount, &watched);
+        let request = mounted.record.request.clone().unwrap_or_default();
+        if !request.no_trace {
+            self.untold.begin(number, &mount, &watched);
+        }
         mounted.report = report.is_some().then_some(watched);
         let path = mount.mountpoint().to_owned();
-        let request = mounted.record.request.clone().unwrap_or_default();
         let owner = owner::ended(request.owner, mounted.record.owner_began);
         if !mounted.record.detached {
             self.mounts.lock().insert(path.clone(), mounted);
